@@ -1,0 +1,1 @@
+"""Prefect flows, MLflow registration and promotion around the `svdiff` stages."""
