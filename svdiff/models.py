@@ -1,0 +1,78 @@
+"""Loading the model that is personalised: any folder or Hub id with a Stable Diffusion 1.x/2.x layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdiff.config import BaseModelConfig
+from svdiff.errors import SvdiffError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+SUPPORTED = "StableDiffusionPipeline"
+
+
+def check_layout(folder: Path) -> None:
+    """Refuse a folder that is not a Stable Diffusion layout. Raises SvdiffError saying what it is instead."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise SvdiffError(
+            f"base.model is '{folder}', a folder without model_index.json; expected a diffusers folder with a "
+            "Stable Diffusion layout (for the embedded base run `dvc pull models/base`)"
+        )
+    found = json.loads(index.read_text()).get("_class_name")
+    if found != SUPPORTED:
+        raise SvdiffError(
+            f"base.model '{folder}' is a {found}; only {SUPPORTED} (Stable Diffusion 1.x and 2.x: one UNet, one CLIP "
+            "text encoder) is supported"
+        )
+
+
+def load_pipeline(base: BaseModelConfig, *, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The base as a pipeline with a DDIM scheduler (Sec. 4), in float32 unless `dtype` says otherwise.
+
+    A local folder is read without touching the network. Raises SvdiffError for another architecture or a missing folder.
+    """
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    local = Path(base.model).is_dir()
+    if local:
+        check_layout(Path(base.model))
+    elif base.model.startswith((".", "/", "models/")) or base.model.count("/") > 1:
+        raise SvdiffError(
+            f"base.model '{base.model}' is not a folder here (looked from {Path.cwd()}); "
+            "run `dvc pull models/base` for the embedded base, or name a folder or Hub id"
+        )
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            base.model,
+            revision=base.revision,
+            torch_dtype=dtype or torch.float32,
+            local_files_only=local or os.environ.get("HF_HUB_OFFLINE") == "1",
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise SvdiffError(f"base.model '{base.model}' cannot be loaded: {error}") from error
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.requires_grad_(False).eval()
+    pipe.vae.requires_grad_(False).eval()
+    pipe.text_encoder.requires_grad_(False).eval()
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def image_size(pipe: StableDiffusionPipeline) -> int:
+    """Side of the pipeline's native pictures in pixels."""
+    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+
+
+def scratch() -> Path:
+    """Folder for what is not a result: resume states, decompositions, caches. SVDIFF_HOME overrides .svdiff/."""
+    return Path(os.environ.get("SVDIFF_HOME", ".svdiff"))
