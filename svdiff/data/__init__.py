@@ -1,0 +1,1 @@
+"""What training reads: concept folders, prior images and their augmentation."""

@@ -1,0 +1,286 @@
+"""Concept folders: the pictures of one subject as people really have them, through one loader.
+
+A folder holds 3 to 5 pictures (Sec. 4.1), straight from phones, scanners and web pages. What can be read
+without guessing is read: EXIF orientation, colour profiles, CMYK, 16 bits a channel, palettes, transparency
+(on white), animations (their first frame), a JPEG called `.png`. Everything else is refused before any work
+starts, all problems of the folder in one message.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import unicodedata
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+
+from svdiff.errors import SvdiffError
+
+if TYPE_CHECKING:
+    from svdiff.config import Config
+
+log = logging.getLogger(__name__)
+
+CONCEPTS = Path("data/concepts")
+MAX_PICTURES = 100
+MAX_PIXELS = 120_000_000  # the largest phone sensors in common use make 108 megapixels
+MIN_SIDE = 32
+KEPT_SIDE = 1024  # pictures are reduced while the short side stays at or above this
+
+# What operating systems and notebooks leave behind, beside everything whose name starts with a dot.
+_LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"}
+# Multi-picture formats in which the further pictures are previews or depth maps, not frames.
+_STILL_FORMATS = {"MPO"}
+_ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
+
+
+@dataclass(frozen=True)
+class ConceptImage:
+    """One training picture: its file, its upright RGB content, and what was done to read it."""
+
+    path: Path
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+
+
+class _Refused(Exception):
+    """Why one file cannot be used."""
+
+    def __init__(self, found: str, expected: str, fix: str) -> None:
+        super().__init__(f"found {found}; expected {expected}. Fix: {fix}.")
+
+
+def concept_folder(name: str) -> Path:
+    """Where the pictures of the concept `name` lie, from the root of a checkout."""
+    return CONCEPTS / name
+
+
+def load_concept_images(
+    folder: str | Path, *, minimum: int = 1, maximum: int = MAX_PICTURES, min_side: int = MIN_SIDE
+) -> list[ConceptImage]:
+    """Load every picture of a concept folder, sorted by file name.
+
+    Args:
+        folder: the folder; pictures are read from its top level. Hidden files, `Thumbs.db` and their like are
+            ignored.
+        minimum: fewest pictures accepted.
+        maximum: most pictures accepted, against pointing at the wrong folder.
+        min_side: fewest pixels along the shorter side.
+
+    Returns:
+        Upright 8-bit RGB pictures. Very large ones are reduced by a whole factor, their shorter side staying
+        at 1024 pixels or more. What was doubtful about a picture stands in its `notes`, which are logged too.
+
+    Raises:
+        SvdiffError: the folder is missing, empty or too full, or holds anything that cannot be used; the
+            message names every such file, what was found, what was expected and the fix.
+    """
+    folder = Path(folder)
+    files = _candidates(folder)
+    if not minimum <= len(files) <= maximum:
+        raise SvdiffError(
+            f"Concept folder {folder} holds {_count(len(files))}; expected {_expected(minimum, maximum)}. "
+            + (
+                "Fix: put 3 to 5 JPEG or PNG pictures of the subject there."
+                if len(files) < minimum
+                else "Fix: point at the folder of one subject, or keep its best 3 to 5 pictures."
+            )
+        )
+    pictures, problems = [], []
+    for path in files:
+        try:
+            pictures.append(_load(path, min_side))
+        except _Refused as refusal:
+            problems.append(f"  {path.name}: {refusal}")
+    if problems:
+        raise SvdiffError(
+            f"Concept folder {folder}: {len(problems)} of {_count(len(files))} cannot be used; "
+            "nothing was started.\n" + "\n".join(problems)
+        )
+    for picture in pictures:
+        for note in picture.notes:
+            log.warning("%s: %s", picture.path, note)
+    return pictures
+
+
+def check_concepts(config: Config, concepts: Iterable[str] | None = None) -> None:
+    """Refuse bad concept folders of the configuration (all concepts, or those named) before any work.
+
+    Raises:
+        SvdiffError: with the problems of all folders in one message.
+    """
+    problems = []
+    for name in config.concepts if concepts is None else concepts:
+        try:
+            load_concept_images(concept_folder(name))
+        except SvdiffError as error:
+            problems.append(str(error))
+    if problems:
+        raise SvdiffError("\n".join(problems))
+
+
+def to_square(image: Image.Image, size: int) -> Image.Image:
+    """Crop the centred square of the shorter side and resize it to `size` × `size` (Lanczos, also upwards).
+
+    The subject should therefore be near the middle: what lies outside that square is never seen in training.
+    """
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Everything in the folder but litter, in an order that does not depend on the file system or locale."""
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise SvdiffError(
+            f"Concept folder {folder}: found {found} there; expected a folder of pictures. "
+            "Fix: create it and put 3 to 5 JPEG or PNG pictures of the subject there."
+        )
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER]
+    return sorted(entries, key=lambda path: (unicodedata.normalize("NFC", path.name), path.name))
+
+
+def _load(path: Path, min_side: int) -> ConceptImage:
+    """Decode one file completely, or raise `_Refused`."""
+    if path.is_dir():
+        raise _Refused("a folder", "pictures only", "move the pictures up, or the folder elsewhere")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _Refused(
+            f"an unreadable file ({error.strerror})",
+            "a readable picture",
+            "check it exists and its permissions",
+        ) from error
+    if not content:
+        raise _Refused("an empty file", "a picture", "copy it again or remove it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size and metadata warnings: judged below
+            image = Image.open(io.BytesIO(content))
+            return _decode(path, image, min_side)
+    except _Refused:
+        raise
+    except UnidentifiedImageError as error:
+        raise _unidentified(path, content) from error
+    except Image.DecompressionBombError as error:
+        raise _too_large(str(error)) from error
+    except Exception as error:  # decoders of damaged files raise almost anything
+        raise _Refused(
+            f"a damaged or truncated picture ({type(error).__name__}: {error})",
+            "a complete picture",
+            "copy or export it again, or remove it",
+        ) from error
+
+
+def _decode(path: Path, image: Image.Image, min_side: int) -> ConceptImage:
+    notes = []
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(f"{width} × {height}")
+    if min(width, height) < min_side:
+        raise _Refused(
+            f"{width} × {height} pixels",
+            f"at least {min_side} along each side",
+            "use the original instead of a thumbnail",
+        )
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind != image.format and not (image.format in _STILL_FORMATS and kind == "JPEG"):
+        notes.append(f"is a {image.format} picture despite its name; read as such")
+    if getattr(image, "n_frames", 1) > 1 and image.format not in _STILL_FORMATS:
+        image.seek(0)
+        notes.append(f"has {getattr(image, 'n_frames', 1)} frames; only the first is used")
+    _decode_strictly(image)
+    return ConceptImage(path, _reduce(_to_rgb(_upright(image, notes), notes)), tuple(notes))
+
+
+def _decode_strictly(image: Image.Image) -> None:
+    """Decode all pixels; other libraries may have told Pillow to fill what is missing with grey."""
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        image.load()
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # damaged metadata round an intact picture
+        notes.append(f"has unreadable EXIF data, orientation ignored ({type(error).__name__})")
+        return image
+
+
+def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """8-bit sRGB on white."""
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    elif image.mode == "F":
+        raise _Refused("floating-point pixels", "8 or 16 bits a channel", "export it as PNG or JPEG")
+    if image.info.get("icc_profile"):
+        image = _to_srgb(image, notes)
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8: Pillow's own conversion clips at 255 and makes such pictures white."""
+    values = np.asarray(image).astype(np.float64)
+    if values.min() < 0 or values.max() > 65535:
+        raise _Refused("more than 16 bits a channel", "8 or 16 bits a channel", "export it as PNG or JPEG")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8), mode="L")
+
+
+def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Honour an embedded colour profile (phones: Display P3; print: CMYK) where it fits the pixels."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        if image.mode == "CMYK":
+            notes.append("has a colour profile that does not fit; colours are approximate")
+        return image
+    return image if converted is None else converted
+
+
+def _reduce(image: Image.Image) -> Image.Image:
+    factor = min(image.size) // KEPT_SIDE
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _unidentified(path: Path, content: bytes) -> _Refused:
+    if content[4:8] == b"ftyp" and content[8:12] in {b"heic", b"heix", b"mif1", b"msf1", b"hevc"}:
+        return _Refused("an HEIC photo", "JPEG or PNG", "export it as JPEG")
+    sample = content[:1024]
+    text = b"\0" not in sample and all(byte >= 32 or byte in b"\t\n\r\f\x1b" for byte in sample)
+    found = ("a text file" if text else "a file of an unknown kind") + (
+        f" named {path.suffix}" if path.suffix else ""
+    )
+    return _Refused(
+        found,
+        "a picture (JPEG, PNG, WebP, GIF, TIFF, BMP)",
+        "replace it by the picture or move it out of the folder",
+    )
+
+
+def _too_large(found: str) -> _Refused:
+    return _Refused(
+        f"too many pixels ({found})", f"at most {MAX_PIXELS // 1_000_000} megapixels", "scale it down"
+    )
+
+
+def _count(number: int) -> str:
+    return f"{number} file" if number == 1 else f"{number} files"
+
+
+def _expected(minimum: int, maximum: int) -> str:
+    return f"{minimum} to {maximum} pictures"
