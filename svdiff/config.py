@@ -102,7 +102,7 @@ class ScoreConfig(Section):
 class RankConfig(Section):
     """Rank analysis (Fig. 25)."""
 
-    concepts: list[str] = Field([], description="concepts that are trained once a rank")
+    concepts: list[str] = Field(min_length=1, description="concepts that are trained once a rank")
     ranks: list[int] = Field([1, 4, 16], description="ranks; the full rank is trained as well")
     steps: int = Field(200, ge=1, description="training steps a rank")
     prompts: dict[Literal["reconstruction", "edit"], str] = Field(
@@ -124,6 +124,7 @@ class TrackingConfig(Section):
 
     uri: str = Field("sqlite:///mlruns/mlflow.db", description="MLflow tracking URI; MLFLOW_TRACKING_URI overrides it")
     experiment: str = Field("svdiff", description="MLflow experiment")
+    live: Literal["mlflow", "none"] = Field("mlflow", description="where the loss curve can be watched live")
 
 
 class PromoteConfig(Section):
@@ -157,7 +158,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig
     score: ScoreConfig = ScoreConfig()
-    rank: RankConfig = RankConfig()
+    rank: RankConfig
     tracking: TrackingConfig = TrackingConfig()
     promote: PromoteConfig = PromoteConfig()
     base_training: dict[str, Any] = Field({}, description="how the embedded base was made: `svdiff base train`")
@@ -216,6 +217,18 @@ def _readable(error: ValidationError, prefix: str = "") -> str:
             found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
             lines.append(f"{where}: {problem['msg']}{found}")
     return "\n".join(lines)
+
+
+def describe(section: Section, prefix: str = "") -> list[str]:
+    """One line a key: its name, the value in force, what it means."""
+    lines = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            lines += describe(value, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name} = {value!r}\n    {field.description}")
+    return lines
 
 
 def load_config(path: str | Path = "params.yaml") -> Config:

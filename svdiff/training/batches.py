@@ -1,0 +1,70 @@
+"""What each step sees, as a pure function of the seed and the step.
+
+Nothing here has a state: the pictures, the latents, the noise and the timesteps of step n follow from (seed, n) alone.
+So a resumed run needs no sampler position and no random-generator state to be bit-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from PIL.Image import Image
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator that depends on `key` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw_indices(count: int, position: int, size: int, *key: object) -> list[int]:
+    """Entries position … position+size−1 of an endless sequence that goes through range(count) in a new order each time."""
+    chosen = []
+    for place in range(position, position + size):
+        epoch, offset = divmod(place, count)
+        chosen.append(int(torch.randperm(count, generator=generator(*key, "epoch", epoch))[offset]))
+    return chosen
+
+
+def images_to_tensor(images: Sequence[Image]) -> Tensor:
+    """RGB pictures of one size as (N, 3, H, W) in [−1, 1]."""
+    import numpy as np
+
+    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class LatentImages:
+    """Pictures encoded once: mean and deviation of the autoencoder's posterior, each (N, C, h, w), already scaled."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def encode(cls, vae: AutoencoderKL, images: Sequence[Image], batch_size: int = 8) -> LatentImages:
+        """Encode pictures of one size."""
+        means, deviations = [], []
+        for start in range(0, len(images), batch_size):
+            pixels = images_to_tensor(images[start : start + batch_size]).to(vae.device, vae.dtype)
+            posterior = vae.encode(pixels).latent_dist
+            means.append(posterior.mean.float() * vae.config.scaling_factor)
+            deviations.append(posterior.std.float() * vae.config.scaling_factor)
+        return cls(torch.cat(means), torch.cat(deviations))
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def draw(self, indices: list[int], random: torch.Generator) -> Tensor:
+        """Latents z ~ q(z|x) of the pictures at `indices`: (len(indices), C, h, w)."""
+        noise = torch.randn(len(indices), *self.mean.shape[1:], generator=random).to(self.mean.device)
+        return self.mean[indices] + self.deviation[indices] * noise
