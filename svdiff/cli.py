@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from typer.core import TyperGroup
 
@@ -20,13 +21,34 @@ from svdiff.errors import SvdiffError
 if TYPE_CHECKING:
     from svdiff.config import Config
 
-# Command groups whose modules are loaded when one of their commands is named.
-GROUPS = {
+# Groups and commands that other modules bring, imported when one of them is named.
+ELSEWHERE = {
     "base": ("svdiff.base.cli", "The embedded base: its picture world, its training, its card."),
+    "subsets": ("svdiff.spectral.cli", "Table 1 for any base: tensors, shifts and bytes of each subset."),
     "delta": ("svdiff.spectral.cli", "Show, combine and compare delta files."),
+    "export": ("svdiff.spectral.cli", "A delta as plain diffusers weights, or as LoRA for every other tool."),
     "cache": ("svdiff.spectral.cli", "Show and prune cached decompositions."),
 }
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+class LazyGroup(TyperGroup):
+    """Lists every command, and imports those of other modules only to run them or to show their help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *ELSEWHERE]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, summary = ELSEWHERE[cmd_name]
+        if ctx.invoked_subcommand is None and cmd_name not in sys.argv:  # only the line in `svdiff --help`
+            return click.Command(cmd_name, help=summary)
+        command = typer.main.get_command(import_module(module).app)
+        inner = command.get_command(ctx, cmd_name) if isinstance(command, click.Group) else None
+        return inner or command
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, cls=LazyGroup, pretty_exceptions_enable=False, help=__doc__)
 Concept = Annotated[str, typer.Option("--concept", "-c", help="name under `concepts:` in params.yaml")]
 Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
 PARAMS = Path("params.yaml")
@@ -149,10 +171,6 @@ def _report(path: Path) -> None:
     typer.echo(f"wrote {path}")
 
 
-class _Lazy(TyperGroup):
-    """A click group that imports a group's module only when asked for it."""
-
-
 def main() -> None:
     """Entry point: errors meant for people are printed without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -160,19 +178,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
-        _mount_named_group(sys.argv[1] if len(sys.argv) > 1 else "")
         app()
     except SvdiffError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
-
-
-def _mount_named_group(name: str) -> None:
-    for group, (module, summary) in GROUPS.items():
-        if name == group:
-            app.add_typer(import_module(module).app, name=group)
-        else:
-            app.add_typer(typer.Typer(help=summary), name=group)
 
 
 if __name__ == "__main__":

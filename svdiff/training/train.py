@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import svdiff
 from svdiff.config import Config, TrainConfig
-from svdiff.data.concepts import load_concept_images, to_square
+from svdiff.data.concepts import concept_folder, load_concept_images, to_square
 from svdiff.data.prior import load_prior_images, prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, sha256_file, sha256_tree, write_atomic
@@ -35,11 +35,6 @@ from svdiff.training.tracking import LiveCurve
 PACKAGE = Path(svdiff.__file__).parent
 # A resume state is good for the code that wrote it only.
 CODE = ("spectral/**/*.py", "training/**/*.py", "data/concepts.py", "sampling/images.py")
-
-
-def concept_folder(name: str) -> Path:
-    """Where a concept's pictures lie."""
-    return Path("data/concepts") / name
 
 
 def train(

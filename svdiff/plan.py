@@ -1,0 +1,97 @@
+"""`svdiff plan`: what `dvc repro` would run, and about how long."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from svdiff.config import Config, TrainConfig
+from svdiff.errors import SvdiffError
+
+START_UP = 12.0  # seconds of imports and loading, a stage
+TRAIN_STEP = 3.5  # a training step against a forward pass of the same batch: measured 3 to 4
+OTHERS = {"score": 15.0, "register": 10.0, "correlate": 5.0, "report": 8.0}
+
+
+def plan(config: Config) -> list[str]:
+    """Lines for people: each stage that is not up to date with an estimate, and the sum.
+
+    The estimates rest on one forward pass of the base, timed here and now.
+    """
+    stages = stages_to_run()
+    if not stages:
+        return ["nothing to run: every stage is up to date"]
+    if not Path(config.base.model).is_dir():
+        return [*stages, f"no estimate: {config.base.model} is not a folder here"]
+    forward = seconds_per_picture(config)
+    seconds = {stage: estimate(config, stage, forward) for stage in stages}
+    width = max(map(len, stages))
+    lines = [f"{stage:<{width}}  {_duration(spent)}" for stage, spent in seconds.items()]
+    return [*lines, f"{'together':<{width}}  {_duration(sum(seconds.values()))}  (one after another, by a pass of the UNet timed now)"]
+
+
+def stages_to_run() -> list[str]:
+    """Names of the stages that `dvc repro` would run, in order. Raises SvdiffError if DVC cannot say."""
+    dvc = shutil.which("dvc", path=str(Path(sys.executable).parent)) or shutil.which("dvc")
+    if dvc is None:
+        raise SvdiffError("the dvc command is not on PATH; activate the environment that `make` built (.venv)")
+    done = subprocess.run([dvc, "repro", "--dry"], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SvdiffError(f"`dvc repro --dry` failed:\n{done.stderr.strip()[-2000:]}")
+    return re.findall(r"^Running stage '([^']+)'", done.stdout, flags=re.MULTILINE)
+
+
+def estimate(config: Config, stage: str, forward: float) -> float:
+    """Seconds of a stage, `forward` being those of one picture's pass through the UNet."""
+    kind, _, name = stage.partition("@")
+    guided = 2 * forward
+    sampled = config.sample.steps * guided
+    work = OTHERS.get(kind, 0.0)
+    if kind == "prior":
+        work = config.prior.images * config.prior.steps * guided
+    elif kind == "train":
+        work = _training(config, config.train_config(name), forward)
+    elif kind == "sample":
+        work = 2 * len(config.sample.prompts) * len(config.sample.seeds) * sampled
+    elif kind == "rank":
+        once = _training(config, config.train_config(name, {"steps": config.rank.steps}), forward)
+        once += len(config.rank.prompts) * len(config.rank.seeds) * sampled
+        work = (len(config.rank.ranks) + 1) * once
+    return START_UP + work
+
+
+def _training(config: Config, settings: TrainConfig, forward: float) -> float:
+    pictures = settings.batch_size * (2 if settings.prior_weight > 0 else 1) * settings.accumulation
+    validations = 1 + settings.steps // settings.validate_every
+    drawn = len(settings.validation_prompts) * len(settings.validation_seeds)
+    return settings.steps * pictures * TRAIN_STEP * forward + validations * drawn * config.sample.steps * 2 * forward
+
+
+def seconds_per_picture(config: Config) -> float:
+    """Time of one picture's pass through the UNet, in a batch of eight."""
+    import torch
+
+    from svdiff.models import load_pipeline
+
+    pipe = load_pipeline(config.base)
+    channels, side = pipe.unet.config.in_channels, pipe.unet.config.sample_size
+    latents = torch.zeros(8, channels, side, side, device=pipe.device)
+    context = torch.zeros(8, 4, pipe.unet.config.cross_attention_dim, device=pipe.device)
+
+    def timings() -> Iterator[float]:
+        for _ in range(4):
+            started = time.perf_counter()
+            with torch.no_grad():
+                pipe.unet(latents, 500, encoder_hidden_states=context)
+            yield time.perf_counter() - started
+
+    return min(timings()) / 8
+
+
+def _duration(seconds: float) -> str:
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
