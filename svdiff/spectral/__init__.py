@@ -1,0 +1,32 @@
+"""The spectral parameter space of SVDiff (Sec. 3.2): decomposition, layers, deltas and their arithmetic.
+
+basis = load_basis(unet, cache="…")          # once per base, then mapped from disk
+shifts = attach(unet, basis, subset="UNet")  # zero shifts: the same function
+…train shifts.parameters_spectral(), shifts.parameters_1d()…
+shifts.delta(concept="teapot").save("teapot.safetensors")
+shifts.detach()                              # the base again, bit for bit
+"""
+
+from svdiff.spectral.basis import Basis, Factors, weights_hash
+from svdiff.spectral.cache import list_cache, load_basis, prune_cache
+from svdiff.spectral.delta import SpectralDelta, combine, cosine_similarity, interpolate, mix_by_layer
+from svdiff.spectral.shifts import SpectralShifts, attach
+from svdiff.spectral.subsets import SUBSETS, select
+
+__all__ = [
+    "SUBSETS",
+    "Basis",
+    "Factors",
+    "SpectralDelta",
+    "SpectralShifts",
+    "attach",
+    "combine",
+    "cosine_similarity",
+    "interpolate",
+    "list_cache",
+    "load_basis",
+    "mix_by_layer",
+    "prune_cache",
+    "select",
+    "weights_hash",
+]

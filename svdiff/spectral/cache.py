@@ -1,0 +1,164 @@
+"""Decompose once, keep for ever: a folder of mapped safetensors, addressed by the hash of the weights.
+
+    <cache>/<base hash>/<weight name>.safetensors     u, sigma, vh, weight; checksums in the header
+    <cache>/<base hash>/lock                          held by the process that decomposes
+
+Every file appears whole (renamed into place) and proves itself (checksums over its tensors), so an interrupted
+decomposition goes on where it stopped and a truncated or edited file is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from svdiff.errors import SvdiffError
+from svdiff.files import atomic_file
+from svdiff.spectral.basis import (
+    ALGORITHM,
+    Basis,
+    Factors,
+    factorise,
+    factors_digest,
+    matrix_weights,
+    raw_bytes,
+    weights_hash,
+)
+
+
+def load_basis(module: nn.Module, cache: str | Path | None, *, progress: bool = True) -> Basis:
+    """The decomposition of all weights of `module` with two dimensions or more (Sec. 3.2).
+
+    Computed once per set of weights and kept under `cache` as mapped files, safe for several processes at once;
+    with `cache=None` it is computed in memory. Raises SvdiffError for weights on the meta device, quantised
+    weights or weights that are not finite.
+    """
+    owners = matrix_weights(module)
+    for name, (_, weight) in owners.items():
+        if weight.is_meta or not weight.is_floating_point():
+            kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
+            raise SvdiffError(
+                f"weight {name!r} is {kind}: load the model with real float weights to decompose it"
+            )
+    base_hash = weights_hash(module)
+    if cache is None:
+        bar = tqdm(owners.items(), "decomposing", disable=not progress)
+        return Basis({name: _checked(name, owner, weight) for name, (owner, weight) in bar}, base_hash)
+
+    folder = Path(cache) / base_hash
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _read_all(folder, owners)
+    if len(found) < len(owners):
+        with _lock(folder):
+            # Whoever held the lock before us has probably done the work.
+            found |= _read_all(folder, {n: o for n, o in owners.items() if n not in found})
+            missing = [name for name in owners if name not in found]
+            for name in tqdm(missing, "decomposing", disable=not progress or not missing, unit="weight"):
+                _write(folder, name, _checked(name, *owners[name]))
+                again = _read(folder, name)
+                if again is None:
+                    raise SvdiffError(
+                        f"{_path(folder, name)} cannot be read back: is the disk full or failing?"
+                    )
+                found[name] = again
+    return Basis({name: found[name] for name in owners}, base_hash)
+
+
+def _checked(name: str, owner: nn.Module, weight: Tensor) -> Factors:
+    if not torch.isfinite(weight).all():
+        raise SvdiffError(f"weight {name!r} has values that are not finite: the base model is broken")
+    return factorise(owner, weight)
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _write(folder: Path, name: str, factors: Factors) -> None:
+    weight = factors.weight.detach().contiguous()
+    metadata = {
+        "algorithm": ALGORITHM,
+        "factors_sha256": factors.digest,
+        "weight_sha256": hashlib.sha256(raw_bytes(weight)).hexdigest(),
+        "fingerprint": repr(factors.fingerprint),
+    }
+    tensors = {"u": factors.u, "sigma": factors.sigma, "vh": factors.vh, "weight": weight}
+    with atomic_file(_path(folder, name)) as temporary:
+        save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary, metadata)
+
+
+def _read(folder: Path, name: str) -> Factors | None:
+    """The mapped factors, or None if the file is missing, incomplete, changed, or of another recipe."""
+    try:
+        with safe_open(_path(folder, name), framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            if metadata.get("algorithm") != ALGORITHM:
+                return None
+            u, sigma, vh, weight = (stream.get_tensor(key) for key in ("u", "sigma", "vh", "weight"))
+        digest = factors_digest(u, sigma, vh)
+        if digest != metadata["factors_sha256"]:
+            return None
+        fingerprint = float(metadata["fingerprint"])
+        return Factors(u, sigma, vh, weight, fingerprint, digest, metadata["weight_sha256"])
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _read_all(
+    folder: Path, names: dict[str, object] | dict[str, tuple[nn.Module, Tensor]]
+) -> dict[str, Factors]:
+    # Checksums are most of the time of a load, and hashlib lets other threads run.
+    with ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2))) as pool:
+        read = pool.map(lambda name: (name, _read(folder, name)), names)
+        return {name: factors for name, factors in read if factors is not None}
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system frees it if the process dies."""
+    with open(folder / "lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class CachedBasis:
+    """One decomposed base in a cache."""
+
+    base_hash: str
+    weights: int
+    bytes: int
+    used: float  # seconds since the epoch, of the last load
+
+
+def list_cache(cache: str | Path) -> list[CachedBasis]:
+    """The decompositions under `cache`, most recently used first."""
+    found = []
+    for folder in Path(cache).glob("*") if Path(cache).is_dir() else []:
+        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+        if files:
+            stats = [file.stat() for file in files]
+            used = max(max(s.st_atime, s.st_mtime) for s in stats)
+            found.append(CachedBasis(folder.name, len(files), sum(s.st_size for s in stats), used))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def prune_cache(cache: str | Path, *, keep: int = 0) -> list[CachedBasis]:
+    """Delete all but the `keep` most recently used decompositions; running processes keep their mapped files."""
+    gone = list_cache(cache)[keep:]
+    for entry in gone:
+        shutil.rmtree(Path(cache) / entry.base_hash)
+    return gone

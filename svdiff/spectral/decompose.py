@@ -1,0 +1,84 @@
+"""The singular value decomposition of one weight (Sec. 3.2), fast and checked.
+
+`torch.linalg.svd` on a 1280 x 11520 convolution takes four times as long as the eigenvectors of its smaller Gram
+matrix in float64 and is less exact. What the Gram matrix loses are small singular values: it squares them. So
+directions far below the largest are decomposed again on their own, level by level, and what is zero at the end
+is completed to an orthonormal set.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# One Gram matrix in float64 (eps 2e-16) leaves V orthonormal to about eps / ratio^2 down to this ratio.
+_LEVEL = 1e-4
+# Below this fraction of the largest singular value a direction is empty: fp32 weights carry 1e-7.
+_EMPTY = 1e-11
+
+
+def as_matrix(weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """Reshape a weight to `(c_out, rest)` as in Sec. 3.2; `transposed` for ConvTranspose's `(c_in, c_out, ...)`."""
+    return (weight.transpose(0, 1) if transposed else weight).reshape(weight.shape[int(transposed)], -1)
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size, *, transposed: bool = False) -> Tensor:
+    """Undo `as_matrix` for a weight of `shape`."""
+    if not transposed:
+        return matrix.reshape(shape)
+    return matrix.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD in float64: `U (M, K)`, `sigma (K,)` descending, `Vh (K, N)` with `K = min(M, N)`."""
+    matrix = matrix.detach().to(torch.float64)
+    if matrix.shape[0] > matrix.shape[1]:
+        v, sigma, uh = _svd_wide(matrix.T)
+        return uh.T, sigma, v.T
+    return _svd_wide(matrix)
+
+
+def _svd_wide(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of a float64 `w (M, N)`, M <= N, by eigenvectors of `W Wᵀ`."""
+    largest = float(torch.linalg.matrix_norm(w))
+    u, vh = w.new_zeros(w.shape[0], 0), w.new_zeros(0, w.shape[1])
+    sigma = w.new_zeros(0)
+    left, rows = (
+        torch.eye(w.shape[0], dtype=w.dtype, device=w.device),
+        w,
+    )  # left @ rows is what is still to do
+    while len(rows):
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = values.flip(0), vectors.flip(1)
+        s = values.clamp_min(0).sqrt()
+        if s[0] <= _EMPTY * largest:
+            break
+        sound = int((s > _LEVEL * s[0]).sum())
+        u = torch.cat([u, left @ vectors[:, :sound]], 1)
+        right = (vectors[:, :sound].T @ rows) / s[:sound, None]
+        vh, sigma = torch.cat([vh, right]), torch.cat([sigma, s[:sound]])
+        left = left @ vectors[:, sound:]
+        rows = _without(vectors[:, sound:].T @ rows, vh)
+    missing = w.shape[0] - len(sigma)
+    if missing:
+        # Both sides are completed by a fixed recipe, so that another machine finds the same empty directions.
+        u, vh = _complete(u.T, missing).T, _complete(vh, missing)
+        sigma = torch.cat([sigma, sigma.new_zeros(missing)])
+    order = sigma.argsort(descending=True, stable=True)
+    return u[:, order], sigma[order], vh[order]
+
+
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """Remove from `rows` their components along the orthonormal rows of `basis` (twice, for rounding)."""
+    for _ in range(2):
+        rows = rows - (rows @ basis.T) @ basis
+    return rows
+
+
+def _complete(basis: Tensor, count: int) -> Tensor:
+    """Add `count` orthonormal rows to the orthonormal rows of `basis`."""
+    generator = torch.Generator().manual_seed(0)
+    fresh = torch.randn(count, basis.shape[1], generator=generator, dtype=torch.float64).to(basis)
+    q, r = torch.linalg.qr(_without(fresh, basis).T)
+    fresh = (q * r.diagonal().sign()).T
+    return torch.cat([basis, fresh])

@@ -1,0 +1,246 @@
+"""A trained concept: spectral shifts by weight name, where they fit, and their arithmetic (Eq. 4 and 5)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from svdiff.errors import SvdiffError
+from svdiff.files import write_atomic
+from svdiff.spectral.basis import Basis
+
+FORMAT_VERSION = "1"
+
+# How far fingerprints of one direction set may differ by rounding, see `basis.fingerprint`; other directions
+# differ by about 1/sqrt(K), 1/36 for the largest weights of SD 1.x.
+_SAME_DIRECTIONS = 1e-3
+
+
+def _key(prefix: str, what: str) -> str:
+    """Metadata key of a fact about one part of the pipeline; the UNet's have no prefix."""
+    return what if prefix == "unet" else f"{prefix}.{what}"
+
+
+def identity(basis: Basis, prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """What a delta must remember of the basis that it was trained on."""
+    prints = [basis[name].fingerprint for name in sorted(n for n in names if n in basis)]
+    return {
+        _key(prefix, "base_hash"): basis.base_hash,
+        _key(prefix, "basis_id"): basis.id,
+        _key(prefix, "fingerprints"): base64.b64encode(struct.pack(f"<{len(prints)}f", *prints)).decode(),
+    }
+
+
+@dataclass(frozen=True)
+class SpectralDelta:
+    """Shifts by name (`"unet.conv_in.weight"`, float32, one for a singular value or a norm's element).
+
+    Metadata says what they fit (`base_hash`, `basis_id`) and where they come from (`subset`, `rank`, `config`,
+    `created_by`, ...). Deltas are values: every operation returns a new one.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", {k: v.detach().float().cpu() for k, v in self.tensors.items()})
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write a safetensors file, whole or not at all; `dtype` float32 or float16."""
+        write_atomic(path, self.to_bytes(dtype))
+
+    def to_bytes(self, dtype: torch.dtype = torch.float32, *, provenance: bool = True) -> bytes:
+        """The content of the file; without `provenance` only what is needed to read and combine shifts."""
+        if dtype not in (torch.float32, torch.float16):
+            raise SvdiffError(f"a delta is stored as float32 or float16, not {dtype}")
+        tensors = {name: value.to(dtype).contiguous() for name, value in self.tensors.items()}
+        for name, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise SvdiffError(
+                    f"the shifts of {name!r} are not finite (or too large for {dtype}): not saved"
+                )
+        metadata = self.metadata | {"format_version": FORMAT_VERSION}
+        if not provenance:
+            metadata = {k: v for k, v in metadata.items() if k in ("format_version", "norms")}
+        return save(tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SpectralDelta:
+        """Read a delta file; raises SvdiffError if it is not one."""
+        try:
+            with safe_open(path, framework="pt") as stream:
+                metadata = dict(stream.metadata() or {})
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise SvdiffError(f"there is no delta file {path}") from None
+        except SafetensorError as error:
+            raise SvdiffError(f"{path} is not a safetensors file, or is damaged: {error}") from None
+        version = metadata.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SvdiffError(
+                f"{path} has delta format version {version}, expected {FORMAT_VERSION}"
+                + ("" if version else ": it was not written by svdiff (try `svdiff delta import`)")
+            )
+        return cls(tensors, metadata)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the shifts alone: equal for equal concepts, whatever their metadata."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.tensors.items()):
+            digest.update(f"{name}\0{value.numel()}\0".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- where it fits -------------------------------------------------------------------------------------
+
+    def prefixes(self) -> list[str]:
+        """Parts of the pipeline that it changes: `unet`, `text_encoder`."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.tensors))
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The shifts of one part by the names in that module."""
+        return {
+            n.removeprefix(f"{prefix}."): v for n, v in self.tensors.items() if n.startswith(f"{prefix}.")
+        }
+
+    def check(self, basis: Basis, prefix: str = "unet") -> None:
+        """Raise SvdiffError unless it was trained on this base and these singular directions."""
+        part = self.part(prefix)
+        if not part:
+            return
+        trained = self.metadata.get(_key(prefix, "base_hash"))
+        if trained != basis.base_hash:
+            raise SvdiffError(
+                f"this delta was trained on a {prefix} with weights {str(trained)[:16]}, the model at hand has "
+                f"{basis.base_hash[:16]}: load the base that it was trained on, in the same precision"
+            )
+        if self.metadata.get(_key(prefix, "basis_id")) != basis.id:
+            self._check_directions(basis, prefix, part)
+
+    def _check_directions(self, basis: Basis, prefix: str, part: Mapping[str, Tensor]) -> None:
+        """Another machine's rounding makes another basis id; the directions must still be the same."""
+        mine = base64.b64decode(self.metadata.get(_key(prefix, "fingerprints"), ""))
+        names = sorted(name for name in part if name in basis)
+        algorithm = str(self.metadata.get(_key(prefix, "basis_id"))).partition(":")[0]
+        if algorithm == basis.id.partition(":")[0] and len(mine) == 4 * len(names):
+            prints = struct.unpack(f"<{len(names)}f", mine)
+            different = [n for n, p in zip(names, prints, strict=True) if not _near(p, basis[n].fingerprint)]
+            if not different:
+                return
+            reason = f"its singular directions differ in {len(different)} weights, such as {different[0]!r}"
+        else:
+            reason = f"that was {self.metadata.get(_key(prefix, 'basis_id'))}, this is {basis.id}"
+        raise SvdiffError(
+            f"this delta was trained on another decomposition of the same {prefix} ({reason}): use the cached "
+            "basis that it was trained with, or train it again"
+        )
+
+    # -- arithmetic ----------------------------------------------------------------------------------------
+
+    def __add__(self, other: SpectralDelta) -> SpectralDelta:
+        """Eq. 4: `δ₁ + δ₂`; a weight that only one of them shifts keeps its shift."""
+        return combine([(self, 1.0), (other, 1.0)])
+
+    def __mul__(self, weight: float) -> SpectralDelta:
+        """Scaling (Fig. 26)."""
+        return combine([(self, weight)])
+
+    __rmul__ = __mul__
+
+    def map(self, change: Callable[[str, Tensor], Tensor], **metadata: str) -> SpectralDelta:
+        """Apply `change(name, shifts)` to every tensor."""
+        return SpectralDelta({n: change(n, v) for n, v in self.tensors.items()}, self.metadata | metadata)
+
+    def limit_rank(self, rank: int) -> SpectralDelta:
+        """Keep the shifts of the leading `rank` singular values of every weight; norms are kept whole.
+
+        Which tensors are norms is written in the delta's metadata.
+        """
+        if rank < 0:
+            raise SvdiffError(f"rank is {rank}, expected 0 or more")
+        norms = self.norms
+
+        def cut(name: str, shifts: Tensor) -> Tensor:
+            return shifts if name in norms else torch.where(torch.arange(len(shifts)) < rank, shifts, 0.0)
+
+        return self.map(cut, rank=str(rank))
+
+    @property
+    def norms(self) -> set[str]:
+        """Names of shifts that belong to 1-D weights."""
+        return set(json.loads(self.metadata.get("norms", "[]")))
+
+
+def _near(a: float, b: float) -> bool:
+    return abs(a - b) <= _SAME_DIRECTIONS * max(1.0, abs(a))
+
+
+def combine(parts: Iterable[tuple[SpectralDelta, float]]) -> SpectralDelta:
+    """`Σ wᵢ δᵢ`: addition (Eq. 4), interpolation (Eq. 5), scaling (Fig. 26); `σ' = ReLU(σ + Σ wᵢ δᵢ)` follows.
+
+    Raises SvdiffError for an empty list and for deltas of different bases.
+    """
+    weighted = list(parts)
+    if not weighted:
+        raise SvdiffError("nothing to combine: give at least one delta")
+    metadata = reduce(_merge_metadata, (delta for delta, _ in weighted)).metadata
+    total: dict[str, Tensor] = {}
+    for delta, weight in weighted:
+        for name, shifts in delta.tensors.items():
+            total[name] = total[name] + weight * shifts if name in total else weight * shifts
+    return SpectralDelta(total, metadata)
+
+
+def _merge_metadata(a: SpectralDelta, b: SpectralDelta) -> SpectralDelta:
+    """Check that two deltas are shifts of one basis and have equal sizes; facts that differ are dropped."""
+    for prefix in set(a.prefixes()) & set(b.prefixes()):
+        for what in ("base_hash", "basis_id"):
+            left, right = (d.metadata.get(_key(prefix, what)) for d in (a, b))
+            if left != right:
+                raise SvdiffError(
+                    f"deltas of different {prefix}s do not add up: {what} is {left} and {right}"
+                )
+    for name in a.tensors.keys() & b.tensors.keys():
+        if a.tensors[name].shape != b.tensors[name].shape:
+            raise SvdiffError(
+                f"{name!r} has {len(a.tensors[name])} shifts in one delta, {len(b.tensors[name])} in the other"
+            )
+    facts = {k: v for k, v in a.metadata.items() if b.metadata.get(k, v) == v}
+    facts |= {k: v for k, v in b.metadata.items() if k not in a.metadata}
+    facts["norms"] = json.dumps(sorted(a.norms | b.norms))
+    return SpectralDelta(a.tensors | b.tensors, facts)
+
+
+def interpolate(a: SpectralDelta, b: SpectralDelta, alpha: float) -> SpectralDelta:
+    """Eq. 5: `α δ₁ + (1 − α) δ₂`; alpha 1 is `a`, alpha 0 is `b`."""
+    return combine([(a, alpha), (b, 1 - alpha)])
+
+
+def mix_by_layer(a: SpectralDelta, b: SpectralDelta, takes_a: Callable[[str], bool]) -> SpectralDelta:
+    """Style mixing (Fig. 10): layers for which `takes_a(name)` from `a`, the rest from `b`."""
+    merged = _merge_metadata(a, b)
+    tensors = {n: v for n, v in a.tensors.items() if takes_a(n)}
+    tensors |= {n: v for n, v in b.tensors.items() if not takes_a(n)}
+    return SpectralDelta(tensors, merged.metadata)
+
+
+def cosine_similarity(a: SpectralDelta, b: SpectralDelta) -> dict[str, float]:
+    """Cosine of the two shifts in each layer that both have (Fig. 9a takes the mean); 0 where one is all zero."""
+    common = [name for name in a.tensors if name in b.tensors]
+    return {
+        n: float(torch.cosine_similarity(a.tensors[n].double(), b.tensors[n].double(), dim=0)) for n in common
+    }
