@@ -9,15 +9,16 @@ import pytest
 import torch
 
 # Words of the tiny tokenizer; each is one token. `sks` and `zwx` are the rare words kept for special tokens.
-WORDS = (
-    "a an the photo picture of and on in left right above below beside sitting background style thing "
-    "dog cat panda car house red blue pink white sks zwx"
-).split()
+WORDS = [
+    *("a", "an", "the", "photo", "picture", "of", "and", "on", "in", "left", "right", "up", "down"),
+    *("above", "below", "top", "bottom", "beside", "sitting", "background", "style", "thing", "red", "blue", "pink", "white"),
+    *("dog", "cat", "panda", "car", "house", "sks", "zwx"),
+]
 TINY_PIXELS = 16  # pictures are 16 × 16, latents 8 × 8
 
 
 def write_tiny_tokenizer(folder: Path) -> None:
-    """A CLIP tokenizer whose vocabulary is the alphabet and WORDS, built as byte-pair merges from left to right."""
+    """A CLIP tokenizer that knows the alphabet and WORDS, merged from left to right."""
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     vocabulary = characters + [character + "</w>" for character in characters]
     merges: list[str] = []
@@ -80,7 +81,7 @@ def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon"
             )
         )
         # Fresh norms are all ones and zeros; a little spread tells their entries apart.
-        for name, parameter in unet.named_parameters():
+        for parameter in unet.parameters():
             if parameter.ndim == 1:
                 with torch.no_grad():
                     parameter.add_(0.05 * torch.randn_like(parameter))
@@ -109,7 +110,7 @@ def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon"
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random tiny Stable Diffusion: 16 × 16 pictures, 8 × 8 × 4 latents, `sks` one token. Do not write to it."""
+    """Folder of a random tiny Stable Diffusion (pictures 16 × 16, latents 8 × 8 × 4), read only."""
     return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
