@@ -48,7 +48,9 @@ class LazyGroup(TyperGroup):
         return inner or command
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, cls=LazyGroup, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, cls=LazyGroup, pretty_exceptions_enable=False, help=__doc__
+)
 Concept = Annotated[str, typer.Option("--concept", "-c", help="name under `concepts:` in params.yaml")]
 Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
 PARAMS = Path("params.yaml")
@@ -62,7 +64,8 @@ def _config(path: Path) -> Config:
 
 @app.command()
 def prior(
-    class_word: Annotated[str, typer.Option("--class", help="one of `classes:` in params.yaml")], params: Params = PARAMS
+    class_word: Annotated[str, typer.Option("--class", help="one of `classes:` in params.yaml")],
+    params: Params = PARAMS,
 ) -> None:
     """Stage: prior images of a class word, from the base."""
     from svdiff.data.prior import make_prior_images
@@ -83,12 +86,18 @@ def train(concept: Concept, params: Params = PARAMS) -> None:
 @app.command()
 def sample(
     concept: Concept,
-    prompt: Annotated[list[str] | None, typer.Option(help="a picture now: '{subject}' or the token stands for the concept")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="with --prompt: one picture a prompt and seed (default 0)")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="a picture now: '{subject}' or the token stands for the concept")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="with --prompt: one picture a prompt and seed (default 0)")
+    ] = None,
     scale: Annotated[float, typer.Option(help="with --prompt: strength s of the shifts (Fig. 26)")] = 1.0,
     guidance: Annotated[float | None, typer.Option(help="with --prompt: scale s of Eq. 9")] = None,
     steps: Annotated[int | None, typer.Option(help="with --prompt: DDIM steps")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="with --prompt: folder for the pictures")] = Path("pictures"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="with --prompt: folder for the pictures")] = Path(
+        "pictures"
+    ),
     params: Params = PARAMS,
 ) -> None:
     """Stage: the evaluation pictures of a concept. With --prompt: pictures of your own."""
@@ -162,7 +171,9 @@ def doctor(params: Params = PARAMS) -> None:
 
     findings = examine(params)
     for finding in findings:
-        typer.echo(f"{'ok  ' if finding.ok else 'MISS'} {finding.what}" + ("" if finding.ok else f"\n     fix: {finding.fix}"))
+        typer.echo(
+            f"{'ok  ' if finding.ok else 'MISS'} {finding.what}" + ("" if finding.ok else f"\n     fix: {finding.fix}")
+        )
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 

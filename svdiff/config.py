@@ -176,7 +176,9 @@ class Config(Section):
             self.train_config(name)
         for name in self.rank.concepts:
             if name not in self.concepts:
-                raise ValueError(f"rank.concepts names '{name}', which is not among concepts ({', '.join(self.concepts)})")
+                raise ValueError(
+                    f"rank.concepts names '{name}', which is not among concepts ({', '.join(self.concepts)})"
+                )
         return self
 
     def concept(self, name: str) -> ConceptConfig:

@@ -30,7 +30,10 @@ def examine(params: Path) -> list[Finding]:
     findings = [
         Finding(sys.version_info >= (3, 11), f"Python {sys.version.split()[0]}", "use Python 3.11 or newer"),
         *_packages(),
-        *(_tool(name, fix) for name, fix in (("git", "install git"), ("dvc", "activate the environment: `. .venv/bin/activate`"))),
+        *(
+            _tool(name, fix)
+            for name, fix in (("git", "install git"), ("dvc", "activate the environment: `. .venv/bin/activate`"))
+        ),
     ]
     free = shutil.disk_usage(Path.cwd()).free
     findings.append(Finding(free > DISK, f"{free / GIB:.1f} GiB of disk free", f"free at least {DISK / GIB:.0f} GiB"))

@@ -38,9 +38,14 @@ def load_pipeline(base: BaseModelConfig, *, dtype: torch.dtype | None = None) ->
 
     A local folder is read without touching the network. Raises SvdiffError for another architecture or a missing folder.
     """
+    import diffusers.utils.logging
     import torch
+    import transformers.utils.logging
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    # Loading takes a second or two: bars are for long work.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     local = Path(base.model).is_dir()
     if local:
         check_layout(Path(base.model))
@@ -53,7 +58,7 @@ def load_pipeline(base: BaseModelConfig, *, dtype: torch.dtype | None = None) ->
         pipe = StableDiffusionPipeline.from_pretrained(
             base.model,
             revision=base.revision,
-            torch_dtype=dtype or torch.float32,
+            dtype=dtype or torch.float32,
             local_files_only=local or os.environ.get("HF_HUB_OFFLINE") == "1",
             safety_checker=None,
             requires_safety_checker=False,

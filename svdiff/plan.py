@@ -32,7 +32,10 @@ def plan(config: Config) -> list[str]:
     seconds = {stage: estimate(config, stage, forward) for stage in stages}
     width = max(map(len, stages))
     lines = [f"{stage:<{width}}  {_duration(spent)}" for stage, spent in seconds.items()]
-    return [*lines, f"{'together':<{width}}  {_duration(sum(seconds.values()))}  (one after another, by a pass of the UNet timed now)"]
+    return [
+        *lines,
+        f"{'together':<{width}}  {_duration(sum(seconds.values()))}  (one after another, by a pass of the UNet timed now)",
+    ]
 
 
 def stages_to_run() -> list[str]:

@@ -129,9 +129,7 @@ class Trainer:
         predicted, target = self._predict(latents, noise, timesteps, prompts)
         return prior_preservation_loss(predicted, target, config.batch_size, config.prior_weight)
 
-    def _predict(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: list[str]
-    ) -> tuple[Tensor, Tensor]:
+    def _predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         scheduler = self.pipe.scheduler
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with self.accelerator.autocast():

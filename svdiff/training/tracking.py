@@ -33,7 +33,11 @@ class LiveCurve:
             return
         run_id = json.loads(memory.read_text())["run_id"] if memory.is_file() else None
         try:
-            options = {"run_name": name, "run_id": run_id, "tags": {"svdiff.train_key": train_key, "svdiff.concept": name}}
+            options = {
+                "run_name": name,
+                "run_id": run_id,
+                "tags": {"svdiff.train_key": train_key, "svdiff.concept": name},
+            }
             self.accelerator.init_trackers(
                 self.experiment, config=None if run_id else parameters, init_kwargs={"mlflow": options}
             )

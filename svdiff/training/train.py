@@ -37,9 +37,7 @@ PACKAGE = Path(svdiff.__file__).parent
 CODE = ("spectral/**/*.py", "training/**/*.py", "data/concepts.py", "sampling/images.py")
 
 
-def train(
-    config: Config, concept: str, out_dir: Path | None = None, overrides: dict[str, Any] | None = None
-) -> Path:
+def train(config: Config, concept: str, out_dir: Path | None = None, overrides: dict[str, Any] | None = None) -> Path:
     """Train one concept and write delta.safetensors, curve.csv, validation/ and train.json to `out_dir`.
 
     Args:
@@ -161,7 +159,8 @@ def _write_result(
     with atomic_dir(out_dir) as folder:
         method.save(
             folder / "delta.safetensors",
-            identity | {"base_model": config.base.model, "config": settings.model_dump_json(), "method": settings.method},
+            identity
+            | {"base_model": config.base.model, "config": settings.model_dump_json(), "method": settings.method},
         )
         curve = pd.DataFrame(rows)
         fixed = {row["step"]: row["fixed_noise_loss"] for row in validations}

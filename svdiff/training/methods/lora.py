@@ -1,0 +1,97 @@
+"""The LoRA baseline as the paper runs it (supplement A): rank 1 on 2-D and 4-D weights, 1-D weights trained too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from svdiff.config import TrainConfig
+from svdiff.training.methods.weights import OpenWeights, base_hash, copy_state, load_state, save_weights_delta
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+ADAPTER = "svdiff"
+
+
+class LoraMethod:
+    """LoRA (PEFT) on every linear and convolution layer, and the weights of all norms.
+
+    The rank is `rank` of the configuration, 1 where it is not set. B starts at zero, so step 0 is the base; A is drawn
+    from the configuration's seed. Norms in the file are changes W − W₀; the pairs are named as PEFT and diffusers do.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+        self.rank = config.rank or 1
+        self.networks = ["unet", "text_encoder"] if config.text_encoder else ["unet"]
+        self.base_hash = base_hash(pipe, self.networks)
+        self._modules: dict[str, nn.Module] = {network: getattr(pipe, network) for network in self.networks}
+        # Found before the injection, which renames what it wraps.
+        norms = {
+            f"{network}.{name}": parameter
+            for network, module in self._modules.items()
+            for name, parameter in module.named_parameters()
+            if name.endswith(".weight") and parameter.ndim == 1
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            for module in self._modules.values():
+                _inject(module, self.rank)
+        self.norms = OpenWeights(norms)
+        self.pairs = {
+            f"{network}.{name.replace(f'.{ADAPTER}.', '.')}": parameter
+            for network, module in self._modules.items()
+            for name, parameter in module.named_parameters()
+            if f".{ADAPTER}." in name
+        }
+        for parameter in self.pairs.values():
+            parameter.data = parameter.data.float()
+
+    def parameters(self) -> dict[str, list[Parameter]]:
+        """A and B of every pair at 'lr', norms at 'lr_1d'."""
+        return {"lr": list(self.pairs.values()), "lr_1d": list(self.norms.parameters.values())}
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of everything trainable, by name."""
+        return copy_state(self.pairs | self.norms.parameters)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned. Raises SvdiffError where names or shapes differ."""
+        load_state(self.pairs | self.norms.parameters, state)
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the pairs and the norms' changes as one safetensors file, for `load_weights_delta`."""
+        pairs = {name: tensor.cpu() for name, tensor in copy_state(self.pairs).items()}
+        known = {"lora_rank": str(self.rank), "lora_alpha": str(self.rank)}
+        save_weights_delta(path, pairs | self.norms.deltas(), self.networks, self.base_hash, metadata | known)
+
+    def detach(self) -> None:
+        """Give the pipeline its own layers and norms back, bit for bit."""
+        self.norms.close()
+        for module in self._modules.values():
+            _eject(module)
+
+
+def _inject(module: nn.Module, rank: int) -> None:
+    """Wrap every linear and convolution layer of `module` by PEFT; α = rank, so that the change is BA itself."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), module, adapter_name=ADAPTER)
+
+
+def _eject(module: nn.Module) -> None:
+    """Put the layers that PEFT wrapped back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
+    for leftover in ("peft_config", "_hf_peft_config_loaded"):
+        if leftover in module.__dict__:
+            delattr(module, leftover)

@@ -1,0 +1,61 @@
+"""SVDiff itself (Sec. 3.2): spectral shifts of the UNet, and of the text encoder when asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from svdiff.config import TrainConfig
+from svdiff.models import scratch
+from svdiff.spectral import SpectralShifts, attach, combine, load_basis
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+class SpectralMethod:
+    """Shifts on a pipeline's networks."""
+
+    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+        parts = {"unet": config.subset} | ({"text_encoder": "UNet"} if config.text_encoder else {})
+        self.shifts: dict[str, SpectralShifts] = {}
+        for name, subset in parts.items():
+            module = getattr(pipe, name)
+            basis = load_basis(module, scratch() / "bases")
+            self.shifts[name] = attach(module, basis, subset=subset, rank=config.rank, prefix=name)
+
+    @property
+    def base_hash(self) -> str:
+        """The bases' hashes, joined: UNet's first."""
+        return "+".join(shifts.basis.base_hash for shifts in self.shifts.values())
+
+    def parameters(self) -> dict[str, list[Parameter]]:
+        """See `Method`."""
+        return {
+            "lr": [p for shifts in self.shifts.values() for p in shifts.parameters_spectral()],
+            "lr_1d": [p for shifts in self.shifts.values() for p in shifts.parameters_1d()],
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Method`."""
+        return {f"{part}.{name}": value for part, s in self.shifts.items() for name, value in s.state_dict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """See `Method`."""
+        for part, shifts in self.shifts.items():
+            own = {name.removeprefix(f"{part}."): v for name, v in state.items() if name.startswith(f"{part}.")}
+            shifts.load_state_dict(own)
+
+    @torch.no_grad()
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """See `Method`."""
+        combine([(shifts.delta(**metadata), 1.0) for shifts in self.shifts.values()]).save(path)
+
+    def detach(self) -> None:
+        """See `Method`."""
+        for shifts in self.shifts.values():
+            shifts.detach()

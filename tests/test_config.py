@@ -1,0 +1,88 @@
+"""params.yaml: what is wrong is named, with what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from svdiff.config import Config, describe, load_config
+from svdiff.errors import SvdiffError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Any:
+    """Write changed copies of the project's own params.yaml."""
+
+    def write(change: Any) -> Path:
+        values = yaml.safe_load((ROOT / "params.yaml").read_text())
+        change(values)
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def test_the_projects_own_parameters_are_valid_and_described() -> None:
+    config = load_config(ROOT / "params.yaml")
+    lines = "\n".join(describe(config))
+    assert all(f"train.{name}" in lines for name in type(config.train).model_fields)
+    assert "None\n    None" not in lines
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v["train"].update(learning_rate=1), ["train.learning_rate", "unknown key", "lr_1d"]),
+        (lambda v: v["train"].update(steps=-1), ["train.steps", "-1", "greater than or equal to 1"]),
+        (lambda v: v["train"].update(method="svd"), ["train.method", "'svdiff'", "'lora'", "'svd'"]),
+        (
+            lambda v: v["concepts"]["openmoji-dog"].update(train={"lrr": 1}),
+            ["concepts.openmoji-dog.train.lrr", "lr_1d"],
+        ),
+        (lambda v: v["concepts"]["openmoji-dog"].update(train={"lr": -1}), ["concepts.openmoji-dog.train.lr", "-1"]),
+        (lambda v: v["concepts"]["openmoji-dog"].update(class_word="wolf"), ["openmoji-dog", "'wolf'", "classes"]),
+        (lambda v: v["concepts"].update({"../evil": {"class_word": "dog"}}), ["../evil", "letters"]),
+        (lambda v: v["rank"].update(concepts=["nobody"]), ["rank.concepts", "nobody", "openmoji-dog"]),
+        (lambda v: v["rank"].update(ranks=[0]), ["rank.ranks", "from 1"]),
+        (lambda v: v.update(extra=1), ["extra", "unknown key", "concepts"]),
+        (lambda v: v.pop("sample"), ["sample", "required"]),
+    ],
+)
+def test_a_bad_value_names_itself(params: Any, change: Any, words: list[str]) -> None:
+    with pytest.raises(SvdiffError) as error:
+        load_config(params(change))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_every_mistake_is_reported_at_once(params: Any) -> None:
+    path = params(lambda v: (v["train"].update(steps=0, warmup=-2), v["prior"].update(images="many")))
+    with pytest.raises(SvdiffError) as error:
+        load_config(path)
+    for key in ("train.steps", "train.warmup", "prior.images"):
+        assert key in str(error.value)
+
+
+def test_a_concept_overrides_the_training_and_overrides_win(params: Any) -> None:
+    config = load_config(params(lambda v: v["concepts"]["openmoji-dog"].update(train={"lr": 0.5, "steps": 7})))
+    settings = config.train_config("openmoji-dog", {"steps": 9})
+    assert (settings.lr, settings.steps) == (0.5, 9)
+    others = [name for name in config.concepts if name != "openmoji-dog"]
+    assert config.train_config(others[0]) == config.train
+
+
+def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(SvdiffError, match=r"nowhere\.yaml not found"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_an_unknown_concept_says_how_to_add_it() -> None:
+    config: Config = load_config(ROOT / "params.yaml")
+    with pytest.raises(SvdiffError, match="data/concepts/dragon/"):
+        config.concept("dragon")
