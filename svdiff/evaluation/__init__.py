@@ -1,0 +1,1 @@
+"""Scores, analyses and the report: `score`, `correlation`, `rank`, `report` hold a stage each."""

@@ -1,0 +1,110 @@
+"""Stage `correlate`: how alike the spectral shifts of different concepts are (Fig. 9a, Fig. 15).
+
+An entry is the cosine of two concepts' shifts in each layer, averaged over the layers. A concept with itself
+would always be 1; the paper's diagonal compares two runs of the concept instead, with learning rates of the
+1-D weights of 1e-3 and 1e-6. The second run is `out/train/<concept>/twin/delta.safetensors`; where there is
+none, the diagonal is blank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from svdiff.config import Config
+from svdiff.errors import SvdiffError
+from svdiff.evaluation import plots
+from svdiff.files import atomic_dir
+from svdiff.spectral import SpectralDelta, cosine_similarity
+
+TRAINED = Path("out/train")
+CORRELATION = Path("out/correlate")
+
+
+def correlate(config: Config) -> Path:
+    """Correlate all trained concepts of the configuration into out/correlate: matrix.csv, heatmap.png,
+    summary.json.
+
+    Raises:
+        SvdiffError: fewer than two concepts are trained, or their shifts are not of one base.
+    """
+    spectral = [name for name in config.concepts if config.train_config(name).method == "svdiff"]
+    deltas = {name: SpectralDelta.load(path) for name in spectral if (path := delta_path(name)).is_file()}
+    if len(deltas) < 2:
+        raise SvdiffError(
+            f"correlation compares trained concepts, found {', '.join(deltas) or 'none'} in {TRAINED}; "
+            "expected at least two of " + ", ".join(config.concepts) + ". Fix: train them, e.g. `dvc repro`"
+        )
+    twins = {name: SpectralDelta.load(path) for name in deltas if (path := twin_path(name)).is_file()}
+    matrix = correlation_matrix(deltas, twins)
+    with atomic_dir(CORRELATION) as folder:
+        matrix.to_csv(folder / "matrix.csv", index_label="concept", float_format="%.6f")
+        (folder / "summary.json").write_text(json.dumps(summarise(matrix), indent=2) + "\n")
+        plots.save(plots.heat_map(matrix, "mean cosine over layers"), folder / "heatmap.png")
+    return CORRELATION
+
+
+def delta_path(concept: str) -> Path:
+    """The concept's delta."""
+    return TRAINED / concept / "delta.safetensors"
+
+
+def twin_path(concept: str) -> Path:
+    """The delta of the concept's second run, with another learning rate of the 1-D weights."""
+    return TRAINED / concept / "twin" / "delta.safetensors"
+
+
+def correlation_matrix(deltas: dict[str, SpectralDelta], twins: dict[str, SpectralDelta] | None = None) -> pd.DataFrame:
+    """Mean layer cosines, rows and columns in the order of `deltas`; the diagonal from `twins`, else NaN."""
+    names, twins = list(deltas), twins or {}
+    matrix = pd.DataFrame(np.nan, index=names, columns=names)
+    for row, first in enumerate(names):
+        if first in twins:
+            matrix.loc[first, first] = mean_cosine(deltas[first], twins[first], f"{first} and its twin")
+        for second in names[row + 1 :]:
+            cosine = mean_cosine(deltas[first], deltas[second], f"{first} and {second}")
+            matrix.loc[first, second] = matrix.loc[second, first] = cosine
+    return matrix
+
+
+def mean_cosine(a: SpectralDelta, b: SpectralDelta, pair: str = "the deltas") -> float:
+    """Cosine of the two shifts in each layer that both have, averaged over these layers with equal weight.
+
+    Raises:
+        SvdiffError: the deltas were trained on different bases, or share no layer.
+    """
+    for prefix in set(a.prefixes()) & set(b.prefixes()):
+        key = "base_hash" if prefix == "unet" else f"{prefix}.base_hash"
+        left, right = a.metadata.get(key), b.metadata.get(key)
+        if left != right:
+            raise SvdiffError(
+                f"{pair} were trained on different bases ({key} {str(left)[:16]} and {str(right)[:16]}): their "
+                "shifts belong to different directions. Fix: train both on one base"
+            )
+    cosines = cosine_similarity(a, b)
+    if not cosines:
+        raise SvdiffError(f"{pair} shift no layer in common: train them with subsets that overlap")
+    return float(np.mean(list(cosines.values())))
+
+
+def summarise(matrix: pd.DataFrame) -> dict[str, float | str]:
+    """Flat facts of summary.json: the mean between different concepts, the most and least similar pair."""
+    rows, columns = np.triu_indices(len(matrix), k=1)
+    values = matrix.to_numpy()[rows, columns]
+    most, least = int(np.nanargmax(values)), int(np.nanargmin(values))
+    pairs = [f"{matrix.index[row]} and {matrix.columns[column]}" for row, column in zip(rows, columns, strict=True)]
+    summary: dict[str, float | str] = {
+        "concepts": len(matrix),
+        "mean": round(float(np.nanmean(values)), 6),
+        "most_similar": pairs[most],
+        "most_similar_cosine": round(float(values[most]), 6),
+        "least_similar": pairs[least],
+        "least_similar_cosine": round(float(values[least]), 6),
+    }
+    diagonal = np.diag(matrix.to_numpy())
+    if np.isfinite(diagonal).any():
+        summary["two_runs_mean"] = round(float(np.nanmean(diagonal)), 6)
+    return summary

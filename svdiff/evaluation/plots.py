@@ -1,0 +1,203 @@
+"""Figures in one quiet style with labelled axes. Every function returns a matplotlib figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+INK, QUIET, GRID, ACCENT, SECOND = "#1f2430", "#6b7280", "#e5e7eb", "#2f6f9f", "#c2703d"
+HUES = ("#2f6f9f", "#c2703d", "#4f8a5b", "#8a5a9e", "#b0476a", "#7a7a35", "#3d8f93", "#8c6246")
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 160,
+}
+
+
+@contextmanager
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
+    """A figure of `width` × `height` inches in our style, kept out of pyplot's global list, and its axes."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=rows == columns == 1)
+        try:
+            yield figure, axes
+        finally:
+            plt.close(figure)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, without a date, so that equal figures are equal files."""
+    Path(path).write_bytes(to_png(figure))
+
+
+def to_png(figure: Figure) -> bytes:
+    """A figure as PNG bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def training_curve(curve: pd.DataFrame) -> Figure:
+    """Losses over steps: the noisy training loss faint and smoothed, the loss at fixed noise as points.
+
+    `curve` has `step` and `loss`; `loss_instance`, `loss_prior` and `fixed_noise_loss` are drawn where
+    present.
+    """
+    with _figure(6.4, 2.8) as (figure, axes):
+        window = max(1, len(curve) // 20)
+        parts = {"loss_instance": "concept", "loss_prior": "prior"}
+        present = {name: label for name, label in parts.items() if name in curve and curve[name].notna().any()}
+        for (name, label), colour in zip((present or {"loss": "loss"}).items(), HUES, strict=False):
+            smooth = curve[name].rolling(window, min_periods=1).mean()
+            axes.plot(curve["step"], curve[name], color=colour, alpha=0.18, linewidth=0.8)
+            axes.plot(curve["step"], smooth, color=colour, linewidth=1.6, label=f"{label}, mean of {window} steps")
+        if "fixed_noise_loss" in curve and curve["fixed_noise_loss"].notna().any():
+            fixed = curve.dropna(subset=["fixed_noise_loss"])
+            axes.plot(
+                fixed["step"],
+                fixed["fixed_noise_loss"],
+                "o-",
+                color=INK,
+                markersize=4,
+                linewidth=1,
+                label="concept, fixed noise",
+            )
+        # A few steps at almost noiseless timesteps must not flatten the rest.
+        highest = np.nanmax([np.nanpercentile(curve[name], 98) for name in (present or ["loss"])])
+        axes.set_ylim(0, float(highest) * 1.15 or 1)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (Eq. 1)")
+        axes.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+def alignment_scatter(scores: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Fig. 9b: text against image alignment, an arrow a concept from the untrained base to the delta."""
+    with _figure(6.4, 4.2) as (figure, axes):
+        for index, (name, score) in enumerate(scores.items()):
+            colour = HUES[index % len(HUES)]
+            start = (score["base_text_alignment"], score["base_image_alignment"])
+            end = (score["text_alignment"], score["image_alignment"])
+            axes.annotate(
+                "",
+                end,
+                start,
+                arrowprops={"arrowstyle": "-|>", "color": colour, "alpha": 0.45, "shrinkA": 4, "shrinkB": 5},
+            )
+            axes.plot(*start, "o", color=colour, markerfacecolor="white", markersize=7)
+            axes.plot(*end, "o", color=colour, markersize=7)
+            axes.annotate(
+                name,
+                end,
+                xytext=(8, 2),
+                textcoords="offset points",
+                color=colour,
+                fontsize=9,
+                fontweight="bold",
+            )
+        axes.plot([], [], "o", color=QUIET, markerfacecolor="white", label="untrained base")
+        axes.plot([], [], "o", color=QUIET, label="trained")
+        axes.margins(0.18)
+        axes.set_xlabel("text alignment: CLIP cosine with the prompt →")
+        axes.set_ylabel("image alignment: 1 − LPIPS →")
+        axes.legend(loc="best", fontsize=8)
+    return figure
+
+
+def heat_map(matrix: pd.DataFrame, label: str) -> Figure:
+    """Fig. 9a: a square matrix of cosines with its values; NaN is blank. Colours are symmetric about zero."""
+    names = [str(name) for name in matrix.columns]
+    side = 1.8 + 0.62 * max(len(names), 3)
+    with _figure(side + 1.0, side) as (figure, axes):
+        values = matrix.to_numpy(float)
+        limit = max(0.05, float(np.nanmax(np.abs(values), initial=0)))
+        image = axes.imshow(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(visible=False)
+        axes.tick_params(length=0, labelcolor=INK)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if len(names) <= 24:
+            for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
+                value = values[row, column]
+                colour = "white" if abs(value) > 0.6 * limit else INK
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    return figure
+
+
+def rank_curve(ranks: pd.DataFrame) -> Figure:
+    """Fig. 25 in numbers: image and text alignment against the rank trained with, a line a kind of prompt."""
+    labels = list(dict.fromkeys(ranks["rank"].astype(str)))
+    with _figure(6.8, 2.9, columns=2) as (figure, axes):
+        titles = {
+            "image_alignment": "image alignment: 1 − LPIPS",
+            "text_alignment": "text alignment: CLIP cosine",
+        }
+        for axis, (measure, title) in zip(axes[0], titles.items(), strict=True):
+            for (kind, rows), colour in zip(ranks.groupby("prompt_kind", sort=False), HUES, strict=False):
+                positions = [labels.index(str(rank)) for rank in rows["rank"]]
+                axis.plot(positions, rows[measure], "o-", color=colour, label=str(kind), markersize=5)
+            axis.set_xticks(range(len(labels)), labels)
+            axis.set_xlabel("rank of the shifts in training")
+            axis.set_ylabel(title)
+            axis.margins(x=0.1, y=0.25)
+        axes[0, 0].legend(loc="best", fontsize=8)
+    return figure
+
+
+def captioned_grid(
+    rows: Sequence[Sequence[Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str] = (),
+    *,
+    cell: float = 1.0,
+) -> Figure:
+    """Pictures in rows, captions left of the rows and above the columns; `cell` is a side in inches."""
+    columns = max(len(row) for row in rows)
+    margin = 0.35 + 0.075 * max(len(label) for label in row_labels)
+    figsize = (margin + columns * cell, (0.3 if column_labels else 0.05) + len(rows) * cell)
+    with _figure(*figsize, rows=len(rows), columns=columns) as (figure, axes):
+        grid = np.reshape(axes, (len(rows), columns))
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr,call-arg]
+        for axis in grid.flat:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            axis.set_frame_on(False)
+        for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+            for column, picture in enumerate(row):
+                grid[index, column].imshow(np.asarray(picture), interpolation="lanczos")
+            grid[index, 0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
+        for column, text in enumerate(column_labels):
+            grid[0, column].set_title(text, fontsize=9, color=QUIET)
+    return figure

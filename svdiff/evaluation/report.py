@@ -1,0 +1,299 @@
+"""Stage `report`: one self-contained page that shows every concept beside its neighbours.
+
+Pictures and figures are part of the file, nothing is loaded from anywhere: it can be mailed, archived and
+opened offline.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+from PIL import Image
+
+import svdiff
+from svdiff.config import Config
+from svdiff.data.concepts import concept_folder, load_concept_images, to_square
+from svdiff.errors import SvdiffError
+from svdiff.evaluation import plots
+from svdiff.evaluation.correlation import CORRELATION, TRAINED
+from svdiff.evaluation.rank import RANKS
+from svdiff.evaluation.score import SAMPLES, SCORES, read_samples
+from svdiff.files import atomic_dir
+
+REPORT = Path("out/report")
+THUMBNAIL = 192  # largest side of a sample in the page, in pixels
+FILM = 6  # validation grids shown a concept
+MEASURES = {
+    "image": ("image_alignment", "Image alignment", "1 − LPIPS to the training pictures"),
+    "text": ("text_alignment", "Text alignment", "CLIP cosine with the prompt"),
+    "clip_i": ("clip_i", "CLIP-I", "CLIP cosine with the training pictures"),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture in the page."""
+
+    uri: str
+    alt: str
+    width: int
+    height: int
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A line of a score table: the trained model, the base, and the gain with its 95 % interval."""
+
+    label: str
+    meaning: str
+    trained: float
+    base: float
+    gain: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """'better', 'worse' or 'open', by the interval."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "open"
+
+
+@dataclass
+class Page:
+    """What the page shows of one concept; parts that were not made yet are empty."""
+
+    name: str
+    subject: str
+    training: list[Figure] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    rows: list[tuple[str, Figure, Figure]] = field(default_factory=list)  # prompt, trained, base
+    seeds: list[int] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    curve: Figure | None = None
+    film: list[Figure] = field(default_factory=list)
+    strip: Figure | None = None
+    rank_curve: Figure | None = None
+
+
+def report(config: Config) -> Path:
+    """Write out/report/index.html from whatever the other stages have made of the configured concepts.
+
+    Raises:
+        SvdiffError: nothing was made yet, or an output is damaged.
+    """
+    pages = [_page(config, name) for name in config.concepts]
+    if not any(page.rows or page.curve for page in pages):
+        raise SvdiffError(
+            f"nothing to report: no concept of params.yaml has results in {TRAINED} yet. Fix: `dvc repro`"
+        )
+    metrics = {name: values for name in config.concepts if (values := _json(SCORES / name / "metrics.json"))}
+    evaluators = next((values for name in metrics if (values := _json(SCORES / name / "evaluators.json"))), {})
+    scatter = _chart(plots.alignment_scatter(metrics), _scatter_alt(metrics)) if metrics else None
+    correlation = _json(CORRELATION / "summary.json")
+    html = _template().render(
+        version=svdiff.__version__,
+        date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+        config=config,
+        params=yaml.safe_dump(
+            config.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True
+        ),
+        pages=pages,
+        scatter=scatter,
+        correlation=correlation,
+        heat_map=_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
+        evaluators=_flat(evaluators),
+    )
+    with atomic_dir(REPORT) as folder:
+        (folder / "index.html").write_text(html, encoding="utf-8")
+    return REPORT / "index.html"
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
+    return environment.get_template("report.html")
+
+
+def _page(config: Config, name: str) -> Page:
+    concept = config.concept(name)
+    page = Page(name, concept.subject)
+    pictures = load_concept_images(concept_folder(name))
+    page.training = [
+        _figure(to_square(picture.image, THUMBNAIL), f"training picture {index} of {name}")
+        for index, picture in enumerate(pictures, start=1)
+    ]
+    if (SAMPLES / name / "images.csv").is_file():
+        samples = read_samples(SAMPLES / name)
+        page.seeds = sorted(samples["seed"].unique().tolist())
+        page.rows = [_row(SAMPLES / name, rows) for _, rows in samples.groupby("prompt_index")]
+    page.scores = _scores(_json(SCORES / name / "metrics.json"))
+    if (TRAINED / name / "curve.csv").is_file():
+        curve = pd.read_csv(TRAINED / name / "curve.csv")
+        alt = f"training loss of {name} over {int(curve['step'].max())} steps"
+        page.curve = _chart(plots.training_curve(curve), alt)
+        page.facts = _facts(config, name, _json(TRAINED / name / "train.json"))
+        page.film = _film(TRAINED / name / "validation", name)
+    page.strip = _file(RANKS / name / "strip.png", f"pictures of {name} for each rank trained with")
+    page.rank_curve = _file(RANKS / name / "curve.png", f"alignment of {name} against the rank trained with")
+    return page
+
+
+def _row(folder: Path, rows: pd.DataFrame) -> tuple[str, Figure, Figure]:
+    """One prompt: the pictures of all seeds side by side, from the trained model and from the base."""
+    prompt = str(rows["prompt"].iloc[0])
+    strips = []
+    for model, words in (("trained", "the trained model"), ("base", "the untrained base")):
+        files = rows[rows["model"] == model].sort_values("seed")["file"]
+        pictures = [Image.open(folder / file).convert("RGB") for file in files]
+        strips.append(_figure(_side_by_side(pictures), f"{len(pictures)} pictures of “{prompt}” by {words}"))
+    return prompt, strips[0], strips[1]
+
+
+def _scores(metrics: dict[str, Any]) -> list[Score]:
+    if not metrics:
+        return []
+    return [
+        Score(
+            label,
+            meaning,
+            metrics[measure],
+            metrics[f"base_{measure}"],
+            *(metrics[f"{short}_gain{end}"] for end in ("", "_low", "_high")),
+        )
+        for short, (measure, label, meaning) in MEASURES.items()
+    ]
+
+
+def _facts(config: Config, name: str, trained: dict[str, Any]) -> list[tuple[str, str]]:
+    settings = trained.get("config") or config.train_config(name).model_dump()
+    facts = [("method", str(settings["method"]))]
+    if settings["method"] == "svdiff":
+        limit = "full rank" if settings["rank"] is None else f"rank {settings['rank']}"
+        facts.append(
+            (
+                "weights",
+                f"{settings['subset']}{' + text encoder' if settings['text_encoder'] else ''}, {limit}",
+            )
+        )
+    facts.append(("steps", f"{settings['steps']} × {settings['batch_size'] * settings['accumulation']} pictures"))
+    facts.append(("learning rates", f"{settings['lr']:g}, 1-D {settings['lr_1d']:g}"))
+    facts.append(("prior weight λ", f"{settings['prior_weight']:g}"))
+    if "parameters" in trained:
+        facts.append(("parameters", f"{trained['parameters']:,}"))
+    delta = TRAINED / name / "delta.safetensors"
+    if delta.is_file():
+        facts.append(("delta", f"{delta.stat().st_size / 1000:,.0f} kB"))
+    if "seconds" in trained:
+        facts.append(("training time", _duration(trained["seconds"])))
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _film(folder: Path, name: str) -> list[Figure]:
+    """Some of the validation grids, always the first (the untrained base) and the last."""
+    paths = sorted(folder.glob("step-*.png"))
+    if len(paths) > FILM:
+        paths = [paths[round(index * (len(paths) - 1) / (FILM - 1))] for index in range(FILM)]
+    film = []
+    for path in paths:
+        step = int(path.stem.removeprefix("step-"))
+        image = Image.open(path).convert("RGB")
+        film.append(
+            _figure(image, f"validation pictures of {name} after {step} steps", f"step {step}", side=3 * THUMBNAIL)
+        )
+    return film
+
+
+def _side_by_side(pictures: Sequence[Image.Image], gap: int = 2) -> Image.Image:
+    side = min(THUMBNAIL, max(picture.width for picture in pictures))
+    canvas = Image.new("RGB", (len(pictures) * (side + gap) - gap, side), "white")
+    for index, picture in enumerate(pictures):
+        canvas.paste(to_square(picture, side), (index * (side + gap), 0))
+    return canvas
+
+
+def _figure(image: Image.Image, alt: str, caption: str = "", side: int | None = None) -> Figure:
+    """A picture as part of the page; lossless while that is small, else JPEG."""
+    if side and max(image.size) > side:
+        image = image.copy()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    kind = "png"
+    if buffer.tell() > 40_000:
+        buffer, kind = io.BytesIO(), "jpeg"
+        image.save(buffer, "JPEG", quality=88, optimize=True)
+    return Figure(_uri(buffer.getvalue(), kind), alt, *image.size, caption)
+
+
+def _chart(figure: plots.Figure, alt: str) -> Figure:
+    return _png(plots.to_png(figure), alt)
+
+
+def _file(path: Path, alt: str) -> Figure | None:
+    return _png(path.read_bytes(), alt) if path.is_file() else None
+
+
+def _png(content: bytes, alt: str) -> Figure:
+    """A figure at half its pixels: sharp on dense screens."""
+    width, height = Image.open(io.BytesIO(content)).size
+    return Figure(_uri(content, "png"), alt, width // 2, height // 2)
+
+
+def _uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _scatter_alt(metrics: dict[str, Any]) -> str:
+    parts = [
+        f"{name}: image {score['base_image_alignment']:.2f} to {score['image_alignment']:.2f}, "
+        f"text {score['base_text_alignment']:.2f} to {score['text_alignment']:.2f}"
+        for name, score in metrics.items()
+    ]
+    return "text and image alignment from the base to the trained model. " + "; ".join(parts)
+
+
+def _correlation_alt(summary: dict[str, Any]) -> str:
+    if not summary:
+        return ""
+    return (
+        f"correlation of the spectral shifts of {summary['concepts']} concepts; most alike: "
+        f"{summary['most_similar']} ({summary['most_similar_cosine']:.2f})"
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as lines: 'clip.model', its value."""
+    lines: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += _flat(value, f"{prefix}{key}.")
+        else:
+            lines.append((f"{prefix}{key}", str(value)))
+    return lines
