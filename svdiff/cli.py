@@ -10,11 +10,10 @@ import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from svdiff.errors import SvdiffError
 
@@ -32,20 +31,19 @@ ELSEWHERE = {
 
 
 class LazyGroup(TyperGroup):
-    """Lists every command, and imports those of other modules only to run them or to show their help."""
+    """Lists every command, and imports those of other modules only when one is named."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *ELSEWHERE]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in ELSEWHERE:
             return super().get_command(ctx, cmd_name)
         module, summary = ELSEWHERE[cmd_name]
-        if ctx.invoked_subcommand is None and cmd_name not in sys.argv:  # only the line in `svdiff --help`
-            return click.Command(cmd_name, help=summary)
-        command = typer.main.get_command(import_module(module).app)
-        inner = command.get_command(ctx, cmd_name) if isinstance(command, click.Group) else None
-        return inner or command
+        if cmd_name not in sys.argv:  # `svdiff --help` wants a line of each
+            return TyperCommand(cmd_name, help=summary)
+        command: Any = typer.main.get_command(import_module(module).app)
+        return getattr(command, "commands", {}).get(cmd_name, command)
 
 
 app = typer.Typer(
