@@ -94,9 +94,8 @@ class Trainer:
                 self.accelerator.backward(loss.total / self.config.accumulation)
                 parts += torch.stack(loss).detach().cpu() / self.config.accumulation
             rate = self.schedule.get_last_lr()[0]
-            for parameters in self.method.parameters().values():
-                if parameters:
-                    self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            trainable = [p for parameters in self.method.parameters().values() for p in parameters]
+            self.accelerator.clip_grad_norm_(trainable, self.config.max_grad_norm)
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
