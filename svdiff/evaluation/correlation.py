@@ -95,7 +95,8 @@ def summarise(matrix: pd.DataFrame) -> dict[str, float | str]:
     rows, columns = np.triu_indices(len(matrix), k=1)
     values = matrix.to_numpy()[rows, columns]
     most, least = int(np.nanargmax(values)), int(np.nanargmin(values))
-    pairs = [f"{matrix.index[row]} and {matrix.columns[column]}" for row, column in zip(rows, columns, strict=True)]
+    names = matrix.index.astype(str).tolist()
+    pairs = [f"{names[row]} and {names[column]}" for row, column in zip(rows, columns, strict=True)]
     summary: dict[str, float | str] = {
         "concepts": len(matrix),
         "mean": round(float(np.nanmean(values)), 6),

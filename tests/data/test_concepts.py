@@ -99,12 +99,7 @@ def test_sixteen_bit_colour_png(tmp_path: Path) -> None:
 
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", 50, 40, 16, 2, 0, 0, 0)
-    content = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     (tmp_path / "deep.png").write_bytes(content)
     np.testing.assert_allclose(np.asarray(only(tmp_path).image)[..., 1], 40_000 / 257, atol=1)
 
@@ -128,8 +123,7 @@ def test_palette_with_transparency_lands_on_white(tmp_path: Path) -> None:
 def test_alpha_is_composited_on_white(tmp_path: Path, mode: str, half: tuple[int, ...]) -> None:
     Image.new(mode, (40, 40), half).save(tmp_path / "cut.png")
     expected = [
-        round(255 * (1 - 128 / 255) + value * 128 / 255)
-        for value in ((200, 0, 0) if mode == "RGBA" else (0, 0, 0))
+        round(255 * (1 - 128 / 255) + value * 128 / 255) for value in ((200, 0, 0) if mode == "RGBA" else (0, 0, 0))
     ]
     np.testing.assert_allclose(only(tmp_path).image.getpixel((20, 20)), expected, atol=1)
 
@@ -164,9 +158,7 @@ def test_wide_gamut_profile_is_honoured(tmp_path: Path) -> None:
     assert difference(only(tmp_path).image, picture()) == 0
 
 
-def test_large_pictures_are_reduced_and_huge_ones_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_pictures_are_reduced_and_huge_ones_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(4200, 3100).save(tmp_path / "phone.jpg")
     assert only(tmp_path).image.size == (1400, 1034)
     Image.new("1", (30_000, 30_000)).save(tmp_path / "poster.png")
