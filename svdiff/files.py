@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -68,6 +69,24 @@ def atomic_dir(final: str | Path) -> Iterator[Path]:
         _fsync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sort_safetensors_metadata(path: str | Path) -> None:
+    """Bring the metadata of a safetensors file into the order of its keys, in place.
+
+    The writer keeps metadata in a hash map, so the same content makes other bytes every time; sorted, equal content has
+    equal hashes.
+    """
+    with open(path, "r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise ValueError(f"header of {path} would grow from {length} to {len(ordered)} bytes")
+        stream.seek(8)
+        stream.write(ordered.ljust(length))
 
 
 def sha256_file(path: str | Path) -> str:
