@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
-from svdiff.training.methods.weights import OpenWeights, base_hash, copy_state, load_state, save_weights_delta
+from svdiff.training.methods.weights import OpenWeights, copy_state, load_state
+from svdiff.training.methods.weights_delta import base_hashes, save_weights_delta
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -28,7 +29,7 @@ class LoraMethod:
     def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
         self.rank = config.rank or 1
         self.networks = ["unet", "text_encoder"] if config.text_encoder else ["unet"]
-        self.base_hash = base_hash(pipe, self.networks)
+        self.base_hashes = base_hashes(pipe, self.networks)
         self._modules: dict[str, nn.Module] = {network: getattr(pipe, network) for network in self.networks}
         # Found before the injection, which renames what it wraps.
         norms = {
@@ -37,7 +38,7 @@ class LoraMethod:
             for name, parameter in module.named_parameters()
             if name.endswith(".weight") and parameter.ndim == 1
         }
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, whatever the device
             torch.manual_seed(config.seed)
             for module in self._modules.values():
                 _inject(module, self.rank)
@@ -50,6 +51,11 @@ class LoraMethod:
         }
         for parameter in self.pairs.values():
             parameter.data = parameter.data.float()
+
+    @property
+    def base_hash(self) -> str:
+        """The bases' hashes, joined: UNet's first."""
+        return "+".join(self.base_hashes.values())
 
     def parameters(self) -> dict[str, list[Parameter]]:
         """A and B of every pair at 'lr', norms at 'lr_1d'."""
@@ -67,7 +73,7 @@ class LoraMethod:
         """Write the pairs and the norms' changes as one safetensors file, for `load_weights_delta`."""
         pairs = {name: tensor.cpu() for name, tensor in copy_state(self.pairs).items()}
         known = {"lora_rank": str(self.rank), "lora_alpha": str(self.rank)}
-        save_weights_delta(path, pairs | self.norms.deltas(), self.networks, self.base_hash, metadata | known)
+        save_weights_delta(path, pairs | self.norms.deltas(), metadata | known | self.base_hashes)
 
     def detach(self) -> None:
         """Give the pipeline its own layers and norms back, bit for bit."""

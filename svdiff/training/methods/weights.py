@@ -5,11 +5,10 @@ What they learn is saved as differences, W − W₀, so that W₀ + sΔW (Fig. 2
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +16,13 @@ from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
-from svdiff.files import atomic_file
-from svdiff.spectral import weights_hash
+from svdiff.training.methods.weights_delta import TOKEN_ROW, base_hashes, row_name, save_weights_delta
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-FORMAT = "svdiff-weights-delta"
-FORMAT_VERSION = "1"
 # Custom Diffusion (Kumari et al. 2023): the cross-attention's key and value projections.
 CUSTOM_DIFFUSION = re.compile(r"(^|\.)attn2\.to_[kv]\.weight$")
-TOKEN_ROW = "special_token"  # name under which the trained embedding row is registered
-
-
-def base_hash(pipe: StableDiffusionPipeline, networks: Sequence[str]) -> str:
-    """Hash of the weights of `networks` ('unet', 'text_encoder'); of a single one, its `weights_hash`."""
-    hashes = [weights_hash(getattr(pipe, name)) for name in networks]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 class OpenWeights:
@@ -96,7 +85,7 @@ class WeightsMethod:
                 "embedding and nothing else; set text_encoder: false, or choose method full"
             )
         self.networks = ["unet", "text_encoder"] if custom or config.text_encoder else ["unet"]
-        self.base_hash = base_hash(pipe, self.networks)
+        self.base_hashes = base_hashes(pipe, self.networks)
         self.token_row: TokenRow | None = None
         chosen: dict[str, Parameter] = {}
         for network in ["unet"] if custom else self.networks:
@@ -110,8 +99,13 @@ class WeightsMethod:
             self.token_row = TokenRow(pipe.text_encoder.get_input_embeddings(), token_id)
         self.weights = OpenWeights(chosen)
 
+    @property
+    def base_hash(self) -> str:
+        """The bases' hashes, joined: UNet's first."""
+        return "+".join(self.base_hashes.values())
+
     def _named(self) -> dict[str, Parameter]:
-        row = {} if self.token_row is None else {_row_name(self.token_row.token_id): self.token_row.row}
+        row = {} if self.token_row is None else {row_name(self.token_row.token_id): self.token_row.row}
         return self.weights.parameters | row
 
     def parameters(self) -> dict[str, list[Parameter]]:
@@ -132,8 +126,8 @@ class WeightsMethod:
         """Write the changes W − W₀ as safetensors."""
         tensors = self.weights.deltas()
         if self.token_row is not None:
-            tensors[_row_name(self.token_row.token_id)] = self.token_row.delta()
-        save_weights_delta(path, tensors, self.networks, self.base_hash, metadata)
+            tensors[row_name(self.token_row.token_id)] = self.token_row.delta()
+        save_weights_delta(path, tensors, metadata | self.base_hashes)
 
     def detach(self) -> None:
         """Give the pipeline its base weights back, bit for bit."""
@@ -170,121 +164,3 @@ def load_state(parameters: Mapping[str, Parameter], state: Mapping[str, Tensor])
         )
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
-
-
-def _row_name(token_id: int) -> str:
-    return f"text_encoder.{TOKEN_ROW}.{token_id}"
-
-
-def save_weights_delta(
-    path: Path, tensors: dict[str, Tensor], networks: Sequence[str], base: str, metadata: Mapping[str, str]
-) -> None:
-    """Write changes of weights with what is needed to know where they fit."""
-    from safetensors.torch import save_file
-
-    known = {"format": FORMAT, "format_version": FORMAT_VERSION, "networks": ",".join(networks), "base_hash": base}
-    with atomic_file(path) as temporary:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata) | known)
-
-
-def read_weights_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that a baseline wrote. Raises SvdiffError for any other file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise SvdiffError(f"{path} cannot be read as safetensors: {error}") from error
-    if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
-        found = f"{metadata.get('format', 'no format')} {metadata.get('format_version', '')}".strip()
-        raise SvdiffError(
-            f"{path} is not a baseline's delta: its metadata says '{found}', expected '{FORMAT} {FORMAT_VERSION}'"
-        )
-    return tensors, metadata
-
-
-def is_weights_delta(path: str | Path) -> bool:
-    """Whether `path` was written by a baseline (full, Custom Diffusion, LoRA), and not by spectral shifts."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
-        return False
-
-
-class LoadedWeights:
-    """A baseline's changes on a pipeline: W₀ + sΔW (Fig. 26). `unload` gives back the base bit for bit."""
-
-    def __init__(self, changes: list[tuple[Parameter, Tensor, int | None]], metadata: dict[str, str]) -> None:
-        self.metadata = metadata
-        self._changes = changes
-        self._base = [parameter.data for parameter, _, _ in changes]
-
-    def set_scale(self, scale: float) -> None:
-        """Use W₀ + `scale`·ΔW; 0 is the base, 1 what was trained."""
-        for (parameter, change, row), base in zip(self._changes, self._base, strict=True):
-            where: Any = slice(None) if row is None else row
-            merged = base.clone()
-            if scale != 0:  # so that 0 leaves even negative zeros alone
-                merged[where] = (base[where].float() + scale * change.to(base.device)).to(base.dtype)
-            parameter.data = merged
-
-    def unload(self) -> None:
-        """The base's own tensors again."""
-        for (parameter, _, _), base in zip(self._changes, self._base, strict=True):
-            parameter.data = base
-
-
-def load_weights_delta(pipe: StableDiffusionPipeline, path: str | Path, scale: float = 1.0) -> LoadedWeights:
-    """Put a baseline's delta (full weights, Custom Diffusion or LoRA) on `pipe`, in place.
-
-    Args:
-        pipe: the base that it was trained on; nothing else may be attached to it.
-        path: what `Method.save` of a baseline wrote.
-        scale: s of W₀ + sΔW (Fig. 26); LoRA's product BA counts as ΔW.
-
-    Returns:
-        A handle with `set_scale` and `unload`.
-
-    Raises:
-        SvdiffError: another kind of file, another base, or weights that the pipeline does not have.
-    """
-    tensors, metadata = read_weights_delta(path)
-    found = base_hash(pipe, metadata["networks"].split(","))
-    if found != metadata["base_hash"]:
-        raise SvdiffError(
-            f"{path} was trained on another base ({metadata.get('base_model', 'unknown')}, weights "
-            f"{metadata['base_hash'][:12]}) than the one loaded ({found[:12]}); load that base, or train again"
-        )
-    changes: list[tuple[Parameter, Tensor, int | None]] = []
-    for name, tensor in _products(tensors).items():
-        network, _, weight = name.partition(".")
-        module: nn.Module = getattr(pipe, network)
-        row = None
-        if weight.startswith(f"{TOKEN_ROW}."):
-            row = int(weight.removeprefix(f"{TOKEN_ROW}."))
-            parameter = module.get_input_embeddings().weight  # type: ignore[operator]
-        else:
-            parameter = module.get_parameter(weight)
-        changes.append((parameter, tensor.reshape(parameter.shape if row is None else parameter.shape[1:]), row))
-    loaded = LoadedWeights(changes, metadata)
-    loaded.set_scale(scale)
-    return loaded
-
-
-def _products(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Changes by weight name: LoRA's pairs multiplied out to BA, the rest as they are."""
-    changes = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            path = name.removesuffix(".lora_A.weight")
-            b = tensors[f"{path}.lora_B.weight"]
-            changes[f"{path}.weight"] = b.flatten(1) @ tensor.flatten(1)
-        elif not name.endswith(".lora_B.weight"):
-            changes[name] = tensor
-    return changes

@@ -1,0 +1,147 @@
+"""Files of the baselines: changes of weights, ΔW, and putting them on a pipeline as W₀ + sΔW (Fig. 26)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from svdiff.errors import SvdiffError
+from svdiff.files import atomic_file, sort_safetensors_metadata
+from svdiff.spectral import weights_hash
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+FORMAT = "svdiff-weights-delta"
+FORMAT_VERSION = "1"
+TOKEN_ROW = "special_token"  # in the place of a weight's name: one row of the token embedding
+
+
+def base_hashes(pipe: StableDiffusionPipeline, networks: Sequence[str]) -> dict[str, str]:
+    """`weights_hash` of 'unet' and 'text_encoder', by the metadata keys that spectral deltas use as well."""
+    return {
+        "base_hash" if name == "unet" else f"{name}.base_hash": weights_hash(getattr(pipe, name)) for name in networks
+    }
+
+
+def row_name(token_id: int) -> str:
+    """Name of the change of one token's embedding."""
+    return f"text_encoder.{TOKEN_ROW}.{token_id}"
+
+
+def save_weights_delta(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write changes of weights; `metadata` holds `base_hashes`, which say where they fit. Equal content, equal bytes."""
+    from safetensors.torch import save_file
+
+    known = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    with atomic_file(path) as temporary:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=dict(metadata) | known)
+        sort_safetensors_metadata(temporary)
+
+
+def read_weights_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that a baseline wrote. Raises SvdiffError for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise SvdiffError(f"{path} cannot be read as safetensors: {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
+        found = f"{metadata.get('format', 'no format')} {metadata.get('format_version', '')}".strip()
+        raise SvdiffError(
+            f"{path} is not a baseline's delta: its metadata says '{found}', expected '{FORMAT} {FORMAT_VERSION}'"
+        )
+    return tensors, metadata
+
+
+def is_weights_delta(path: str | Path) -> bool:
+    """Whether `path` was written by a baseline (full, Custom Diffusion, LoRA), and not by spectral shifts."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+class LoadedWeights:
+    """A baseline's changes on a pipeline: W₀ + sΔW (Fig. 26). `unload` gives back the base bit for bit."""
+
+    def __init__(self, changes: list[tuple[Parameter, Tensor, int | None]], metadata: dict[str, str]) -> None:
+        self.metadata = metadata
+        self._changes = changes
+        self._base = [parameter.data for parameter, _, _ in changes]
+
+    def set_scale(self, scale: float) -> None:
+        """Use W₀ + `scale`·ΔW; 0 is the base, 1 what was trained."""
+        for (parameter, change, row), base in zip(self._changes, self._base, strict=True):
+            where: Any = slice(None) if row is None else row
+            merged = base.clone()
+            if scale != 0:  # so that 0 leaves even negative zeros alone
+                merged[where] = (base[where].float() + scale * change.to(base.device)).to(base.dtype)
+            parameter.data = merged
+
+    def unload(self) -> None:
+        """The base's own tensors again."""
+        for (parameter, _, _), base in zip(self._changes, self._base, strict=True):
+            parameter.data = base
+
+
+def load_weights_delta(pipe: StableDiffusionPipeline, path: str | Path, scale: float = 1.0) -> LoadedWeights:
+    """Put a baseline's delta (full weights, Custom Diffusion or LoRA) on `pipe`, in place.
+
+    Args:
+        pipe: the base that it was trained on; nothing else may be attached to it.
+        path: what `Method.save` of a baseline wrote.
+        scale: s of W₀ + sΔW (Fig. 26); LoRA's product BA counts as ΔW.
+
+    Returns:
+        A handle with `set_scale` and `unload`.
+
+    Raises:
+        SvdiffError: another kind of file, another base, or weights that the pipeline does not have.
+    """
+    tensors, metadata = read_weights_delta(path)
+    networks = [name for name in ("unet", "text_encoder") if f"{name}.base_hash".removeprefix("unet.") in metadata]
+    for key, found in base_hashes(pipe, networks).items():
+        if found != metadata[key]:
+            raise SvdiffError(
+                f"{path} was trained on another base ({metadata.get('base_model', 'unknown')}, {key} "
+                f"{metadata[key][:12]}) than the one loaded ({found[:12]}); load that base, or train again"
+            )
+    changes: list[tuple[Parameter, Tensor, int | None]] = []
+    for name, tensor in _products(tensors).items():
+        network, _, weight = name.partition(".")
+        module: nn.Module = getattr(pipe, network)
+        row = None
+        if weight.startswith(f"{TOKEN_ROW}."):
+            row = int(weight.removeprefix(f"{TOKEN_ROW}."))
+            parameter = module.get_input_embeddings().weight  # type: ignore[operator]
+        else:
+            parameter = module.get_parameter(weight)
+        changes.append((parameter, tensor.reshape(parameter.shape if row is None else parameter.shape[1:]), row))
+    loaded = LoadedWeights(changes, metadata)
+    loaded.set_scale(scale)
+    return loaded
+
+
+def _products(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Changes by weight name: LoRA's pairs multiplied out to BA, the rest as they are."""
+    changes = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            path = name.removesuffix(".lora_A.weight")
+            b = tensors[f"{path}.lora_B.weight"]
+            changes[f"{path}.weight"] = b.flatten(1) @ tensor.flatten(1)
+        elif not name.endswith(".lora_B.weight"):
+            changes[name] = tensor
+    return changes
