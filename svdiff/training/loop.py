@@ -60,6 +60,8 @@ class Trainer:
         self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
         self.step = 0
         self._contexts: dict[str, Tensor] = {}
+        # Asked of the result: spectral shifts are not among the text encoder's own parameters.
+        self._text_encoder_trains = self._encode([instance.prompt]).requires_grad
         if config.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
             pipe.unet.train()  # diffusers checkpoints in training mode only
@@ -137,7 +139,7 @@ class Trainer:
 
     def _context(self, prompts: list[str]) -> Tensor:
         """Text embeddings (len(prompts), tokens, width); computed once a prompt where the text encoder is frozen."""
-        if any(parameter.requires_grad for parameter in self.pipe.text_encoder.parameters()):
+        if self._text_encoder_trains:
             return self._encode(prompts)
         for prompt in prompts:
             if prompt not in self._contexts:
