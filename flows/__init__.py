@@ -1,1 +1,15 @@
-"""Prefect flows, MLflow registration and promotion around the `svdiff` stages."""
+"""Prefect flows that chain the stages, MLflow registry of what they make: `python -m flows --help`."""
+
+import os
+
+# The one place where telemetry is switched off: nothing that this project starts may try the network by itself.
+# Children (stages, server, worker, engine) inherit the environment; a user's own values win.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,262 @@
+"""Registered versions: one registered model a concept, one version a delta, however often it is asked for."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import svdiff
+from flows import runs
+from flows.lineage import data_hash, git_state
+from flows.promotion import CHALLENGER, CHAMPION, REASON, Verdict, decide
+from flows.results import Results
+from flows.tracking import Tracking, locked
+from svdiff.config import Config
+from svdiff.errors import SvdiffError
+from svdiff.models import scratch
+
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL_FILE = Path(__file__).with_name("pyfunc_model.py")
+REQUIREMENTS = ("mlflow", "torch", "diffusers", "transformers", "safetensors", "pandas", "pillow")
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What `register` found or made."""
+
+    concept: str
+    version: int
+    run_id: str
+    delta_sha256: str
+    base_hash: str
+    new: bool
+    verdict: Verdict
+
+
+def register(tracking: Tracking, config: Config, results: Results) -> Registration:
+    """Log the training of `results`, register its delta and let the promotion rule decide.
+
+    Idempotent: a delta on a base is registered once. A second call, also after a crash of the first at any point,
+    finds what exists and completes it; a new scoring of the same delta is logged and judged. Calls on one machine
+    wait for each other; should two machines create a version each, the lower stays (`settle`).
+    """
+    with locked(tracking.locks / f"register-{results.concept}"):
+        version = find_version(tracking, results)
+        new = version is None
+        if version is None:
+            run_id = runs.training_run(tracking, config, results)
+            version = _create_version(tracking, config, results, run_id)
+        run_id = str(version.run_id)
+        runs.log_scores(tracking, results, run_id, version.model_id)
+        runs.link_flow_run(tracking, run_id)
+        verdict = decide(tracking, config.promote, results, version)
+    return Registration(
+        results.concept, int(version.version), run_id, results.delta_sha256, results.base_hash, new, verdict
+    )
+
+
+def find_version(tracking: Tracking, results: Results) -> ModelVersion | None:
+    """The version of this delta on this base, if it is registered; duplicates are removed on the way."""
+    return settle(
+        tracking,
+        tracking.client.search_model_versions(
+            f"name = '{results.concept}' AND tags.delta_sha256 = '{results.delta_sha256}' "
+            f"AND tags.base_hash = '{results.base_hash}'"
+        ),
+    )
+
+
+def settle(tracking: Tracking, same: list[ModelVersion]) -> ModelVersion | None:
+    """Of several versions of one delta keep the lowest, delete the others, and return the one kept.
+
+    Every process that finds the same versions keeps the same one, so that nobody need ask the others.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not same:
+        return None
+    kept, *others = sorted(same, key=lambda version: int(version.version))
+    for other in others:
+        try:
+            tracking.client.delete_model_version(other.name, str(other.version))
+        except MlflowException as error:  # somebody else settled it meanwhile
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return kept
+
+
+def version_tags(config: Config, results: Results) -> dict[str, str]:
+    """Lineage of a version: enough to say what it was made from, and to find it again."""
+    concept = config.concept(results.concept)
+    return {
+        "delta_sha256": results.delta_sha256,
+        "base_hash": results.base_hash,
+        "data_hash": data_hash(results.root, results.concept),
+        "subset": results.delta_metadata.get("subset", config.train_config(results.concept).subset),
+        "class_word": concept.class_word,
+        "token": concept.token,
+        "train_key": str(results.training["train_key"]),
+        "svdiff_version": svdiff.__version__,
+        **git_state(results.root),
+    }
+
+
+def _create_version(tracking: Tracking, config: Config, results: Results, run_id: str) -> ModelVersion:
+    import mlflow
+
+    logged = _find_logged(tracking, results) or _log_model(tracking, config, results, run_id)
+    # The tags go in with the version, in one request: there is never a version that `find_version` cannot see.
+    created = mlflow.register_model(f"models:/{logged.model_id}", results.concept, tags=version_tags(config, results))
+    kept = find_version(tracking, results)
+    if kept is None:
+        raise SvdiffError(
+            f"version {created.version} of '{results.concept}' vanished while it was registered; register it again"
+        )
+    return kept
+
+
+def _find_logged(tracking: Tracking, results: Results) -> LoggedModel | None:
+    """A model of this delta that was stored by a registration which did not come to its end."""
+    from mlflow.entities import LoggedModelStatus
+
+    found = tracking.client.search_logged_models(
+        [tracking.experiment_id],
+        f"tags.delta_sha256 = '{results.delta_sha256}' AND tags.base_hash = '{results.base_hash}'",
+    )
+    ready = [m for m in found if m.status == LoggedModelStatus.READY and m.name == results.concept]
+    return ready[0] if ready else None
+
+
+def _log_model(tracking: Tracking, config: Config, results: Results, run_id: str) -> LoggedModel:
+    import mlflow
+    import pandas as pd
+    from mlflow.models import Model
+
+    mlflow.set_experiment(experiment_id=tracking.experiment_id)
+    with tempfile.TemporaryDirectory() as folder:
+        description = Path(folder) / "concept.json"
+        description.write_text(json.dumps(describe(config, results), indent=2) + "\n")
+        info = Model.log(
+            artifact_path=None,
+            name=results.concept,
+            run_id=run_id,
+            flavor=_Pyfunc,
+            flavor_name="mlflow.pyfunc",
+            python_model=str(MODEL_FILE),
+            artifacts={"delta": str(results.delta), "concept": str(description)},
+            signature=_signature(config),
+            input_example=pd.DataFrame({"prompt": [f"a {config.concept(results.concept).subject}"]}),
+            pip_requirements=_requirements(),
+            tags={"delta_sha256": results.delta_sha256, "base_hash": results.base_hash},
+            # Else MLflow would load the base and draw the example's picture at every registration.
+            validate_serving_input=False,
+        )
+    return tracking.client.get_logged_model(info.model_id)
+
+
+class _Pyfunc:
+    """MLflow's pyfunc flavor, for `Model.log`: `mlflow.pyfunc.log_model` cannot pass on `validate_serving_input`."""
+
+    @staticmethod
+    def save_model(*, validate_serving_input: bool, **arguments: Any) -> None:
+        """Write the model folder."""
+        import mlflow
+
+        mlflow.pyfunc.save_model(**arguments)
+
+
+def describe(config: Config, results: Results) -> dict[str, Any]:
+    """concept.json of the model: what pyfunc_model.py needs to know beside the delta."""
+    local = (results.root / config.base.model).resolve()
+    return {
+        "concept": results.concept,
+        "subject": config.concept(results.concept).subject,
+        "base_model": str(local) if local.is_dir() else config.base.model,
+        "base_revision": config.base.revision,
+        "base_hash": results.base_hash,
+        "bases": str((results.root / scratch()).resolve() / "bases"),
+        "sample": config.sample.model_dump(include={"steps", "guidance", "eta", "batch_size"}),
+    }
+
+
+def _signature(config: Config) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        # One column without a name takes a list of strings and a DataFrame alike.
+        inputs=Schema([ColSpec("string")]),
+        outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "image")]),
+        params=ParamSchema(
+            [
+                ParamSpec("seed", "long", 0),
+                ParamSpec("seeds", "long", [], shape=(-1,)),
+                ParamSpec("steps", "long", config.sample.steps),
+                ParamSpec("guidance", "double", config.sample.guidance),
+                ParamSpec("scale", "double", 1.0),
+            ]
+        ),
+    )
+
+
+def _requirements() -> list[str]:
+    """Given outright: MLflow would otherwise load the model in another process to find them out."""
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name)}" for name in REQUIREMENTS] + [f"svdiff=={svdiff.__version__}"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered concept as `list_concepts` shows it; numbers are None where there is none."""
+
+    concept: str
+    champion: int | None
+    challenger: int | None
+    image_alignment: float | None
+    text_alignment: float | None
+    base_hash: str
+    reason: str
+
+
+def list_concepts(tracking: Tracking) -> list[Entry]:
+    """Every registered concept with its champion's scores: two searches, however many there are."""
+    client = tracking.client
+    tags = {(v.name, int(v.version)): v.tags for v in _all(client.search_model_versions)}
+    entries = []
+    for model in _all(client.search_registered_models):
+        aliases = {alias: int(number) for alias, number in model.aliases.items()}
+        of_champion = tags.get((model.name, aliases.get(CHAMPION, -1)), {})
+        entries.append(
+            Entry(
+                model.name,
+                aliases.get(CHAMPION),
+                aliases.get(CHALLENGER),
+                _number(of_champion, "image_alignment"),
+                _number(of_champion, "text_alignment"),
+                of_champion.get("base_hash", ""),
+                of_champion.get(REASON, ""),
+            )
+        )
+    return sorted(entries, key=lambda entry: entry.concept)
+
+
+def _number(tags: dict[str, str], key: str) -> float | None:
+    return float(tags[key]) if key in tags else None
+
+
+def _all(search: Callable[..., Any]) -> list[Any]:
+    found, token = [], None
+    while True:
+        page = search(max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found

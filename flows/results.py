@@ -1,0 +1,134 @@
+"""What the stages of one concept left on disk, read once and checked before anything is registered."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdiff.config import Config
+from svdiff.errors import SvdiffError
+from svdiff.files import sha256_file, sha256_tree
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REQUIRED = {
+    "train": ("delta.safetensors", "curve.csv", "train.json"),
+    "sample": ("images.csv",),
+    "score": ("metrics.json", "images.csv"),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Folders `train`, `sample` and `score` of `concept` below `root`/out, all complete."""
+
+    concept: str
+    root: Path
+
+    def folder(self, stage: str) -> Path:
+        """Output folder of a stage."""
+        return self.root / "out" / stage / self.concept
+
+    @property
+    def delta(self) -> Path:
+        """The trained shifts."""
+        return self.folder("train") / "delta.safetensors"
+
+    @cached_property
+    def delta_sha256(self) -> str:
+        """Hash of the delta's bytes: with the base's hash, the identity of a registered version."""
+        return sha256_file(self.delta)
+
+    @cached_property
+    def delta_metadata(self) -> dict[str, str]:
+        """Provenance inside the delta file. Raises SvdiffError if it is no delta."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.delta), "np") as stream:
+                metadata: dict[str, str] = stream.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise SvdiffError(f"{self.delta} cannot be read ({error}); train again: {self._repro}") from None
+        if "base_hash" not in metadata:
+            raise SvdiffError(f"{self.delta} says no base_hash, so nobody could tell where it fits: no spectral delta")
+        return metadata
+
+    @property
+    def base_hash(self) -> str:
+        """Hash of the base weights that the delta belongs to."""
+        return self.delta_metadata["base_hash"]
+
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """train.json."""
+        content: dict[str, Any] = json.loads((self.folder("train") / "train.json").read_text())
+        if "train_key" not in content:
+            raise SvdiffError(f"{self.folder('train') / 'train.json'} has no train_key; train again: {self._repro}")
+        return content
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        """curve.csv: one row a step."""
+        import pandas as pd
+
+        return pd.read_csv(self.folder("train") / "curve.csv")
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The numbers of metrics.json."""
+        content = json.loads((self.folder("score") / "metrics.json").read_text())
+        return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+
+    @cached_property
+    def scores_sha256(self) -> str:
+        """Hash of everything that scoring said, to tell a new scoring from a repeated registration."""
+        return sha256_tree(self.folder("score"))
+
+    @property
+    def _repro(self) -> str:
+        return f"`dvc repro -f -s train@{self.concept}`"
+
+
+def read_results(config: Config, concept: str, root: Path = Path()) -> Results:
+    """The results of `concept`. Raises SvdiffError naming the missing file and the stage that makes it."""
+    config.concept(concept)
+    results = Results(concept, root.resolve())
+    for stage, names in REQUIRED.items():
+        for name in names:
+            if not (results.folder(stage) / name).is_file():
+                path = results.folder(stage).relative_to(results.root) / name
+                raise SvdiffError(f"{path} is missing; make it with `dvc repro {stage}@{concept}`")
+    return results
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Alignment of a version's pictures: one row a picture, and who scored them."""
+
+    table: pd.DataFrame  # indexed by (prompt, seed); columns image_alignment, text_alignment
+    evaluators: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Scores:
+        """Read images.csv and evaluators.json of a `score` folder, or of a copy of one."""
+        evaluators = folder / "evaluators.json"
+        return cls.parse((folder / "images.csv").read_text(), evaluators.read_text() if evaluators.is_file() else None)
+
+    @classmethod
+    def parse(cls, images_csv: str, evaluators_json: str | None = None) -> Scores:
+        """Scores from the text of the two files; rows of the untrained base are left out."""
+        import pandas as pd
+
+        table = pd.read_csv(io.StringIO(images_csv))
+        missing = {"prompt", "seed", "image_alignment", "text_alignment"} - set(table.columns)
+        if missing:
+            raise SvdiffError(f"scores lack column {', '.join(sorted(missing))}; found {', '.join(table.columns)}")
+        if "model" in table:
+            table = table[table["model"] == "trained"]
+        table = table.set_index(["prompt", "seed"])[["image_alignment", "text_alignment"]]
+        return cls(table[~table.index.duplicated()], json.loads(evaluators_json) if evaluators_json else None)

@@ -1,0 +1,34 @@
+"""A miniature project around a real MLflow store."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from miniature import Project, write_params
+
+from flows.tracking import connect
+from svdiff.config import TrackingConfig
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An initialised MLflow database of nothing: making one takes seconds, copying it none."""
+    root = tmp_path_factory.mktemp("store")
+    connect(TrackingConfig(uri=f"sqlite:///{root}/mlflow.db", experiment="other"), root)
+    connection = sqlite3.connect(root / "mlflow.db")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    return (root / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def project(tmp_path: Path, empty_store: bytes, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project with concepts `dog` and `dog2`, nothing registered; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "mlflow.db").write_bytes(empty_store)
+    write_params(tmp_path, "dog", "dog2")
+    return Project(tmp_path)
