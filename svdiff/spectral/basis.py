@@ -70,7 +70,7 @@ class Basis(Mapping[str, Factors]):
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order (no copy if it is a contiguous one in main memory)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def weights_hash(module: nn.Module) -> str:

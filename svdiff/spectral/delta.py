@@ -56,6 +56,14 @@ class SpectralDelta:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", {k: v.detach().float().cpu() for k, v in self.tensors.items()})
 
+    @classmethod
+    def zeros(
+        cls, sizes: Mapping[str, int], norms: Iterable[str], *, prefix: str = "unet", **metadata: str
+    ) -> SpectralDelta:
+        """No change at all, for weights with `sizes` shifts, of which `norms` are 1-D."""
+        tensors = {f"{prefix}.{name}": torch.zeros(size) for name, size in sizes.items()}
+        return cls(tensors, {"norms": json.dumps([f"{prefix}.{n}" for n in norms])} | metadata)
+
     # -- files ---------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:

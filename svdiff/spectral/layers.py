@@ -1,13 +1,12 @@
 """Layers whose weight is `W_δ = U diag(ReLU(σ + δ)) Vᵀ` (Eq. 2), or `w + δ` for norms.
 
-A spectral layer takes the place of the layer it was made from and computes the same function at δ = 0. W is not
-rebuilt: for a linear layer `W_δ x = U (s ⊙ (Vᵀ x))`, and for a convolution V is a convolution of the same geometry
-and U a 1 x 1 one.
+A spectral layer takes the place of the layer it was made from and computes the same function at δ = 0. How it
+applies W_δ without keeping W, and what that costs, is in `functions`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +14,39 @@ from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
 from svdiff.spectral.basis import TRANSPOSED, Factors
+from svdiff.spectral.convolution import Geometry, mix_channels
 from svdiff.spectral.decompose import as_matrix, from_matrix
+from svdiff.spectral.functions import (
+    FactoredConv,
+    FactoredLinear,
+    SpectralWeight,
+    materialising_is_cheaper,
+)
 
 
 class SpectralLayer(nn.Module):
-    """Base of all spectral layers: holds the shift and what was not decomposed of the original layer.
+    """Base of all spectral layers: the shift, and what was not decomposed of the original layer.
 
-    `delta` is a float32 parameter of shape `(K,)`. It is owned by `SpectralShifts` and kept out of the module
-    tree on purpose: the model's `parameters()`, `state_dict()` and `dtype` stay those of the base, and casting the
-    model to half precision leaves the shifts in float32.
+    `delta` is a float32 parameter of shape `(K,)`. It belongs to `SpectralShifts` and is kept out of the module
+    tree on purpose: the model's `parameters()`, `state_dict()` and `dtype` stay those of the base, and casting
+    the model to half precision leaves the shifts in float32.
     """
 
+    original: nn.Module
     delta: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, original: nn.Module, size: int) -> None:
         super().__init__()
+        weight: Tensor = original.weight  # type: ignore[assignment]
         self.training = original.training
-        self.shape: torch.Size = original.weight.shape  # type: ignore[assignment]
+        self.shape = weight.shape
         self.bias = original._parameters.get("bias")
-        object.__setattr__(self, "original", original)
-        delta = nn.Parameter(torch.zeros(size, device=original.weight.device))  # type: ignore[arg-type]
-        object.__setattr__(self, "delta", delta)
+        self._outside_tree("original", original)
+        self._outside_tree("delta", nn.Parameter(torch.zeros(size, device=weight.device)))
+
+    def _outside_tree(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralLayer:
         super()._apply(fn, recurse)
@@ -49,10 +60,15 @@ class SpectralLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The current weight, in the shape of the original's."""
+        """The current weight, in the shape and dtype of the original's."""
+        raise NotImplementedError
+
+    def original_weight(self) -> Tensor:
+        """The base weight, bit for bit, in the layer's present dtype and on its device."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        """Shown when the model is printed."""
         return f"weight={tuple(self.shape)}, shifts={len(self.delta)}"
 
 
@@ -63,36 +79,30 @@ class SpectralNorm(SpectralLayer):
         super().__init__(original, original.weight.numel())
         self.base = nn.Buffer(original.weight.detach(), persistent=False)
         self.eps = original.eps
+        self.num_groups = original.num_groups if isinstance(original, nn.GroupNorm) else None
 
     @property
     def weight(self) -> Tensor:
+        """`w + δ`, added in float32."""
         return (self.base.float() + self.delta.view(self.shape)).to(self.base.dtype)
 
     def original_weight(self) -> Tensor:
-        """The base weight itself."""
+        """The base weight."""
         return self.base
 
-
-class SpectralLayerNorm(SpectralNorm):
-    """LayerNorm with a shifted weight."""
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-
-
-class SpectralGroupNorm(SpectralNorm):
-    """GroupNorm with a shifted weight."""
-
-    def __init__(self, original: nn.GroupNorm) -> None:
-        super().__init__(original)
-        self.num_groups = original.num_groups
-
-    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` as the original layer does."""
+        if self.num_groups is None:
+            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class SpectralMatrix(SpectralLayer):
     """A layer whose weight is decomposed."""
+
+    contraction: ClassVar[Literal["auto", "factored", "materialised"]] = "auto"
+    sigma: Tensor
+    factors: Factors
 
     def __init__(self, original: nn.Module, factors: Factors, rank: int | None = None) -> None:
         super().__init__(original, len(factors.sigma))
@@ -100,94 +110,109 @@ class SpectralMatrix(SpectralLayer):
         self.u = nn.Buffer(factors.u.to(weight), persistent=False)
         self.vh = nn.Buffer(factors.vh.to(weight), persistent=False)
         self.transposed = isinstance(original, TRANSPOSED)
-        object.__setattr__(self, "sigma", factors.sigma.to(weight.device))
-        object.__setattr__(self, "factors", factors)
         self.rank = rank
-
-    sigma: Tensor
-    factors: Factors
+        self._outside_tree("sigma", factors.sigma.to(weight.device))
+        self._outside_tree("factors", factors)
 
     def _float32(self) -> list[Tensor]:
         return [self.delta, self.sigma]
 
     @property
-    def scale(self) -> Tensor:
-        """`ReLU(σ + δ)` in float32, with gradient to the leading `rank` shifts only."""
-        delta: Tensor = self.delta
-        if self.rank is not None and self.rank < len(delta):
-            delta = torch.cat([delta[: self.rank], delta[self.rank :].detach()])
-        return F.relu(self.sigma + delta)
-
-    @property
     def weight(self) -> Tensor:
-        matrix = (self.u * self.scale.to(self.u.dtype)) @ self.vh.flatten(1)
-        return from_matrix(matrix, self.shape, transposed=self.transposed)
+        """`W_δ` of Eq. 2, differentiable; a full matrix product, so ask for `shape` where that is enough."""
+        return self._built(self.u.dtype)
 
     def original_weight(self) -> Tensor:
-        """The base weight, bit for bit, from wherever it is kept."""
+        """The base weight from the basis, bit for bit."""
         return self.factors.restored().to(self.u)
+
+    def _built(self, dtype: torch.dtype) -> Tensor:
+        vh = as_matrix(self.vh, transposed=self.transposed and self.vh.ndim > 2)
+        matrix = SpectralWeight.apply(self.delta, self.sigma, self.u.to(dtype), vh.to(dtype), self.rank)
+        return from_matrix(matrix, self.shape, transposed=self.transposed)
+
+    def _materialise(self, x: Tensor, tokens: int) -> bool:
+        if self.contraction != "auto":
+            return self.contraction == "materialised"
+        m, n = len(self.u), self.vh[0].numel()
+        grad = torch.is_grad_enabled() and self.delta.requires_grad
+        return materialising_is_cheaper(tokens, m, n, grad=grad, input_grad=x.requires_grad)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Input and bias in the dtype of this call: autocast's, or that of the layer."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x, None if self.bias is None else self.bias.to(x.dtype)
 
 
 class SpectralLinear(SpectralMatrix):
-    """Linear layer by its factors."""
+    """Linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.linear(x, self.vh)
-        return F.linear(h * self.scale.to(h.dtype), self.u, self.bias)
+        """`x (..., N) -> (..., M)`."""
+        x, bias = self._compute(x)
+        if self._materialise(x, x.numel() // x.shape[-1]):
+            return F.linear(x, self._built(x.dtype), bias)
+        u, vh = self.u.to(x.dtype), self.vh.to(x.dtype)
+        keep = torch.is_grad_enabled()
+        return FactoredLinear.apply(x, self.delta, bias, self.sigma, u, vh, self.rank, keep)
 
 
 class SpectralEmbedding(SpectralMatrix):
-    """Embedding: rows of `U`, scaled, times `Vᵀ`."""
+    """Embedding: the scaled rows of U times `Vᵀ`."""
 
     def forward(self, index: Tensor) -> Tensor:
-        return (F.embedding(index, self.u) * self.scale.to(self.u.dtype)) @ self.vh
+        """`index (...) -> (..., N)`."""
+        delta: Tensor = self.delta
+        if self.rank is not None:
+            delta = torch.cat([delta[: self.rank], delta[self.rank :].detach()])
+        scale = F.relu(self.sigma + delta).to(self.u.dtype)
+        return (F.embedding(index, self.u) * scale) @ self.vh
 
 
 class SpectralConv(SpectralMatrix):
-    """Convolution (1-D or 2-D, plain or transposed)."""
+    """Convolution in one or two dimensions, plain or transposed; grouped ones by building the weight."""
 
     def __init__(self, original: Any, factors: Factors, rank: int | None = None) -> None:
         super().__init__(original, factors, rank)
-        conv = original
-        self.geometry: tuple[Any, ...] = (
-            conv.stride, () if isinstance(conv.padding, str) else conv.padding, conv.dilation, self.transposed,
-            conv.output_padding, conv.groups,
+        padding, self.pad, self.pad_mode = original.padding, None, "constant"
+        if isinstance(padding, str) or original.padding_mode != "zeros":
+            self.pad = list(original._reversed_padding_repeated_twice)
+            self.pad_mode = "constant" if original.padding_mode == "zeros" else original.padding_mode
+            padding = (0,) * len(original.stride)
+        self.geometry = Geometry(
+            original.stride, padding, original.dilation, self.transposed,
+            original.output_padding, original.groups,
         )  # fmt: skip
-        self.pad, self.pad_mode = None, "constant"
-        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-            self.pad = list(conv._reversed_padding_repeated_twice)
-            self.pad_mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            self.geometry = (conv.stride, (0,) * len(conv.stride), *self.geometry[2:])
-        if conv.groups == 1:
+        if original.groups == 1:
             self.vh = nn.Buffer(_as_kernel(self.vh, self.shape, self.transposed), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x (B, C, *S) -> (B, M, *S')`."""
+        if x.ndim == self.vh.ndim - 1 and self.geometry.groups == 1:
+            return self.forward(x[None])[0]  # a picture without batch dimension
+        x, bias = self._compute(x)
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)
-        if self.geometry[-1] != 1:
-            return torch.convolution(x, self.weight, self.bias, *self.geometry)
-        h = torch.convolution(x, self.vh, None, *self.geometry)
-        h = h * self.scale.to(h.dtype).view(-1, *[1] * (h.ndim - 2))
-        u = self.u.reshape(*self.u.shape, *[1] * (h.ndim - 2))
-        return torch.convolution(h, u, self.bias, [1], [0], [1], False, [0], 1)
-
-    @property
-    def weight(self) -> Tensor:
-        vh = as_matrix(self.vh, transposed=self.transposed and self.vh.ndim > 2)
-        return from_matrix(
-            (self.u * self.scale.to(self.u.dtype)) @ vh, self.shape, transposed=self.transposed
-        )
+        pointwise = self.geometry.pointwise and self.shape[2:].numel() == 1
+        if self.geometry.groups != 1 or self._materialise(x, x.numel() // x.shape[1] if pointwise else 0):
+            weight = self._built(x.dtype)
+            if pointwise:
+                return mix_channels(x, weight.flatten(1), bias)
+            return torch.convolution(x, weight, bias, *self.geometry)
+        u, vh = self.u.to(x.dtype), self.vh.to(x.dtype)
+        keep = torch.is_grad_enabled()
+        return FactoredConv.apply(x, self.delta, bias, self.sigma, u, vh, self.geometry, self.rank, keep)
 
 
 def _as_kernel(vh: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
     """`Vᵀ (K, N)` as the kernel of a convolution from the layer's input to K channels."""
-    k = len(vh)
     if transposed:
-        return from_matrix(vh, torch.Size([shape[0], k, *shape[2:]]), transposed=True)
-    return vh.view(k, *shape[1:])
+        return from_matrix(vh, torch.Size([shape[0], len(vh), *shape[2:]]), transposed=True)
+    return vh.view(len(vh), *shape[1:])
 
 
-_KINDS: dict[type[nn.Module], type[SpectralMatrix]] = {
+_MATRICES: dict[type[nn.Module], type[SpectralMatrix]] = {
     nn.Linear: SpectralLinear,
     nn.Conv1d: SpectralConv,
     nn.Conv2d: SpectralConv,
@@ -195,20 +220,25 @@ _KINDS: dict[type[nn.Module], type[SpectralMatrix]] = {
     nn.ConvTranspose2d: SpectralConv,
     nn.Embedding: SpectralEmbedding,
 }
-_NORMS: dict[type[nn.Module], type[SpectralNorm]] = {
-    nn.LayerNorm: SpectralLayerNorm,
-    nn.GroupNorm: SpectralGroupNorm,
-}
+_NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def make_layer(name: str, original: nn.Module, factors: Factors | None, rank: int | None) -> SpectralLayer:
-    """The spectral layer for `original`, whose weight is called `name`; refuses kinds that are not supported."""
-    for kind in type(original).__mro__:
-        if kind in _NORMS:
-            return _NORMS[kind](original)  # type: ignore[arg-type]
-        if kind in _KINDS and factors is not None:
-            return _KINDS[kind](original, factors, rank)
-    raise SvdiffError(
-        f"{name!r} belongs to a {type(original).__name__}, which has no spectral layer. Supported are "
-        f"{', '.join(kind.__name__ for kind in (*_KINDS, *_NORMS))}; choose a subset without this weight."
+    """The spectral layer for `original`, whose weight is called `name`; refuses kinds that have none."""
+    if isinstance(original, _NORMS) and factors is None:
+        return SpectralNorm(original)
+    kind = _MATRICES.get(type(original)) or next(
+        (layer for base, layer in _MATRICES.items() if _same_forward(original, base)), None
     )
+    if kind is not None and factors is not None and getattr(original, "max_norm", None) is None:
+        return kind(original, factors, rank)
+    supported = ", ".join(kind.__name__ for kind in (*_MATRICES, *_NORMS))
+    raise SvdiffError(
+        f"{name!r} belongs to a {type(original).__name__}, which has no spectral layer (there are some for "
+        f"{supported}): choose a subset without this weight"
+    )
+
+
+def _same_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a subclass computes what its base does (such as diffusers' compatible layers without adapters)."""
+    return isinstance(module, base) and type(module).forward is base.forward

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
+from svdiff.spectral.basis import TRANSPOSED
+from svdiff.spectral.decompose import as_matrix
+from svdiff.spectral.delta import SpectralDelta
 
 _Rule = Callable[[str, Tensor], bool]
 
@@ -64,3 +69,42 @@ def select(module: nn.Module, subset: str) -> list[str]:
             f"{next(iter(weights(module)), 'nothing: it has no weights')!r}"
         )
     return chosen
+
+
+PAPER_KB: dict[str, float] = {
+    "UNet": 1404, "UNet-CA": 194, "UNet-CA-KV": 84.8, "UNet-1D": 430, "UNet-2D": 617, "UNet-4D": 355,
+    "Up-Blocks": 789, "Down-Blocks": 469, "Mid-Block": 135, "Up-CA": 106, "Down-CA": 70.4, "Mid-CA": 17.7,
+}  # fmt: skip
+"""Storage that Table 1 reports for the UNet of Stable Diffusion 1.x, in KB of 1024 bytes."""
+
+
+@dataclass(frozen=True)
+class SubsetSize:
+    """A row of Table 1: bytes are those of our whole delta file, less its provenance."""
+
+    name: str
+    tensors: int
+    shifts: int
+    bytes_fp32: int
+    bytes_fp16: int
+    paper_kb: float | None
+
+
+def shift_sizes(module: nn.Module, subset: str) -> dict[str, int]:
+    """How many shifts each weight of `subset` has: `min(M, N)`, or the length of a 1-D weight."""
+    sizes = {}
+    for name in select(module, subset):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        weight: Tensor = owner.weight  # type: ignore[assignment]
+        matrix = weight[None] if weight.ndim == 1 else as_matrix(weight, transposed=isinstance(owner, TRANSPOSED))
+        sizes[name] = len(weight) if weight.ndim == 1 else min(matrix.shape)
+    return sizes
+
+
+def subset_sizes(module: nn.Module, subset: str, *, prefix: str = "unet") -> SubsetSize:
+    """Count one subset of a model, which may be on the meta device."""
+    sizes = shift_sizes(module, subset)
+    norms = [name for name in sizes if module.get_parameter(name).ndim == 1]
+    delta = SpectralDelta.zeros(sizes, norms, prefix=prefix)
+    full, half = (len(delta.to_bytes(d, provenance=False)) for d in (torch.float32, torch.float16))
+    return SubsetSize(subset, len(sizes), sum(sizes.values()), full, half, PAPER_KB.get(subset))
