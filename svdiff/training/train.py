@@ -14,6 +14,7 @@ import diffusers
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
@@ -26,6 +27,7 @@ from svdiff.files import atomic_dir, sha256_file, sha256_tree, write_atomic
 from svdiff.models import image_size, load_pipeline, scratch
 from svdiff.sampling import Job, sample_images
 from svdiff.sampling.grid import image_grid
+from svdiff.spectral import weights_hash
 from svdiff.training.batches import LatentImages
 from svdiff.training.checkpoint import load_state, save_state
 from svdiff.training.loop import Examples, Trainer
@@ -61,9 +63,7 @@ def train(config: Config, concept: str, out_dir: Path | None = None, overrides: 
     pipe = load_pipeline(config.base)
     _check_token(pipe, subject.token)
     size = image_size(pipe)
-    accelerator = Accelerator(
-        mixed_precision=settings.precision, log_with=None if config.tracking.live == "none" else config.tracking.live
-    )
+    accelerator = _accelerator(config, settings)
     set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
     instance = Examples(
         LatentImages.encode(pipe.vae, [to_square(picture.image, size) for picture in pictures]),
@@ -75,9 +75,10 @@ def train(config: Config, concept: str, out_dir: Path | None = None, overrides: 
             LatentImages.encode(pipe.vae, [to_square(image, size) for image in priors]),
             config.prior.prompt.format(subject=subject.class_word),
         )
+    frozen = [weights_hash(pipe.text_encoder), weights_hash(pipe.vae), pipe.scheduler.to_json_string()]
     method = apply_method(pipe, settings, subject.token)
     try:
-        key = _train_key(config, concept, settings, method)
+        key = _train_key(config, concept, settings, [method.base_hash, *frozen])
         state_dir = scratch() / "state" / f"train-{key[:24]}"
         trainer = Trainer(pipe, method, settings, instance, prior, accelerator)
         curve = LiveCurve(accelerator, config.tracking)
@@ -190,11 +191,11 @@ def method_device(method: Method) -> torch.device:
     return next(p.device for group in method.parameters().values() for p in group)
 
 
-def _train_key(config: Config, concept: str, settings: TrainConfig, method: Method) -> str:
+def _train_key(config: Config, concept: str, settings: TrainConfig, base: list[str]) -> str:
     """Hash of everything that the result depends on: a resume state is never taken up by another training."""
     result_neutral = {"save_every"}
     parts = {
-        "base": method.base_hash,
+        "base": base,
         "settings": settings.model_dump(mode="json", exclude=result_neutral),
         "sample": [config.sample.steps, config.sample.guidance],
         "subject": config.concept(concept).model_dump(exclude={"train"}),
@@ -205,6 +206,17 @@ def _train_key(config: Config, concept: str, settings: TrainConfig, method: Meth
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _accelerator(config: Config, settings: TrainConfig) -> Accelerator:
+    AcceleratorState._reset_state()  # kept for the process, which may train another concept in another precision
+    try:
+        return Accelerator(
+            mixed_precision=settings.precision,
+            log_with=None if config.tracking.live == "none" else config.tracking.live,
+        )
+    except ValueError as error:  # what this machine's device cannot do
+        raise SvdiffError(f"train.precision is {settings.precision}: {error} Use bf16 or no") from error
 
 
 def _check_token(pipe: Any, token: str) -> None:
