@@ -11,7 +11,21 @@ import torch
 # Words of the tiny tokenizer; each is one token. `sks` and `zwx` are the rare words kept for special tokens.
 WORDS = [
     *("a", "an", "the", "photo", "picture", "of", "and", "on", "in", "left", "right", "up", "down"),
-    *("above", "below", "top", "bottom", "beside", "sitting", "background", "style", "thing", "red", "blue", "pink", "white"),
+    *(
+        "above",
+        "below",
+        "top",
+        "bottom",
+        "beside",
+        "sitting",
+        "background",
+        "style",
+        "thing",
+        "red",
+        "blue",
+        "pink",
+        "white",
+    ),
     *("dog", "cat", "panda", "car", "house", "sks", "zwx"),
 ]
 TINY_PIXELS = 16  # pictures are 16 × 16, latents 8 × 8

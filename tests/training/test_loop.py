@@ -1,0 +1,230 @@
+"""The loop: batches as functions of (seed, step), and resumed runs equal to uninterrupted ones bit for bit."""
+
+from __future__ import annotations
+
+import io
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from svdiff.config import BaseModelConfig, TrainConfig
+from svdiff.models import load_pipeline
+from svdiff.training.batches import LatentImages, draw_indices, generator
+from svdiff.training.checkpoint import load_state, save_state
+from svdiff.training.loop import Examples, Trainer
+from svdiff.training.methods import apply_method
+
+METHODS = ("svdiff", "full", "lora", "custom-diffusion")
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _own_scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path_factory.getbasetemp() / "scratch"))
+
+
+def examples(prompt: str, count: int, seed: int) -> Examples:
+    random = torch.Generator().manual_seed(seed)
+    return Examples(
+        LatentImages(torch.randn(count, 4, 8, 8, generator=random), 0.1 * torch.rand(count, 4, 8, 8, generator=random)),
+        prompt,
+    )
+
+
+def trainer_on(base: Path, scaler: torch.amp.GradScaler | None = None, **settings: object) -> Trainer:
+    """A fresh pipeline and trainer, as a new process would make them."""
+    AcceleratorState._reset_state()
+    config = TrainConfig.model_validate(
+        {"steps": STEPS, "lr": 5e-3, "lr_1d": 5e-3, "accumulation": 2, "schedule": "cosine", "batch_size": 2} | settings
+    )
+    torch.manual_seed(int(torch.seed() % 1000))  # the global generator must not matter
+    pipe = load_pipeline(BaseModelConfig(model=str(base)))
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=True)
+    if scaler is not None:  # as `Accelerator` prepares itself for fp16 on a GPU
+        accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
+    method = apply_method(pipe, config, "sks")
+    prior = examples("a dog", 5, 2) if config.prior_weight > 0 else None
+    return Trainer(pipe, method, config, examples("a sks dog", 3, 1), prior, accelerator)
+
+
+def run(trainer: Trainer, until: int = STEPS) -> list[dict[str, float]]:
+    rows = []
+    for row in trainer.run():
+        rows.append({key: value for key, value in row.items() if key != "seconds"})
+        if trainer.step == until:
+            break
+    return rows
+
+
+def through_a_file(state: dict, folder: Path) -> dict:
+    """The state as the next process reads it."""
+    save_state(folder / "state.pt", state)
+    loaded = load_state(folder / "state.pt")
+    assert loaded is not None
+    return loaded
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_twice_equals_training_straight(tiny_base: Path, tmp_path: Path, method: str) -> None:
+    straight = trainer_on(tiny_base, method=method)
+    start = straight.method.state()
+    rows = run(straight)
+    assert not any(torch.equal(start[name], value) for name, value in straight.method.state().items())
+
+    resumed_rows: list[dict[str, float]] = []
+    state = None
+    for until in (1, 2, STEPS):
+        part = trainer_on(tiny_base, method=method)
+        if state is not None:
+            part.load_state(state)
+        resumed_rows += run(part, until)
+        state = through_a_file(part.state(), tmp_path)
+    assert resumed_rows == rows
+    assert same_bits(part.method.state(), straight.method.state())
+    assert part.fixed_noise_loss() == straight.fixed_noise_loss()
+
+
+def test_resuming_with_text_encoder_and_warmup(tiny_base: Path, tmp_path: Path) -> None:
+    settings = {"text_encoder": True, "schedule": "linear", "warmup": 2, "accumulation": 1}
+    straight = trainer_on(tiny_base, **settings)
+    rows = run(straight)
+    part = trainer_on(tiny_base, **settings)
+    head = run(part, 2)
+    again = trainer_on(tiny_base, **settings)
+    again.load_state(through_a_file(part.state(), tmp_path))
+    assert head + run(again) == rows
+    assert same_bits(again.method.state(), straight.method.state())
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_the_text_encoder_is_trained_when_asked(tiny_base: Path, method: str) -> None:
+    trainer = trainer_on(tiny_base, method=method, text_encoder=True, accumulation=1)
+    start = trainer.method.state()
+    run(trainer, 2)  # LoRA's A moves from the second step on
+    end = trainer.method.state()
+    text = [name for name in end if name.startswith("text_encoder.")]
+    moved = [name for name in text if not torch.equal(start[name], end[name])]
+    # Rows of words and positions that do not occur have no gradient, but every layer has.
+    assert len(moved) == len(text) > 0
+
+
+def test_two_learning_rates(tiny_base: Path) -> None:
+    trainer = trainer_on(tiny_base, lr=1e-2, lr_1d=0.0, schedule="constant", accumulation=1)
+    run(trainer, 2)
+    assert all(p.abs().max() > 0 for p in trainer.method.parameters()["lr"])
+    assert all(p.abs().max() == 0 for p in trainer.method.parameters()["lr_1d"])
+
+
+def test_accumulation_is_the_mean_gradient_of_its_batches(tiny_base: Path) -> None:
+    """One step on two batches equals AdamW on the mean of their two gradients, taken separately."""
+    trainer = trainer_on(tiny_base, accumulation=2, schedule="constant")
+    parameters = [p for group in trainer.method.parameters().values() for p in group]
+    means = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for batch in (0, 1):
+        for mean, gradient in zip(means, torch.autograd.grad(trainer._loss(batch).total, parameters), strict=True):
+            mean += gradient.double() / 2
+    norm = torch.sqrt(sum(mean.square().sum() for mean in means))
+    clip = min(1.0, trainer.config.max_grad_norm / float(norm))
+    run(trainer, 1)
+    for parameter, mean in zip(parameters, means, strict=True):
+        gradient = mean * clip
+        expected = -5e-3 * gradient / (gradient.abs() + 1e-8)  # AdamW's first step
+        reliable = gradient.abs() > 1e-6
+        torch.testing.assert_close(parameter.double()[reliable], expected[reliable], rtol=1e-3, atol=1e-7)
+
+
+def test_batches_are_functions_of_seed_and_step(tiny_base: Path) -> None:
+    trainer = trainer_on(tiny_base)
+    losses = [trainer._loss(batch).total.item() for batch in (0, 1, 2, 7)]
+    assert [trainer._loss(batch).total.item() for batch in (7, 2, 1, 0)] == losses[::-1]
+    assert len(set(losses)) == 4
+    assert trainer_on(tiny_base, seed=1)._loss(0).total.item() != losses[0]
+
+
+def test_every_epoch_shows_every_picture_once() -> None:
+    sequence = [i for position in range(0, 30, 2) for i in draw_indices(5, position, 2, 3, "instance")]
+    epochs = [tuple(sequence[start : start + 5]) for start in range(0, 30, 5)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len(set(epochs)) > 1
+    assert sequence == draw_indices(5, 0, 30, 3, "instance")
+    assert sequence != draw_indices(5, 0, 30, 4, "instance")
+    assert not torch.equal(torch.rand(4, generator=generator(1, "a")), torch.rand(4, generator=generator(1, "b")))
+
+
+def test_latents_are_draws_from_the_posterior() -> None:
+    latents = LatentImages(torch.full((2, 1, 50, 50), 3.0), torch.full((2, 1, 50, 50), 0.5))
+    drawn = latents.draw([0, 1, 1], generator("z"))
+    assert drawn.shape == (3, 1, 50, 50)
+    assert float(drawn.mean()) == pytest.approx(3.0, abs=0.03)
+    assert float(drawn.std()) == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision_keeps_trainables_in_float32_also_after_resuming(
+    tiny_base: Path, tmp_path: Path, method: str
+) -> None:
+    trainer = trainer_on(tiny_base, method=method, precision="bf16", text_encoder=method == "svdiff")
+    seen: list[torch.dtype] = []
+    trainer.pipe.unet.conv_out.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    run(trainer, 2)
+    assert set(seen) == {torch.bfloat16}
+    state = through_a_file(trainer.state(), tmp_path)
+    resumed = trainer_on(tiny_base, method=method, precision="bf16", text_encoder=method == "svdiff")
+    resumed.load_state(state)
+    run(resumed)
+    run(trainer)
+    assert same_bits(resumed.method.state(), trainer.method.state())
+    for parameters in resumed.method.parameters().values():
+        assert all(p.dtype == torch.float32 for p in parameters)
+        for p in parameters:
+            assert all(value.dtype == torch.float32 for value in resumed.optimizer.state[p].values())
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_base: Path) -> None:
+    plain, thrifty = (trainer_on(tiny_base, gradient_checkpointing=on) for on in (False, True))
+    assert run(plain, 2) == run(thrifty, 2)
+    assert same_bits(plain.method.state(), thrifty.method.state())
+
+
+def test_half_precision_gradients_are_unscaled_once(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler of fp16 refuses to be asked twice a step; the CPU's stands in for the GPU's, on float32 arithmetic."""
+    monkeypatch.setattr(Accelerator, "autocast", lambda self, **_: nullcontext())
+    plain = trainer_on(tiny_base, accumulation=1)
+    run(plain, 3)
+    scaled = trainer_on(tiny_base, torch.amp.GradScaler("cpu", init_scale=64.0), accumulation=1)
+    run(scaled, 2)
+    resumed = trainer_on(tiny_base, torch.amp.GradScaler("cpu", init_scale=1.0), accumulation=1)
+    resumed.load_state(scaled.state())
+    assert resumed.accelerator.scaler.get_scale() == 64.0
+    run(resumed, 3)
+    for name, value in plain.method.state().items():
+        torch.testing.assert_close(resumed.method.state()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_prompts_reach_the_network_as_tokens_of_the_right_pictures(tiny_base: Path) -> None:
+    """Each half of a batch is denoised under its own prompt: instance first, prior behind."""
+    trainer = trainer_on(tiny_base)
+    seen: list[Tensor] = []
+    trainer.pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    trainer._loss(0)
+    expected = torch.cat([trainer._encode([p]) for p in ("a sks dog", "a sks dog", "a dog", "a dog")])
+    assert torch.equal(seen[0], expected)
+
+
+def test_states_hold_tensors_and_numbers_only(tiny_base: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(trainer_on(tiny_base).state(), buffer)
+    buffer.seek(0)
+    torch.load(buffer, weights_only=True)
