@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-INK, QUIET, GRID, ACCENT, SECOND = "#1f2430", "#6b7280", "#e5e7eb", "#2f6f9f", "#c2703d"
+INK, QUIET, GRID, BLANK = "#1f2430", "#6b7280", "#e5e7eb", "#f1f2f4"
 HUES = ("#2f6f9f", "#c2703d", "#4f8a5b", "#8a5a9e", "#b0476a", "#7a7a35", "#3d8f93", "#8c6246")
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -62,7 +62,7 @@ def to_png(figure: Figure) -> bytes:
     """A figure as PNG bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.06, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -115,22 +115,29 @@ def alignment_scatter(scores: Mapping[str, Mapping[str, float]]) -> Figure:
             )
             axes.plot(*start, "o", color=colour, markerfacecolor="white", markersize=7)
             axes.plot(*end, "o", color=colour, markersize=7)
-            axes.annotate(
-                name,
-                end,
-                xytext=(8, 2),
-                textcoords="offset points",
-                color=colour,
-                fontsize=9,
-                fontweight="bold",
-            )
         axes.plot([], [], "o", color=QUIET, markerfacecolor="white", label="untrained base")
         axes.plot([], [], "o", color=QUIET, label="trained")
         axes.margins(0.18)
         axes.set_xlabel("text alignment: CLIP cosine with the prompt →")
         axes.set_ylabel("image alignment: 1 − LPIPS →")
         axes.legend(loc="best", fontsize=8)
+        _label_points(axes, [(name, s["text_alignment"], s["image_alignment"]) for name, s in scores.items()])
     return figure
+
+
+def _label_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Name each point on its right, in the colour of its index; names that would cover each other are moved up."""
+    axes.figure.draw_without_rendering()  # the layout, so that distances on paper are known
+    placed: list[tuple[float, float]] = []
+    for index, (name, x, y) in sorted(enumerate(points), key=lambda item: item[1][2]):
+        left, bottom = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        lift = 0.0
+        for other, taken in sorted(placed, key=lambda place: place[1]):
+            if abs(other - left) < 90 and abs(bottom + lift - taken) < 11:
+                lift = taken + 11 - bottom
+        placed.append((left, bottom + lift))
+        style = {"color": HUES[index % len(HUES)], "fontsize": 9, "fontweight": "bold"}
+        axes.annotate(name, (x, y), xytext=(8, lift - 3), textcoords="offset points", **style)
 
 
 def heat_map(matrix: pd.DataFrame, label: str) -> Figure:
@@ -139,8 +146,9 @@ def heat_map(matrix: pd.DataFrame, label: str) -> Figure:
     side = 1.8 + 0.62 * max(len(names), 3)
     with _figure(side + 1.0, side) as (figure, axes):
         values = matrix.to_numpy(float)
-        limit = max(0.05, float(np.nanmax(np.abs(values), initial=0)))
+        limit = max(0.1, 1.2 * float(np.nanmax(np.abs(values), initial=0)))
         image = axes.imshow(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes.set_facecolor(BLANK)
         axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         axes.grid(visible=False)

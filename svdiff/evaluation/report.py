@@ -127,6 +127,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["number"] = lambda value, digits=3: f"{value:.{digits}f}".replace("-", "−")
     environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
     return environment.get_template("report.html")
 
@@ -226,9 +227,9 @@ def _film(folder: Path, name: str) -> list[Figure]:
     return film
 
 
-def _side_by_side(pictures: Sequence[Image.Image], gap: int = 2) -> Image.Image:
+def _side_by_side(pictures: Sequence[Image.Image], gap: int = 1) -> Image.Image:
     side = min(THUMBNAIL, max(picture.width for picture in pictures))
-    canvas = Image.new("RGB", (len(pictures) * (side + gap) - gap, side), "white")
+    canvas = Image.new("RGB", (len(pictures) * (side + gap) - gap, side), plots.GRID)
     for index, picture in enumerate(pictures):
         canvas.paste(to_square(picture, side), (index * (side + gap), 0))
     return canvas
