@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
-from svdiff.spectral.decompose import as_matrix, svd
+from svdiff.spectral.decompose import as_matrix, from_matrix, svd
 
 # The recipe of `decompose.svd`: a change that moves singular vectors changes this name and so every basis id.
 ALGORITHM = "gram-eigh-float64-1"
@@ -22,24 +24,41 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Factors:
     """`W = u @ diag(sigma) @ vh` of one weight: `u (M, K)`, `sigma (K,)` descending, `vh (K, N)`, all float32.
 
-    `weight` is the weight itself, bit for bit, in its own shape. With a cache all four live in the mapped file
-    and take memory only while they are read. `fingerprint` changes when a singular direction does, and hardly
-    at all by rounding.
+    `source` is where the weight itself is found again, bit for bit: a file of the cache (tensor "weight"), or
+    without a cache the tensor. `fingerprint` changes when a singular direction does, and hardly at all by
+    rounding; `digest` is the hash of the factors' bytes.
     """
 
     u: Tensor
     sigma: Tensor
     vh: Tensor
-    weight: Tensor
+    shape: torch.Size
+    source: Path | Tensor
     fingerprint: float
     digest: str
-    weight_digest: str | None = None  # of the cached copy; None where `weight` is the module's own
 
-    def restored(self) -> Tensor:
-        """A copy of the weight, bit for bit; raises SvdiffError if its cached copy was changed on disk."""
-        if self.weight_digest and hashlib.sha256(raw_bytes(self.weight)).hexdigest() != self.weight_digest:
-            raise SvdiffError("the cached copy of a base weight was changed on disk: reload the base model")
-        return self.weight.clone()
+    def base_weight(self) -> Tensor:
+        """The weight that was decomposed, in its own shape and dtype; it may be the caller's own, or mapped."""
+        if isinstance(self.source, Tensor):
+            return self.source
+        with safe_open(self.source, framework="pt") as stream:
+            return stream.get_tensor("weight")
+
+    def shifted_weight(self, shifts: Tensor, *, transposed: bool = False) -> Tensor:
+        """`W + U diag(ReLU(σ + δ) − σ) Vᵀ`: Eq. 2 with no residual of the decomposition left out."""
+        change = scales(shifts.to(self.sigma), self.sigma) - self.sigma
+        moved = change.nonzero().squeeze(1)
+        base = self.base_weight()
+        if not len(moved):
+            return base.clone()
+        u, vh = (self.u, self.vh) if len(moved) == len(change) else (self.u[:, moved], self.vh[moved])
+        matrix = torch.addmm(as_matrix(base, transposed=transposed).float(), u * change[moved], vh)
+        return from_matrix(matrix, self.shape, transposed=transposed).to(base.dtype)
+
+
+def scales(delta: Tensor, sigma: Tensor) -> Tensor:
+    """`ReLU(σ + δ)` (Eq. 2), in float32 in all layers."""
+    return (sigma + delta).clamp_min_(0)
 
 
 class Basis(Mapping[str, Factors]):
@@ -93,11 +112,10 @@ def matrix_weights(module: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
 
 def factorise(owner: nn.Module, weight: Tensor) -> Factors:
     """Decompose one weight (any float dtype; the work is done in float64)."""
-    u, sigma, vh = (
-        part.to(torch.float32).contiguous()
-        for part in svd(as_matrix(weight.detach(), transposed=isinstance(owner, TRANSPOSED)))
-    )
-    return Factors(u, sigma, vh, weight.detach(), fingerprint(u, vh), factors_digest(u, sigma, vh))
+    weight = weight.detach()
+    matrix = as_matrix(weight, transposed=isinstance(owner, TRANSPOSED))
+    u, sigma, vh = (part.to(torch.float32).contiguous() for part in svd(matrix))
+    return Factors(u, sigma, vh, weight.shape, weight, fingerprint(u, vh), factors_digest(u, sigma, vh))
 
 
 def factors_digest(u: Tensor, sigma: Tensor, vh: Tensor) -> str:

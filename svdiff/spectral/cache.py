@@ -10,7 +10,6 @@ decomposition goes on where it stopped and a truncated or edited file is made ag
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,7 +33,6 @@ from svdiff.spectral.basis import (
     factorise,
     factors_digest,
     matrix_weights,
-    raw_bytes,
     weights_hash,
 )
 
@@ -50,9 +48,7 @@ def load_basis(module: nn.Module, cache: str | Path | None, *, progress: bool = 
     for name, (_, weight) in owners.items():
         if weight.is_meta or not weight.is_floating_point():
             kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
-            raise SvdiffError(
-                f"weight {name!r} is {kind}: load the model with real float weights to decompose it"
-            )
+            raise SvdiffError(f"weight {name!r} is {kind}: load the model with real float weights to decompose it")
     base_hash = weights_hash(module)
     if cache is None:
         bar = tqdm(owners.items(), "decomposing", disable=not progress)
@@ -68,11 +64,9 @@ def load_basis(module: nn.Module, cache: str | Path | None, *, progress: bool = 
             missing = [name for name in owners if name not in found]
             for name in tqdm(missing, "decomposing", disable=not progress or not missing, unit="weight"):
                 _write(folder, name, _checked(name, *owners[name]))
-                again = _read(folder, name)
+                again = _read(folder, name, owners[name][1])
                 if again is None:
-                    raise SvdiffError(
-                        f"{_path(folder, name)} cannot be read back: is the disk full or failing?"
-                    )
+                    raise SvdiffError(f"{_path(folder, name)} cannot be read back: is the disk full or failing?")
                 found[name] = again
     return Basis({name: found[name] for name in owners}, base_hash)
 
@@ -88,41 +82,46 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _write(folder: Path, name: str, factors: Factors) -> None:
-    weight = factors.weight.detach().contiguous()
     metadata = {
         "algorithm": ALGORITHM,
         "factors_sha256": factors.digest,
-        "weight_sha256": hashlib.sha256(raw_bytes(weight)).hexdigest(),
         "fingerprint": repr(factors.fingerprint),
     }
+    weight = factors.base_weight().contiguous()
     tensors = {"u": factors.u, "sigma": factors.sigma, "vh": factors.vh, "weight": weight}
     with atomic_file(_path(folder, name)) as temporary:
         save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary, metadata)
 
 
-def _read(folder: Path, name: str) -> Factors | None:
-    """The mapped factors, or None if the file is missing, incomplete, changed, or of another recipe."""
+def _read(folder: Path, name: str, weight: Tensor) -> Factors | None:
+    """The mapped factors of `weight`, or None if the file is missing, broken, edited, or of another recipe."""
+    path = _path(folder, name)
     try:
-        with safe_open(_path(folder, name), framework="pt") as stream:
+        with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
             if metadata.get("algorithm") != ALGORITHM:
                 return None
-            u, sigma, vh, weight = (stream.get_tensor(key) for key in ("u", "sigma", "vh", "weight"))
-        digest = factors_digest(u, sigma, vh)
-        if digest != metadata["factors_sha256"]:
-            return None
-        fingerprint = float(metadata["fingerprint"])
-        return Factors(u, sigma, vh, weight, fingerprint, digest, metadata["weight_sha256"])
+            u, sigma, vh = (stream.get_tensor(key) for key in ("u", "sigma", "vh"))
+        digest, fingerprint = factors_digest(u, sigma, vh), float(metadata["fingerprint"])
+        # The copy of the weight is compared through a mapping of its own, which leaves memory afterwards.
+        factors = Factors(u, sigma, vh, weight.shape, path, fingerprint, digest)
+        sound = digest == metadata["factors_sha256"] and _same_bits(factors.base_weight(), weight)
+        return factors if sound else None
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return None
 
 
-def _read_all(
-    folder: Path, names: dict[str, object] | dict[str, tuple[nn.Module, Tensor]]
-) -> dict[str, Factors]:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(bits), b.detach().cpu().contiguous().view(bits))
+
+
+def _read_all(folder: Path, owners: dict[str, tuple[nn.Module, Tensor]]) -> dict[str, Factors]:
     # Checksums are most of the time of a load, and hashlib lets other threads run.
     with ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2))) as pool:
-        read = pool.map(lambda name: (name, _read(folder, name)), names)
+        read = pool.map(lambda name: (name, _read(folder, name, owners[name][1])), owners)
         return {name: factors for name, factors in read if factors is not None}
 
 

@@ -26,12 +26,7 @@ class Geometry(NamedTuple):
     @property
     def pointwise(self) -> bool:
         """Whether a kernel of size 1 mixes channels only."""
-        return (
-            not self.transposed
-            and self.groups == 1
-            and set(self.stride) == {1}
-            and set(self.padding) == {0}
-        )
+        return not self.transposed and self.groups == 1 and set(self.stride) == {1} and set(self.padding) == {0}
 
 
 def convolve(x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:

@@ -77,9 +77,7 @@ class SpectralDelta:
         tensors = {name: value.to(dtype).contiguous() for name, value in self.tensors.items()}
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
-                raise SvdiffError(
-                    f"the shifts of {name!r} are not finite (or too large for {dtype}): not saved"
-                )
+                raise SvdiffError(f"the shifts of {name!r} are not finite (or too large for {dtype}): not saved")
         metadata = self.metadata | {"format_version": FORMAT_VERSION}
         if not provenance:
             metadata = {k: v for k, v in metadata.items() if k in ("format_version", "norms")}
@@ -121,9 +119,7 @@ class SpectralDelta:
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The shifts of one part by the names in that module."""
-        return {
-            n.removeprefix(f"{prefix}."): v for n, v in self.tensors.items() if n.startswith(f"{prefix}.")
-        }
+        return {n.removeprefix(f"{prefix}."): v for n, v in self.tensors.items() if n.startswith(f"{prefix}.")}
 
     def check(self, basis: Basis, prefix: str = "unet") -> None:
         """Raise SvdiffError unless it was trained on this base and these singular directions."""
@@ -219,9 +215,7 @@ def _merge_metadata(a: SpectralDelta, b: SpectralDelta) -> SpectralDelta:
         for what in ("base_hash", "basis_id"):
             left, right = (d.metadata.get(_key(prefix, what)) for d in (a, b))
             if left != right:
-                raise SvdiffError(
-                    f"deltas of different {prefix}s do not add up: {what} is {left} and {right}"
-                )
+                raise SvdiffError(f"deltas of different {prefix}s do not add up: {what} is {left} and {right}")
     for name in a.tensors.keys() & b.tensors.keys():
         if a.tensors[name].shape != b.tensors[name].shape:
             raise SvdiffError(
@@ -249,6 +243,4 @@ def mix_by_layer(a: SpectralDelta, b: SpectralDelta, takes_a: Callable[[str], bo
 def cosine_similarity(a: SpectralDelta, b: SpectralDelta) -> dict[str, float]:
     """Cosine of the two shifts in each layer that both have (Fig. 9a takes the mean); 0 where one is all zero."""
     common = [name for name in a.tensors if name in b.tensors]
-    return {
-        n: float(torch.cosine_similarity(a.tensors[n].double(), b.tensors[n].double(), dim=0)) for n in common
-    }
+    return {n: float(torch.cosine_similarity(a.tensors[n].double(), b.tensors[n].double(), dim=0)) for n in common}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from svdiff.spectral.basis import scales
 from svdiff.spectral.convolution import Geometry, convolve, convolve_backward, mix_channels
 
 
@@ -32,11 +33,6 @@ def materialising_is_cheaper(tokens: int, m: int, n: int, *, grad: bool, input_g
         return tokens * m * n + k * m * n < tokens * k * (m + n)
     factored = tokens * k * (2 * m + (1 + input_grad) * n)
     return tokens * m * n * (2 + input_grad) + 2 * k * m * n < factored
-
-
-def scales(delta: Tensor, sigma: Tensor) -> Tensor:
-    """`ReLU(σ + δ)` in float32 (Eq. 2)."""
-    return (sigma + delta).clamp_min_(0)
 
 
 class SpectralWeight(torch.autograd.Function):

@@ -63,9 +63,25 @@ class SpectralLayer(nn.Module):
         """The current weight, in the shape and dtype of the original's."""
         raise NotImplementedError
 
-    def original_weight(self) -> Tensor:
-        """The base weight, bit for bit, in the layer's present dtype and on its device."""
+    def base_weight(self) -> Tensor:
+        """The base's weight, bit for bit, in the layer's present dtype and on its device."""
         raise NotImplementedError
+
+    def shifted_weight(self) -> Tensor:
+        """The weight with the present shift, without gradient: for fusing and export."""
+        raise NotImplementedError
+
+    # To the outside a model with shifts has the state dict of its base.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.base_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is not None and not torch.equal(weight.to(base := self.base_weight()), base):
+            raise SvdiffError(f"{prefix}weight differs from the decomposed one: detach the shifts to change the base")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""
@@ -86,9 +102,13 @@ class SpectralNorm(SpectralLayer):
         """`w + δ`, added in float32."""
         return (self.base.float() + self.delta.view(self.shape)).to(self.base.dtype)
 
-    def original_weight(self) -> Tensor:
-        """The base weight."""
+    def base_weight(self) -> Tensor:
+        """The base's weight."""
         return self.base
+
+    def shifted_weight(self) -> Tensor:
+        """`w + δ`."""
+        return self.weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` as the original layer does."""
@@ -122,9 +142,14 @@ class SpectralMatrix(SpectralLayer):
         """`W_δ` of Eq. 2, differentiable; a full matrix product, so ask for `shape` where that is enough."""
         return self._built(self.u.dtype)
 
-    def original_weight(self) -> Tensor:
-        """The base weight from the basis, bit for bit."""
-        return self.factors.restored().to(self.u)
+    def base_weight(self) -> Tensor:
+        """The base's weight, from the basis."""
+        return self.factors.base_weight().to(self.u)
+
+    def shifted_weight(self) -> Tensor:
+        """Eq. 2 on the base's weight, in float32 and then in the layer's dtype."""
+        shifts = self.delta.detach().to(self.factors.sigma.device)
+        return self.factors.shifted_weight(shifts, transposed=self.transposed).to(self.u)
 
     def _built(self, dtype: torch.dtype) -> Tensor:
         vh = as_matrix(self.vh, transposed=self.transposed and self.vh.ndim > 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +39,45 @@ class SpectralShifts:
         subset: str = "UNet",
         rank: int | None = None,
         prefix: str = "unet",
+        names: Iterable[str] | None = None,
     ) -> None:
+        """As `attach`; `names` lists the weights where no subset describes them."""
         if rank is not None and rank < 1:
             raise SvdiffError(f"rank is {rank}, expected at least 1, or None for all singular values")
         if any(isinstance(layer, SpectralLayer) for layer in module.modules()):
             raise SvdiffError("the model has spectral layers already: detach them first")
         self.module, self.basis, self.subset, self.rank, self.prefix = module, basis, subset, rank, prefix
         self.layers: dict[str, SpectralLayer] = {}
-        owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in select(module, subset)}
+        self.fused = False
+        chosen = select(module, subset) if names is None else list(names)
+        owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in chosen}
         for name, owner in owners.items():
             weight: Tensor = owner.weight  # type: ignore[assignment]
             factors = basis[name] if weight.ndim > 1 else None
-            if factors is not None and factors.weight.shape != weight.shape:
+            if factors is not None and factors.shape != weight.shape:
                 raise SvdiffError(
-                    f"{name!r} has shape {tuple(weight.shape)} but {tuple(factors.weight.shape)} in the basis: "
+                    f"{name!r} has shape {tuple(weight.shape)} but {tuple(factors.shape)} in the basis: "
                     "it was made for another model"
                 )
             self.layers[name] = make_layer(name, owner, factors, rank)
         self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         module.requires_grad_(False)
+        self._swap_in()
+
+    def _swap_in(self) -> None:
         for name, layer in self.layers.items():
-            _replace(module, name, layer)
+            _replace(self.module, name, layer)
             # From here on the weight is kept by the basis (on disk, with a cache) and not in memory.
-            owners[name]._parameters["weight"] = None
+            layer.original._parameters["weight"] = None
+
+    def _swap_out(self, weight_of: Callable[[SpectralLayer], Tensor]) -> None:
+        for name, layer in self.layers.items():
+            original = layer.original
+            original._parameters["weight"] = nn.Parameter(weight_of(layer), requires_grad=False)
+            if "bias" in original._parameters:
+                original._parameters["bias"] = layer.bias
+            original.train(layer.training)
+            _replace(self.module, name, original)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """`(weight name, shift)`: shifts of `min(M, N)` singular values, or of a norm's elements."""
@@ -88,13 +104,14 @@ class SpectralShifts:
         """Set every shift; the names and sizes must be exactly those of `state_dict()`."""
         if state.keys() != self.layers.keys():
             different = sorted(state.keys() ^ self.layers.keys())
-            raise SvdiffError(
-                f"{len(different)} names of the state differ from the model's, such as {different[0]!r}"
-            )
-        self._set(state)
+            raise SvdiffError(f"{len(different)} names of the state differ from the model's, such as {different[0]!r}")
+        self.set(state)
 
     @torch.no_grad()
-    def _set(self, values: dict[str, Tensor]) -> None:
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Set shifts by weight name, without a check of their origin; the weights not named go back to zero."""
+        if self.fused:
+            raise SvdiffError("the shifts are fused into the weights: unfuse before changing them")
         for name, value in values.items():
             shift = self.layers[name].delta
             if value.shape != shift.shape:
@@ -108,9 +125,7 @@ class SpectralShifts:
     def delta(self, **metadata: str) -> SpectralDelta:
         """The current shifts as a delta, with what is needed to know where it fits."""
         tensors = {f"{self.prefix}.{name}": value for name, value in self.state_dict().items()}
-        norms = [
-            f"{self.prefix}.{n}" for n, layer in self.layers.items() if not isinstance(layer, SpectralMatrix)
-        ]
+        norms = [f"{self.prefix}.{n}" for n, layer in self.layers.items() if not isinstance(layer, SpectralMatrix)]
         known = {
             "subset": self.subset,
             "rank": "full" if self.rank is None else str(self.rank),
@@ -132,22 +147,28 @@ class SpectralShifts:
                 f"the delta shifts {len(strange)} weights outside the attached subset {self.subset!r}, such as "
                 f"{strange[0]!r}: attach subset {delta.metadata.get('subset', 'UNet')!r}"
             )
-        self._set(values)
+        self.set(values)
 
     def zero(self) -> None:
         """Set all shifts to zero: the base model's function."""
-        self._set({})
+        self.set({})
+
+    def fuse(self) -> None:
+        """Put plain layers with the shifted weights in place: no spectral layer is left, nothing to pay for."""
+        if not self.fused:
+            self._swap_out(SpectralLayer.shifted_weight)
+            self.fused = True
+
+    def unfuse(self) -> None:
+        """Undo `fuse`: the spectral layers again, with the same shifts."""
+        if self.fused:
+            self._swap_in()
+            self.fused = False
 
     def detach(self) -> None:
-        """Put the original layers back, with the base's weights bit for bit."""
-        for name, layer in self.layers.items():
-            original = layer.original
-            original._parameters["weight"] = nn.Parameter(layer.original_weight())
-            if "bias" in original._parameters:
-                original._parameters["bias"] = layer.bias
-            original.train(layer.training)
-            _replace(self.module, name, original)
-        self.layers = {}
+        """Put the original layers back, with the base's weights bit for bit; the shifts are gone."""
+        self._swap_out(lambda layer: layer.base_weight().clone())
+        self.layers, self.fused = {}, False
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self._trained)
 
