@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
 
@@ -13,6 +14,10 @@ from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling.images import Job, sample_images
 from svdiff.spectral import SpectralPipeline
+from svdiff.training.methods.weights_delta import is_weights_delta, load_weights_delta
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 
 def delta_path(concept: str) -> Path:
@@ -20,13 +25,27 @@ def delta_path(concept: str) -> Path:
     return Path("out/train") / concept / "delta.safetensors"
 
 
-def _with_delta(config: Config, concept: str, scale: float = 1.0) -> SpectralPipeline:
-    if not delta_path(concept).is_file():
-        raise SvdiffError(f"{delta_path(concept)} not found; train the concept first: `dvc repro train@{concept}`")
-    personal = SpectralPipeline(load_pipeline(config.base), cache=scratch() / "bases")
-    personal.load_delta(delta_path(concept), concept)
-    personal.set_deltas({concept: scale})
-    return personal
+class Personalised(Protocol):
+    """What was put on a pipeline, and the way back."""
+
+    def unload(self) -> None:
+        """The base's own weights again, bit for bit."""
+        ...
+
+
+def personalise(pipe: StableDiffusionPipeline, path: Path, scale: float = 1.0) -> Personalised:
+    """Put a trained delta of any method on `pipe`, at strength s = `scale` (Fig. 26).
+
+    Raises SvdiffError for a missing file, or one that was trained on another base.
+    """
+    if not path.is_file():
+        raise SvdiffError(f"{path} not found; train the concept first, with `dvc repro train@{path.parent.name}`")
+    if is_weights_delta(path):
+        return load_weights_delta(pipe, path, scale)
+    spectral = SpectralPipeline(pipe, cache=scratch() / "bases")
+    spectral.load_delta(path, "concept")
+    spectral.set_deltas({"concept": scale})
+    return spectral
 
 
 def sample_concept(config: Config, concept: str) -> Path:
@@ -37,14 +56,15 @@ def sample_concept(config: Config, concept: str) -> Path:
     settings, subject = config.sample, config.concept(concept).subject
     prompts = [prompt.format(subject=subject) for prompt in settings.prompts]
     jobs = [Job(prompt, seed) for prompt in prompts for seed in settings.seeds]
-    personal = _with_delta(config, concept)
+    pipe = load_pipeline(config.base)
+    personal = personalise(pipe, delta_path(concept))
     rows = []
     with atomic_dir(Path("out/sample") / concept) as folder:
         for model in ("trained", "base"):
             if model == "base":
-                personal.delete_delta(concept)
+                personal.unload()
             images = sample_images(
-                personal.pipe,
+                pipe,
                 jobs,
                 steps=settings.steps,
                 guidance=settings.guidance,
@@ -78,9 +98,10 @@ def sample_prompts(
     """Pictures of a trained concept for any prompts; '{subject}' in a prompt becomes '<token> <class word>'."""
     subject = config.concept(concept).subject
     jobs = [Job(prompt.replace("{subject}", subject), seed) for prompt in prompts for seed in seeds]
-    personal = _with_delta(config, concept, scale)
+    pipe = load_pipeline(config.base)
+    personalise(pipe, delta_path(concept), scale)
     images = sample_images(
-        personal.pipe,
+        pipe,
         jobs,
         steps=steps or config.sample.steps,
         guidance=config.sample.guidance if guidance is None else guidance,
