@@ -209,14 +209,19 @@ def _train_key(config: Config, concept: str, settings: TrainConfig, base: list[s
 
 
 def _accelerator(config: Config, settings: TrainConfig) -> Accelerator:
+    """Raises SvdiffError where the device cannot train in the precision asked for."""
     AcceleratorState._reset_state()  # kept for the process, which may train another concept in another precision
+    live = config.tracking.live
     try:
-        return Accelerator(
-            mixed_precision=settings.precision,
-            log_with=None if config.tracking.live == "none" else config.tracking.live,
+        accelerator = Accelerator(mixed_precision=settings.precision, log_with=None if live == "none" else live)
+    except ValueError as error:
+        raise SvdiffError(f"train.precision is {settings.precision}: {error} Choose another precision") from error
+    if settings.precision != "no" and not accelerator.native_amp:  # fp16 on a CPU would silently be float32
+        raise SvdiffError(
+            f"train.precision is {settings.precision}, which {accelerator.device.type} cannot train in; "
+            "choose bf16 or no"
         )
-    except ValueError as error:  # what this machine's device cannot do
-        raise SvdiffError(f"train.precision is {settings.precision}: {error} Use bf16 or no") from error
+    return accelerator
 
 
 def _check_token(pipe: Any, token: str) -> None:
