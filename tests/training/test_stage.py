@@ -1,0 +1,173 @@
+"""The whole `train` stage on a checkout with the tiny base: refusals before work, results, and death at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from svdiff.config import load_config
+from svdiff.errors import SvdiffError
+from svdiff.training import train
+from svdiff.training.methods.weights_delta import is_weights_delta
+
+STAGE = import_module("svdiff.training.train")  # the package's attribute of this name is the function
+METHODS = ("svdiff", "full", "lora", "custom-diffusion")
+
+
+def draw_pictures(folder: Path, count: int, colour: str) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        image = Image.new("RGB", (40, 40), "white")
+        ImageDraw.Draw(image).ellipse((6 + i, 8, 30 + i, 34), fill=colour)
+        image.save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one concept, its prior images and the tiny base; the current folder of the test."""
+    draw_pictures(tmp_path / "data/concepts/pet", 3, "brown")
+    draw_pictures(tmp_path / "out/prior/dog", 4, "grey")
+    write_params(tmp_path, tiny_base)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))
+    return tmp_path
+
+
+def write_params(folder: Path, base: Path, token: str = "sks", **settings: object) -> None:
+    defaults = {"steps": 4, "lr": 1e-2, "lr_1d": 1e-3, "save_every": 2, "validate_every": 2, "validation_seeds": [0]}
+    params = {
+        "base": {"model": str(base)},
+        "classes": ["dog"],
+        "concepts": {"pet": {"class_word": "dog", "token": token}},
+        "train": defaults | settings,
+        "sample": {"prompts": ["a {subject}"], "steps": 2},
+        "rank": {"concepts": ["pet"]},
+        "tracking": {"live": "none"},
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_result_of_the_stage(checkout: Path, method: str) -> None:
+    path = train(load_config(), "pet", overrides={"method": method})
+    assert path == Path("out/train/pet/delta.safetensors")
+    assert is_weights_delta(path) == (method != "svdiff")
+    curve = pd.read_csv(path.parent / "curve.csv")
+    assert list(curve["step"]) == [1, 2, 3, 4]
+    assert {"loss", "loss_instance", "loss_prior", "lr", "seconds", "fixed_noise_loss"} <= set(curve.columns)
+    assert (curve["loss"] - curve["loss_instance"] - curve["loss_prior"]).abs().max() < 1e-5
+    assert [p.name for p in sorted((path.parent / "validation").glob("*.png"))] == [
+        f"step-{step:05d}.png" for step in (0, 2, 4)
+    ]
+    summary = json.loads((path.parent / "train.json").read_text())
+    assert summary["steps"] == 4
+    assert summary["config"]["method"] == method
+
+
+def test_training_again_gives_the_same_delta(checkout: Path) -> None:
+    first = load_file(train(load_config(), "pet"))
+    for state in (checkout / "scratch/state").rglob("state.pt"):
+        state.unlink()
+    again = load_file(train(load_config(), "pet"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_finished_training_is_not_repeated(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(load_config(), "pet").read_bytes()
+    monkeypatch.setattr("svdiff.training.loop.Trainer._loss", lambda *_: pytest.fail("trained again"))
+    assert load_file(train(load_config(), "pet")).keys()
+    assert len(first) > 0
+
+
+def test_refusals_come_before_any_work(checkout: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(STAGE, "apply_method", lambda *_: pytest.fail("work has begun"))
+    write_params(checkout, tiny_base, token="xyzzy")
+    with pytest.raises(SvdiffError, match=r"token 'xyzzy' is .* tokens"):
+        train(load_config(), "pet")
+    write_params(checkout, tiny_base)
+    with pytest.raises(SvdiffError, match="no concept 'dgo'"):
+        train(load_config(), "dgo")
+    if not torch.cuda.is_available():
+        with pytest.raises(SvdiffError, match="precision is fp16"):
+            train(load_config(), "pet", overrides={"precision": "fp16"})
+    monkeypatch.setattr(STAGE, "load_pipeline", lambda *_: pytest.fail("work has begun"))
+    (checkout / "data/concepts/pet/notes.txt").write_text("not a picture")
+    with pytest.raises(SvdiffError, match=r"notes\.txt"):
+        train(load_config(), "pet")
+    (checkout / "data/concepts/pet/notes.txt").unlink()
+    for picture in (checkout / "out/prior/dog").iterdir():
+        picture.unlink()
+    with pytest.raises(SvdiffError, match="svdiff prior --class dog"):
+        train(load_config(), "pet")
+    assert not (checkout / "out/train").exists()
+
+
+def start(checkout: Path) -> subprocess.Popen[bytes]:
+    code = "import sys; from svdiff.cli import main; sys.argv[1:] = ['train', '--concept', 'pet']; main()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = (checkout / "log.txt").open("ab")
+    return subprocess.Popen([sys.executable, "-c", code], cwd=checkout, env=environment, stdout=log, stderr=log)
+
+
+def kill_when_state_is_saved(checkout: Path, newer_than: float) -> None:
+    """Start the command and kill it -9 soon after it has written a resume state."""
+    process = start(checkout)
+    deadline = time.monotonic() + 300
+    while not any(p.stat().st_mtime > newer_than for p in (checkout / "scratch/state").rglob("state.pt")):
+        assert process.poll() is None, (checkout / "log.txt").read_text()
+        assert time.monotonic() < deadline, "no resume state within five minutes"
+        time.sleep(0.02)
+    time.sleep(0.1)  # somewhere in the following steps
+    assert process.poll() is None, "finished before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["svdiff", "lora"])
+def test_killed_twice_and_run_again_gives_the_very_same_delta(checkout: Path, tiny_base: Path, method: str) -> None:
+    write_params(
+        checkout,
+        tiny_base,
+        method=method,
+        steps=40,
+        save_every=7,
+        validate_every=20,
+        accumulation=2,
+        schedule="cosine",
+    )
+    assert start(checkout).wait() == 0, (checkout / "log.txt").read_text()
+    straight = load_file(checkout / "out/train/pet/delta.safetensors")
+    curve = pd.read_csv(checkout / "out/train/pet/curve.csv").drop(columns="seconds")
+    (checkout / "out/train").rename(checkout / "straight")
+    (checkout / "scratch/state").rename(checkout / "straight-state")
+
+    kill_when_state_is_saved(checkout, newer_than=0)
+    [state] = (checkout / "scratch/state").rglob("state.pt")
+    assert 0 < torch.load(state, weights_only=True)["trainer"]["step"] < 40
+    assert not (checkout / "out/train").exists()
+    kill_when_state_is_saved(checkout, newer_than=state.stat().st_mtime)
+    assert not (checkout / "out/train").exists()
+    assert start(checkout).wait() == 0, (checkout / "log.txt").read_text()
+
+    resumed = load_file(checkout / "out/train/pet/delta.safetensors")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert any(value.abs().max() > 0 for value in straight.values())
+    pd.testing.assert_frame_equal(pd.read_csv(checkout / "out/train/pet/curve.csv").drop(columns="seconds"), curve)
+    for picture in (checkout / "straight/pet/validation").iterdir():
+        assert picture.read_bytes() == (checkout / "out/train/pet/validation" / picture.name).read_bytes()
