@@ -10,6 +10,9 @@ shifts.detach()                              # the base again, bit for bit
 from svdiff.spectral.basis import Basis, Factors, weights_hash
 from svdiff.spectral.cache import list_cache, load_basis, prune_cache
 from svdiff.spectral.delta import SpectralDelta, combine, cosine_similarity, interpolate, mix_by_layer
+from svdiff.spectral.export import export_lora, fused_state_dict
+from svdiff.spectral.legacy import import_spectral_shifts
+from svdiff.spectral.pipeline import SpectralPipeline
 from svdiff.spectral.shifts import SpectralShifts, attach
 from svdiff.spectral.subsets import SUBSETS, select
 
@@ -18,10 +21,14 @@ __all__ = [
     "Basis",
     "Factors",
     "SpectralDelta",
+    "SpectralPipeline",
     "SpectralShifts",
     "attach",
     "combine",
     "cosine_similarity",
+    "export_lora",
+    "fused_state_dict",
+    "import_spectral_shifts",
     "interpolate",
     "list_cache",
     "load_basis",

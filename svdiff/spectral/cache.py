@@ -45,6 +45,8 @@ def load_basis(module: nn.Module, cache: str | Path | None, *, progress: bool = 
     weights or weights that are not finite.
     """
     owners = matrix_weights(module)
+    if any(type(layer).__module__ == "svdiff.spectral.layers" for layer in module.modules()):
+        raise SvdiffError("the model has spectral layers: detach them before decomposing it, or use their basis")
     for name, (_, weight) in owners.items():
         if weight.is_meta or not weight.is_floating_point():
             kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"

@@ -8,7 +8,6 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -17,9 +16,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from svdiff.errors import SvdiffError
-from svdiff.files import write_atomic
+from svdiff.files import atomic_file, sort_safetensors_metadata
 from svdiff.spectral.basis import Basis
 
+FORMAT = "svdiff-spectral-delta"
 FORMAT_VERSION = "1"
 
 # How far fingerprints of one direction set may differ by rounding, see `basis.fingerprint`; other directions
@@ -34,12 +34,18 @@ def _key(prefix: str, what: str) -> str:
 
 def identity(basis: Basis, prefix: str, names: Iterable[str]) -> dict[str, str]:
     """What a delta must remember of the basis that it was trained on."""
-    prints = [basis[name].fingerprint for name in sorted(n for n in names if n in basis)]
+    prints = {name: basis[name].fingerprint for name in names if name in basis}
     return {
         _key(prefix, "base_hash"): basis.base_hash,
         _key(prefix, "basis_id"): basis.id,
-        _key(prefix, "fingerprints"): base64.b64encode(struct.pack(f"<{len(prints)}f", *prints)).decode(),
+        _key(prefix, "fingerprints"): _pack(prints),
     }
+
+
+def _pack(prints: Mapping[str, float]) -> str:
+    """Fingerprints in the order of their names."""
+    values = [prints[name] for name in sorted(prints)]
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,11 @@ class SpectralDelta:
     # -- files ---------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write a safetensors file, whole or not at all; `dtype` float32 or float16."""
-        write_atomic(path, self.to_bytes(dtype))
+        """Write a safetensors file, whole or not at all; `dtype` float32 or float16. Equal content, equal bytes."""
+        content = self.to_bytes(dtype)
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(content)
+            sort_safetensors_metadata(temporary)
 
     def to_bytes(self, dtype: torch.dtype = torch.float32, *, provenance: bool = True) -> bytes:
         """The content of the file; without `provenance` only what is needed to read and combine shifts."""
@@ -78,9 +87,9 @@ class SpectralDelta:
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise SvdiffError(f"the shifts of {name!r} are not finite (or too large for {dtype}): not saved")
-        metadata = self.metadata | {"format_version": FORMAT_VERSION}
+        metadata = self.metadata | {"format": FORMAT, "format_version": FORMAT_VERSION}
         if not provenance:
-            metadata = {k: v for k, v in metadata.items() if k in ("format_version", "norms")}
+            metadata = {k: v for k, v in metadata.items() if k in ("format", "format_version", "norms")}
         return save(tensors, metadata)
 
     @classmethod
@@ -94,11 +103,12 @@ class SpectralDelta:
             raise SvdiffError(f"there is no delta file {path}") from None
         except SafetensorError as error:
             raise SvdiffError(f"{path} is not a safetensors file, or is damaged: {error}") from None
-        version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
+        found = (metadata.get("format"), metadata.get("format_version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            said = " ".join(filter(None, found)) or "nothing"
             raise SvdiffError(
-                f"{path} has delta format version {version}, expected {FORMAT_VERSION}"
-                + ("" if version else ": it was not written by svdiff (try `svdiff delta import`)")
+                f"{path} is not a file of spectral shifts: its metadata says {said!r}, expected "
+                f"'{FORMAT} {FORMAT_VERSION}' (for svdiff-pytorch's files there is `svdiff delta import`)"
             )
         return cls(tensors, metadata)
 
@@ -137,21 +147,24 @@ class SpectralDelta:
 
     def _check_directions(self, basis: Basis, prefix: str, part: Mapping[str, Tensor]) -> None:
         """Another machine's rounding makes another basis id; the directions must still be the same."""
-        mine = base64.b64decode(self.metadata.get(_key(prefix, "fingerprints"), ""))
-        names = sorted(name for name in part if name in basis)
-        algorithm = str(self.metadata.get(_key(prefix, "basis_id"))).partition(":")[0]
-        if algorithm == basis.id.partition(":")[0] and len(mine) == 4 * len(names):
-            prints = struct.unpack(f"<{len(names)}f", mine)
-            different = [n for n, p in zip(names, prints, strict=True) if not _near(p, basis[n].fingerprint)]
-            if not different:
-                return
-            reason = f"its singular directions differ in {len(different)} weights, such as {different[0]!r}"
-        else:
-            reason = f"that was {self.metadata.get(_key(prefix, 'basis_id'))}, this is {basis.id}"
-        raise SvdiffError(
-            f"this delta was trained on another decomposition of the same {prefix} ({reason}): use the cached "
-            "basis that it was trained with, or train it again"
-        )
+        prints, trained = self.fingerprints(prefix), self.metadata.get(_key(prefix, "basis_id"), "none")
+        names = [name for name in part if name in basis]
+        different = [n for n in names if n not in prints or not _near(prints[n], basis[n].fingerprint)]
+        if different or trained.partition(":")[0] != basis.id.partition(":")[0]:
+            raise SvdiffError(
+                f"this delta was trained on another decomposition of the same {prefix} ({trained}, this is "
+                f"{basis.id}; {len(different)} of {len(names)} weights have other singular directions): use the "
+                "cached basis that it was trained with, or train it again"
+            )
+
+    def fingerprints(self, prefix: str) -> dict[str, float]:
+        """Fingerprints of the singular directions of each weight, empty if the delta does not know them."""
+        packed = base64.b64decode(self.metadata.get(_key(prefix, "fingerprints"), ""))
+        norms = self.norms
+        names = sorted(name for name in self.part(prefix) if f"{prefix}.{name}" not in norms)
+        if len(packed) != 4 * len(names):
+            return {}
+        return dict(zip(names, struct.unpack(f"<{len(names)}f", packed), strict=True))
 
     # -- arithmetic ----------------------------------------------------------------------------------------
 
@@ -201,30 +214,46 @@ def combine(parts: Iterable[tuple[SpectralDelta, float]]) -> SpectralDelta:
     weighted = list(parts)
     if not weighted:
         raise SvdiffError("nothing to combine: give at least one delta")
-    metadata = reduce(_merge_metadata, (delta for delta, _ in weighted)).metadata
     total: dict[str, Tensor] = {}
     for delta, weight in weighted:
         for name, shifts in delta.tensors.items():
             total[name] = total[name] + weight * shifts if name in total else weight * shifts
-    return SpectralDelta(total, metadata)
+    return _with_facts(total, [delta for delta, _ in weighted])
 
 
-def _merge_metadata(a: SpectralDelta, b: SpectralDelta) -> SpectralDelta:
-    """Check that two deltas are shifts of one basis and have equal sizes; facts that differ are dropped."""
+def _with_facts(tensors: dict[str, Tensor], parts: list[SpectralDelta]) -> SpectralDelta:
+    """A delta made of others: facts on which they agree, and what is needed to know where it fits."""
+    for other in parts[1:]:
+        _check_together(parts[0], other)
+    known = {key for part in parts for key in part.metadata}
+    values = {key: {part.metadata[key] for part in parts if key in part.metadata} for key in known}
+    facts = {key: found.pop() for key, found in values.items() if len(found) == 1}
+    norms = set[str]().union(*(part.norms for part in parts)) & tensors.keys()
+    facts["norms"] = json.dumps(sorted(norms))
+    for prefix in dict.fromkeys(name.partition(".")[0] for name in tensors):
+        prints = {name: print_ for part in reversed(parts) for name, print_ in part.fingerprints(prefix).items()}
+        facts[_key(prefix, "fingerprints")] = _pack({n: p for n, p in prints.items() if f"{prefix}.{n}" in tensors})
+        if (key := _key(prefix, "basis_id")) in known:
+            # Another machine's rounding makes another id of the same directions: the first one stands.
+            facts[key] = next(part.metadata[key] for part in parts if key in part.metadata)
+    return SpectralDelta(tensors, facts)
+
+
+def _check_together(a: SpectralDelta, b: SpectralDelta) -> None:
+    """Raise SvdiffError unless two deltas are shifts of one basis, of equal sizes."""
     for prefix in set(a.prefixes()) & set(b.prefixes()):
-        for what in ("base_hash", "basis_id"):
-            left, right = (d.metadata.get(_key(prefix, what)) for d in (a, b))
-            if left != right:
-                raise SvdiffError(f"deltas of different {prefix}s do not add up: {what} is {left} and {right}")
+        left, right = (d.metadata.get(_key(prefix, "base_hash")) for d in (a, b))
+        if left != right:
+            raise SvdiffError(f"deltas of different bases do not add up: the {prefix} is {left} and {right}")
+        if len({d.metadata.get(_key(prefix, "basis_id")) for d in (a, b)}) > 1:
+            mine, theirs = a.fingerprints(prefix), b.fingerprints(prefix)
+            far = [name for name in mine.keys() & theirs.keys() if not _near(mine[name], theirs[name])]
+            if far or not (mine and theirs):
+                raise SvdiffError(f"deltas of different decompositions of the {prefix} do not add up")
     for name in a.tensors.keys() & b.tensors.keys():
-        if a.tensors[name].shape != b.tensors[name].shape:
-            raise SvdiffError(
-                f"{name!r} has {len(a.tensors[name])} shifts in one delta, {len(b.tensors[name])} in the other"
-            )
-    facts = {k: v for k, v in a.metadata.items() if b.metadata.get(k, v) == v}
-    facts |= {k: v for k, v in b.metadata.items() if k not in a.metadata}
-    facts["norms"] = json.dumps(sorted(a.norms | b.norms))
-    return SpectralDelta(a.tensors | b.tensors, facts)
+        sizes = len(a.tensors[name]), len(b.tensors[name])
+        if sizes[0] != sizes[1]:
+            raise SvdiffError(f"{name!r} has {sizes[0]} shifts in one delta, {sizes[1]} in the other")
 
 
 def interpolate(a: SpectralDelta, b: SpectralDelta, alpha: float) -> SpectralDelta:
@@ -234,10 +263,9 @@ def interpolate(a: SpectralDelta, b: SpectralDelta, alpha: float) -> SpectralDel
 
 def mix_by_layer(a: SpectralDelta, b: SpectralDelta, takes_a: Callable[[str], bool]) -> SpectralDelta:
     """Style mixing (Fig. 10): layers for which `takes_a(name)` from `a`, the rest from `b`."""
-    merged = _merge_metadata(a, b)
     tensors = {n: v for n, v in a.tensors.items() if takes_a(n)}
     tensors |= {n: v for n, v in b.tensors.items() if not takes_a(n)}
-    return SpectralDelta(tensors, merged.metadata)
+    return _with_facts(tensors, [a, b])
 
 
 def cosine_similarity(a: SpectralDelta, b: SpectralDelta) -> dict[str, float]:

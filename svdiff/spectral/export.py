@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
-from svdiff.files import write_atomic
+from svdiff.files import atomic_file, sort_safetensors_metadata
 from svdiff.spectral.basis import TRANSPOSED, Basis, Factors, scales
 from svdiff.spectral.delta import SpectralDelta
 
@@ -91,7 +91,9 @@ def export_lora(
             stacklevel=2,
         )
     metadata = {key: value for key, value in delta.metadata.items() if key not in ("norms", "fingerprints")}
-    write_atomic(path, save(tensors, {"svdiff": json.dumps(metadata), "format": "pt"}))
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, {"svdiff": json.dumps(metadata, sort_keys=True), "format": "pt"})
+        sort_safetensors_metadata(temporary)
     return dropped
 
 

@@ -127,7 +127,7 @@ class SpectralShifts:
         tensors = {f"{self.prefix}.{name}": value for name, value in self.state_dict().items()}
         norms = [f"{self.prefix}.{n}" for n, layer in self.layers.items() if not isinstance(layer, SpectralMatrix)]
         known = {
-            "subset": self.subset,
+            "subset" if self.prefix == "unet" else f"{self.prefix}.subset": self.subset,
             "rank": "full" if self.rank is None else str(self.rank),
             "norms": json.dumps(norms),
             "created_by": f"svdiff {__version__}, torch {torch.__version__}",

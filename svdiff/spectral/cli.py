@@ -1,0 +1,254 @@
+"""`svdiff subsets | cache | delta | export`: the spectral parameter space from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from svdiff.errors import SvdiffError
+
+if TYPE_CHECKING:
+    from svdiff.spectral.delta import SpectralDelta
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+delta_app = typer.Typer(no_args_is_help=True, help="Show, combine and compare delta files.")
+app.add_typer(delta_app, name="delta")
+
+Base = Annotated[str, typer.Option("--base", help="a diffusers folder or Hub id with a Stable Diffusion layout")]
+AsJson = Annotated[bool, typer.Option("--json", help="for machines")]
+Half = Annotated[bool, typer.Option("--half", help="store float16 instead of float32")]
+EMBEDDED = "models/base"
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("SVDIFF_HOME", ".svdiff")) / "bases"
+
+
+def _on_meta(base: str, part: str) -> Any:
+    """A part of a base as a module without memory, from its configuration alone."""
+    import torch
+
+    from svdiff.spectral import sd15
+
+    if base == "sd15":
+        return sd15.unet() if part == "unet" else sd15.text_encoder()
+    try:
+        if part == "unet":
+            from diffusers import UNet2DConditionModel
+
+            config = UNet2DConditionModel.load_config(base, subfolder=part)
+            with torch.device("meta"):
+                return UNet2DConditionModel.from_config(config)
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        with torch.device("meta"):
+            return CLIPTextModel(CLIPTextConfig.from_pretrained(base, subfolder=part))
+    except OSError as error:
+        raise SvdiffError(f"there is no {part} of a Stable Diffusion layout at {base!r}: {error}") from None
+
+
+@app.command()
+def subsets(
+    base: Base = EMBEDDED,
+    text_encoder: Annotated[bool, typer.Option("--text-encoder", help="add a row for the text encoder")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Table 1 for any base: tensors, shifts and bytes of each subset. `--base sd15` needs no download."""
+    from dataclasses import asdict, replace
+
+    from svdiff.spectral.subsets import SUBSETS, subset_sizes
+
+    unet = _on_meta(base, "unet")
+    # The paper's sizes are those of Stable Diffusion 1.x.
+    paper = sum(p.numel() for p in unet.parameters()) == 859_520_964
+    rows = []
+    for name in SUBSETS:
+        try:
+            row = subset_sizes(unet, name)
+        except SvdiffError:  # a base without a middle block, say
+            continue
+        rows.append(row if paper else replace(row, paper_kb=None))
+    if text_encoder:
+        extra = subset_sizes(_on_meta(base, "text_encoder"), "UNet", prefix="text_encoder")
+        rows.append(replace(extra, name="text encoder", paper_kb=None))
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    typer.echo(f"{'subset':<13}{'tensors':>8}{'shifts':>10}{'fp32 KB':>10}{'fp16 KB':>10}{'paper KB':>10}")
+    for row in rows:
+        full, half = row.bytes_fp32 / 1024, row.bytes_fp16 / 1024
+        theirs = f"{row.paper_kb:.1f}" if row.paper_kb else "-"
+        typer.echo(f"{row.name:<13}{row.tensors:>8}{row.shifts:>10}{full:>10.1f}{half:>10.1f}{theirs:>10}")
+
+
+@app.command()
+def cache(
+    folder: Annotated[Path | None, typer.Option(help="the cache [default: .svdiff/bases]")] = None,
+    prune: Annotated[int | None, typer.Option(help="keep only so many, the most recently used")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show cached decompositions, or prune them."""
+    from dataclasses import asdict
+
+    from svdiff.spectral.cache import list_cache, prune_cache
+
+    folder = folder or _cache_folder()
+    gone = prune_cache(folder, keep=prune) if prune is not None else []
+    for entry in gone:
+        typer.echo(f"deleted {entry.base_hash[:16]} ({entry.bytes / 1e6:.1f} MB)", err=True)
+    found = list_cache(folder)
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
+        return
+    if not found:
+        typer.echo(f"no decompositions in {folder}")
+    for entry in found:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        typer.echo(f"{entry.base_hash[:16]}  {entry.weights:>4} weights  {entry.bytes / 1e6:>8.1f} MB  used {used}")
+
+
+@delta_app.command()
+def show(file: Path, as_json: AsJson = False) -> None:
+    """What a delta shifts, how far, and where it comes from."""
+    delta = _load(file)
+    norms = delta.norms
+    rows = [
+        {
+            "name": name,
+            "shifts": len(v),
+            "kind": "1-D" if name in norms else "spectral",
+            "norm": float(v.norm()),
+            "largest": float(v.abs().max()),
+        }
+        for name, v in delta.tensors.items()
+    ]
+    facts = {k: v for k, v in sorted(delta.metadata.items()) if k != "norms" and not k.endswith("fingerprints")}
+    if as_json:
+        typer.echo(json.dumps({"hash": delta.hash, "metadata": facts, "tensors": rows}, indent=1))
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key:<14} {value}")
+    typer.echo(f"{'hash':<14} {delta.hash}\n")
+    typer.echo(f"{'weight':<76}{'shifts':>7}{'|δ|':>10}{'max |δ|':>10}")
+    for row in rows:
+        typer.echo(f"{row['name']:<76}{row['shifts']:>7}{row['norm']:>10.4f}{row['largest']:>10.4f}")
+    typer.echo(f"{len(rows)} weights, {sum(len(v) for v in delta.tensors.values())} shifts")
+
+
+@delta_app.command("combine")
+def combine_files(
+    files: Annotated[
+        list[str], typer.Argument(help="delta files, each with its weight after a colon: a.safetensors:0.5")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
+    half: Half = False,
+) -> None:
+    """Σ wᵢ δᵢ: addition (Eq. 4), interpolation (weights α and 1−α, Eq. 5) or scaling (one file)."""
+    import torch
+
+    from svdiff.spectral.delta import combine
+
+    parts = [_weighted(file) for file in files]
+    combine([(_load(path), weight) for path, weight in parts]).save(out, torch.float16 if half else torch.float32)
+    typer.echo(f"{out}: " + " + ".join(f"{weight:g} x {path.name}" for path, weight in parts))
+
+
+@delta_app.command()
+def diff(first: Path, second: Path, as_json: AsJson = False) -> None:
+    """Cosine similarity of two deltas, layer by layer (Fig. 9a takes the mean)."""
+    from svdiff.spectral.delta import cosine_similarity
+
+    a, b = _load(first), _load(second)
+    cosines = cosine_similarity(a, b)
+    if not cosines:
+        raise SvdiffError(f"{first} and {second} shift no weight in common")
+    mean = sum(cosines.values()) / len(cosines)
+    only = {"first": sorted(a.tensors.keys() - b.tensors.keys()), "second": sorted(b.tensors.keys() - a.tensors.keys())}
+    if as_json:
+        typer.echo(json.dumps({"mean": mean, "cosine": cosines, "only": only, "equal": a.hash == b.hash}, indent=1))
+        return
+    for name, value in cosines.items():
+        distance = float((a.tensors[name] - b.tensors[name]).norm())
+        typer.echo(f"{name:<76} cosine {value:>7.4f}  |δ₁ − δ₂| {distance:.4g}")
+    for which, names in only.items():
+        if names:
+            typer.echo(f"only in the {which}: {len(names)} weights, such as {names[0]}")
+    typer.echo(f"mean cosine {mean:.4f} over {len(cosines)} weights" + ("; equal" if a.hash == b.hash else ""))
+
+
+@delta_app.command("import")
+def import_file(
+    file: Path,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
+    base: Base = EMBEDDED,
+    part: Annotated[str, typer.Option(help="unet or text_encoder")] = "unet",
+) -> None:
+    """Read `spectral_shifts.safetensors` of svdiff-pytorch 0.2."""
+    from svdiff.spectral.cache import load_basis
+    from svdiff.spectral.legacy import import_spectral_shifts
+
+    module = getattr(_pipeline(base), part)
+    import_spectral_shifts(file, module, load_basis(module, _cache_folder()), prefix=part).save(out)
+    typer.echo(str(out))
+
+
+@app.command()
+def export(
+    file: Path,
+    out: Annotated[Path, typer.Option("--out", "-o", help="a folder for plain weights, a .safetensors file for LoRA")],
+    base: Base = EMBEDDED,
+    lora: Annotated[bool, typer.Option("--lora", help="LoRA instead of plain diffusers weights")] = False,
+    rank: Annotated[int | None, typer.Option(help="of the LoRA [default: full, exact but for norms]")] = None,
+    kohya: Annotated[bool, typer.Option("--kohya", help="kohya's names, which some tools want")] = False,
+    half: Half = False,
+) -> None:
+    """A delta as plain diffusers weights (exact), or as LoRA for every other tool (without its norms' shifts)."""
+    import torch
+
+    from svdiff.files import atomic_dir
+    from svdiff.spectral.export import export_lora
+    from svdiff.spectral.pipeline import SpectralPipeline
+
+    delta, dtype = _load(file), torch.float16 if half else torch.float32
+    concepts = SpectralPipeline(_pipeline(base), cache=_cache_folder())
+    if lora:
+        modules = {prefix: getattr(concepts.pipe, prefix) for prefix in delta.prefixes()}
+        bases = {prefix: concepts.basis(prefix) for prefix in modules}
+        layout = "kohya" if kohya else "diffusers"
+        export_lora(modules, bases, delta, out, rank=rank, dtype=dtype, layout=layout)  # type: ignore[arg-type]
+    else:
+        if rank is not None or kohya:
+            raise SvdiffError("--rank and --kohya are for LoRA: add --lora")
+        concepts.load_delta(delta, "concept")
+        concepts.fuse()
+        with atomic_dir(out) as folder:
+            concepts.pipe.to(dtype).save_pretrained(folder)
+    typer.echo(str(out))
+
+
+def _pipeline(base: str) -> Any:
+    from svdiff.config import BaseModelConfig
+    from svdiff.models import load_pipeline
+
+    return load_pipeline(BaseModelConfig(model=base))
+
+
+def _load(path: Path) -> SpectralDelta:
+    from svdiff.spectral.delta import SpectralDelta
+
+    return SpectralDelta.load(path)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    path, colon, weight = text.rpartition(":")
+    if not colon:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise SvdiffError(f"{text!r}: after the colon a number is expected, as in {path}:0.5") from None
