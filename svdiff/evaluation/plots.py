@@ -46,7 +46,7 @@ STYLE: dict[Any, Any] = {
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
     """A figure of `width` × `height` inches in our style, kept out of pyplot's global list, and its axes."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=rows == columns == 1)
+        figure, axes = plt.subplots(rows, columns, figsize=(width, height))
         try:
             yield figure, axes
         finally:
@@ -103,7 +103,7 @@ def training_curve(curve: pd.DataFrame) -> Figure:
 def alignment_scatter(scores: Mapping[str, Mapping[str, float]]) -> Figure:
     """Fig. 9b: text against image alignment, an arrow a concept from the untrained base to the delta."""
     with _figure(6.4, 4.2) as (figure, axes):
-        for index, (name, score) in enumerate(scores.items()):
+        for index, score in enumerate(scores.values()):
             colour = HUES[index % len(HUES)]
             start = (score["base_text_alignment"], score["base_image_alignment"])
             end = (score["text_alignment"], score["image_alignment"])
@@ -159,7 +159,9 @@ def heat_map(matrix: pd.DataFrame, label: str) -> Figure:
             for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
                 value = values[row, column]
                 colour = "white" if abs(value) > 0.6 * limit else INK
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+                axes.text(
+                    column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", color=colour, fontsize=8
+                )
         figure.colorbar(image, ax=axes, shrink=0.8, label=label)
     return figure
 
@@ -167,12 +169,12 @@ def heat_map(matrix: pd.DataFrame, label: str) -> Figure:
 def rank_curve(ranks: pd.DataFrame) -> Figure:
     """Fig. 25 in numbers: image and text alignment against the rank trained with, a line a kind of prompt."""
     labels = list(dict.fromkeys(ranks["rank"].astype(str)))
-    with _figure(6.8, 2.9, columns=2) as (figure, axes):
+    with _figure(4.6, 4.8, rows=2) as (figure, axes):
         titles = {
             "image_alignment": "image alignment: 1 − LPIPS",
             "text_alignment": "text alignment: CLIP cosine",
         }
-        for axis, (measure, title) in zip(axes[0], titles.items(), strict=True):
+        for axis, (measure, title) in zip(axes, titles.items(), strict=True):
             for (kind, rows), colour in zip(ranks.groupby("prompt_kind", sort=False), HUES, strict=False):
                 positions = [labels.index(str(rank)) for rank in rows["rank"]]
                 axis.plot(positions, rows[measure], "o-", color=colour, label=str(kind), markersize=5)
@@ -180,7 +182,7 @@ def rank_curve(ranks: pd.DataFrame) -> Figure:
             axis.set_xlabel("rank of the shifts in training")
             axis.set_ylabel(title)
             axis.margins(x=0.1, y=0.25)
-        axes[0, 0].legend(loc="best", fontsize=8)
+        axes[0].legend(loc="best", fontsize=8)
     return figure
 
 
@@ -201,7 +203,8 @@ def captioned_grid(
         for axis in grid.flat:
             axis.set(xticks=[], yticks=[])
             axis.grid(visible=False)
-            axis.set_frame_on(False)
+            for spine in axis.spines.values():
+                spine.set(visible=True, color=GRID)
         for index, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
             for column, picture in enumerate(row):
                 grid[index, column].imshow(np.asarray(picture), interpolation="lanczos")

@@ -46,7 +46,7 @@ def rank(config: Config, concept: str) -> Path:
     with atomic_dir(RANKS / concept) as folder:
         means.to_csv(folder / "ranks.csv", index=False, float_format="%.6f")
         plots.save(plots.rank_curve(means), folder / "curve.png")
-        plots.save(_strip(config, training[0].image, finished), folder / "strip.png")
+        plots.save(_strip(config, [picture.image for picture in training], finished), folder / "strip.png")
     return RANKS / concept
 
 
@@ -113,13 +113,13 @@ def _file(kind: str, seed: int) -> str:
     return f"{kind}-s{seed:04d}.png"
 
 
-def _strip(config: Config, training: Image.Image, finished: dict[str, Path]) -> plots.Figure:
-    """Fig. 25: a column a rank, a training picture before them; a row a prompt and seed."""
+def _strip(config: Config, training: list[Image.Image], finished: dict[str, Path]) -> plots.Figure:
+    """Fig. 25: a column a rank, training pictures before them; a row a prompt and seed."""
     rows, labels = [], []
     for kind in config.rank.prompts:
         for seed in config.rank.seeds[:STRIP_SEEDS]:
             pictures = [Image.open(folder / _file(kind, seed)).convert("RGB") for folder in finished.values()]
-            rows.append([to_square(training, pictures[0].width), *pictures])
+            rows.append([to_square(training[len(rows) % len(training)], pictures[0].width), *pictures])
             labels.append(f"{kind}, seed {seed}")
     columns = [
         "training picture",

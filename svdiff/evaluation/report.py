@@ -105,8 +105,9 @@ def report(config: Config) -> Path:
         version=svdiff.__version__,
         date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
         config=config,
+        # Not `tracking`: its URI may hold a password.
         params=yaml.safe_dump(
-            config.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True
+            config.model_dump(mode="json", exclude={"tracking"}), sort_keys=False, allow_unicode=True
         ),
         pages=pages,
         scatter=scatter,

@@ -21,6 +21,15 @@ def lpips() -> TinyLpips:
 
 
 @pytest.fixture
+def evaluators(monkeypatch: pytest.MonkeyPatch, clip: TinyClip, lpips: TinyLpips) -> None:
+    """The small evaluators in the place of the configured ones."""
+    import svdiff.evaluation.evaluators as module
+
+    monkeypatch.setattr(module, "load_clip", lambda _: clip)
+    monkeypatch.setattr(module, "load_lpips", lambda _: lpips)
+
+
+@pytest.fixture
 def config() -> Config:
     return Config.model_validate(
         {

@@ -57,6 +57,7 @@ class TinyLpips:
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], others: list[Image.Image]) -> torch.Tensor:
         def tensor(image: Image.Image) -> torch.Tensor:
+            image = image.resize((SIDE, SIDE))  # the backbone needs some pixels
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
         return torch.stack([torch.cat([self.net(tensor(a), tensor(b)).flatten() for b in others]) for a in images])

@@ -1,0 +1,72 @@
+"""Stage `rank` on the tiny random base: every rank is trained, kept through a kill, and shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from svdiff.config import BaseModelConfig, Config
+from svdiff.evaluation.rank import rank
+from svdiff.spectral import SpectralDelta
+
+pytestmark = [pytest.mark.usefixtures("evaluators"), pytest.mark.slow]
+
+
+@pytest.fixture
+def tiny(checkout: Path, config: Config, tiny_base: Path) -> Config:
+    sections = {
+        "base": BaseModelConfig(model=str(tiny_base)),
+        "train": config.train.model_copy(update={"prior_weight": 0.0, "lr": 0.05}),
+        "sample": config.sample.model_copy(update={"steps": 2}),
+    }
+    return config.model_copy(update=sections)
+
+
+def test_ranks_are_trained_scored_and_kept(tiny: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import svdiff.training
+
+    trained: list[int | None] = []
+    train = svdiff.training.train
+
+    def killed_before_full(*args, **kwargs) -> Path:
+        trained.append(kwargs["overrides"]["rank"])
+        if kwargs["overrides"]["rank"] is None and trained.count(None) == 1:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(svdiff.training, "train", killed_before_full)
+    with pytest.raises(KeyboardInterrupt):
+        rank(tiny, "red-dog")
+    assert not (tmp_path / "out/rank/red-dog").exists()
+    folder = rank(tiny, "red-dog")
+    assert trained == [1, 4, None, None], "finished ranks are not trained again"
+
+    table = pd.read_csv(folder / "ranks.csv", dtype={"rank": str})
+    assert list(table.columns) == ["rank", "prompt_kind", "text_alignment", "image_alignment", "clip_i"]
+    assert list(table["rank"]) == ["1", "1", "4", "4", "full", "full"]
+    assert set(table["prompt_kind"]) == {"reconstruction", "edit"}
+    assert np.isfinite(table[["text_alignment", "image_alignment", "clip_i"]]).all(axis=None)
+    for name in ("strip.png", "curve.png"):
+        assert min(Image.open(folder / name).size) > 200
+
+    deltas = {
+        path.parent.name: SpectralDelta.load(path) for path in (tmp_path / "scratch/rank").rglob("delta.safetensors")
+    }
+    assert set(deltas) == {"train-1", "train-4", "train-full"}
+    norms = deltas["train-1"].norms
+    for name, shifts in deltas["train-1"].tensors.items():
+        if name not in norms:
+            assert shifts[1:].abs().max(initial=0) == 0 if isinstance(shifts, np.ndarray) else not shifts[1:].any()
+    assert any(shifts[4:].any() for name, shifts in deltas["train-full"].tensors.items() if name not in norms)
+
+
+def test_what_is_kept_is_not_taken_for_something_else(tiny: Config, tmp_path: Path) -> None:
+    first = pd.read_csv(rank(tiny, "red-dog") / "ranks.csv")
+    changed = tiny.model_copy(update={"train": tiny.train.model_copy(update={"lr": 0.2})})
+    second = pd.read_csv(rank(changed, "red-dog") / "ranks.csv")
+    assert not np.allclose(first["image_alignment"], second["image_alignment"], atol=1e-6)
+    assert len(list((tmp_path / "scratch/rank").iterdir())) == 2
