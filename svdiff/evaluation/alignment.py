@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,24 +16,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from svdiff.config import EvaluatorsConfig
+
 MEASURES = ("image_alignment", "text_alignment", "clip_i")
 
 
-class Clip(Protocol):
-    """A CLIP model: unit-length embeddings, one row an input."""
+class Evaluators(NamedTuple):
+    """What scores pictures: CLIP's two encoders (N inputs to N × d unit vectors) and LPIPS (N and M pictures to N × M)."""
 
-    def encode_images(self, images: list[Image]) -> Tensor:
-        """N pictures to N × d."""
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """N texts to N × d."""
+    encode_images: Callable[[list[Image]], Tensor]
+    encode_texts: Callable[[list[str]], Tensor]
+    distance: Callable[[list[Image], list[Image]], Tensor]
 
 
-class Lpips(Protocol):
-    """LPIPS distance of every picture of one list to every one of another, inputs scaled to [-1, 1]."""
+def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
+    """The evaluators that params.yaml names. Raises SvdiffError if their weights are not there."""
+    from svdiff.evaluation import evaluators
 
-    def __call__(self, images: list[Image], others: list[Image]) -> Tensor:
-        """N and M pictures of one size to N × M distances."""
+    encode_images, encode_texts = evaluators.load_clip(config)  # type: ignore[arg-type]
+    return Evaluators(encode_images, encode_texts, evaluators.load_lpips(config))  # type: ignore[arg-type]
 
 
 def without_token(prompt: str, token: str) -> str:
@@ -52,7 +53,7 @@ def without_token(prompt: str, token: str) -> str:
 
 
 def align(
-    pictures: Sequence[Image], texts: Sequence[str], training: Sequence[Image], *, clip: Clip, lpips: Lpips
+    pictures: Sequence[Image], texts: Sequence[str], training: Sequence[Image], evaluators: Evaluators
 ) -> pd.DataFrame:
     """Alignment of each picture with its text and with the training pictures.
 
@@ -60,8 +61,7 @@ def align(
         pictures: square pictures of one size.
         texts: the prompt of each picture, without the special token (see `without_token`).
         training: the concept's pictures; brought to the size of `pictures` by `to_square`, as in training.
-        clip: embeds pictures and texts.
-        lpips: the perceptual distance.
+        evaluators: CLIP and LPIPS, see `load_evaluators`.
 
     Returns:
         One row a picture: `text_alignment`, the cosine of the CLIP embeddings of picture and text (no factor
@@ -75,12 +75,12 @@ def align(
         raise SvdiffError(f"pictures to score are of sizes {sorted(sizes)}; expected one square size")
     pictures = [picture.convert("RGB") for picture in pictures]
     squares = [to_square(picture, pictures[0].width) for picture in training]
-    embedded = _matrix(clip.encode_images(pictures))
+    embedded = _matrix(evaluators.encode_images(pictures))
     return pd.DataFrame(
         {
-            "image_alignment": 1 - _matrix(lpips(pictures, squares)).mean(axis=1),
-            "text_alignment": (embedded * _matrix(clip.encode_texts(list(texts)))).sum(axis=1),
-            "clip_i": (embedded @ _matrix(clip.encode_images(squares)).T).mean(axis=1),
+            "image_alignment": 1 - _matrix(evaluators.distance(pictures, squares)).mean(axis=1),
+            "text_alignment": (embedded * _matrix(evaluators.encode_texts(list(texts)))).sum(axis=1),
+            "clip_i": (embedded @ _matrix(evaluators.encode_images(squares)).T).mean(axis=1),
         }
     )
 

@@ -17,7 +17,7 @@ from PIL import Image
 from svdiff.config import Config
 from svdiff.data.concepts import concept_folder, load_concept_images, to_square
 from svdiff.evaluation import plots
-from svdiff.evaluation.alignment import align, without_token
+from svdiff.evaluation.alignment import align, load_evaluators, without_token
 from svdiff.files import atomic_dir, sha256_file, sha256_tree
 from svdiff.models import load_pipeline, scratch
 
@@ -59,7 +59,6 @@ def _one_rank(config: Config, concept: str, limit: int | None, work: Path) -> Pa
     final = work / f"rank-{_label(limit)}"
     if final.is_dir():
         return final
-    from svdiff.evaluation.evaluators import load_clip, load_lpips
     from svdiff.sampling import Job, sample_images
     from svdiff.spectral import SpectralPipeline
     from svdiff.training import train
@@ -99,8 +98,7 @@ def _one_rank(config: Config, concept: str, limit: int | None, work: Path) -> Pa
         pictures,
         [without_token(prompt, subject.token) for prompt in rows["prompt"]],
         [picture.image for picture in load_concept_images(concept_folder(concept))],
-        clip=load_clip(config.evaluators),
-        lpips=load_lpips(config.evaluators),
+        load_evaluators(config.evaluators),
     )
     with atomic_dir(final) as folder:
         pd.concat([rows, scores], axis=1).to_csv(folder / "scores.csv", index=False)
@@ -115,7 +113,8 @@ def _file(kind: str, seed: int) -> str:
 
 def _strip(config: Config, training: list[Image.Image], finished: dict[str, Path]) -> plots.Figure:
     """Fig. 25: a column a rank, training pictures before them; a row a prompt and seed."""
-    rows, labels = [], []
+    rows: list[list[Image.Image]] = []
+    labels = []
     for kind in config.rank.prompts:
         for seed in config.rank.seeds[:STRIP_SEEDS]:
             pictures = [Image.open(folder / _file(kind, seed)).convert("RGB") for folder in finished.values()]

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from PIL import Image
 
-from svdiff.config import Config
+from svdiff.config import Config, EvaluatorsConfig
 from svdiff.data.concepts import concept_folder, load_concept_images
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.alignment import MEASURES, align, paired_gain, without_token
-from svdiff.files import atomic_dir
+from svdiff.evaluation.alignment import MEASURES, align, load_evaluators, paired_gain, without_token
+from svdiff.files import atomic_dir, sha256_file
 
 SAMPLES = Path("out/sample")
 SCORES = Path("out/score")
 PAIR = ["prompt_index", "seed"]
+TRANSFORM = "RGB in [-1, 1]"
 
 
 def score(config: Config, concept: str) -> Path:
@@ -35,20 +37,18 @@ def score(config: Config, concept: str) -> Path:
     Raises:
         SvdiffError: no samples, a picture missing, or pictures of the two models that are not pairs.
     """
-    from svdiff.evaluation.evaluators import load_clip, load_lpips
-
     training = [picture.image for picture in load_concept_images(concept_folder(concept))]
     samples = read_samples(SAMPLES / concept)
     token = config.concept(concept).token
     pictures = [Image.open(SAMPLES / concept / file) for file in samples["file"]]
     texts = [without_token(prompt, token) for prompt in samples["prompt"]]
-    clip, lpips = load_clip(config.evaluators), load_lpips(config.evaluators)
-    scored = pd.concat([samples, align(pictures, texts, training, clip=clip, lpips=lpips)], axis=1)
+    evaluators = load_evaluators(config.evaluators)
+    scored = pd.concat([samples, align(pictures, texts, training, evaluators)], axis=1)
     metrics = summarise(scored, resamples=config.score.bootstrap, seed=config.score.seed)
     with atomic_dir(SCORES / concept) as folder:
         scored.to_csv(folder / "images.csv", index=False, float_format="%.6f")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (folder / "evaluators.json").write_text(json.dumps({"clip": clip.info, "lpips": lpips.info}, indent=2) + "\n")
+        (folder / "evaluators.json").write_text(json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
     return SCORES / concept
 
 
@@ -80,3 +80,29 @@ def summarise(scored: pd.DataFrame, *, resamples: int, seed: int) -> dict[str, f
         gain = paired_gain(trained[measure], base[measure], resamples=resamples, seed=seed)
         metrics |= {name: gain.mean, f"{name}_low": gain.low, f"{name}_high": gain.high}
     return {name: round(float(value), 6) for name, value in metrics.items()} | {"pairs": len(trained)}
+
+
+def describe_evaluators(config: EvaluatorsConfig) -> dict[str, dict[str, Any]]:
+    """What must be equal for two scores to be comparable: networks, weights (hash, or the hub's tag), transforms, scale."""
+    clip: dict[str, Any] = {"score": "cosine, not scaled"}
+    folder = Path(config.clip_model.removeprefix("local-dir:"))
+    if folder.is_dir():
+        described = json.loads((folder / "open_clip_config.json").read_text())
+        weights = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".pt"})
+        clip |= {
+            "model": described.get("model_cfg"),
+            "weights_sha256": {path.name: sha256_file(path) for path in weights},
+            "transform": described.get("preprocess_cfg"),
+        }
+    else:
+        clip |= {
+            "model": config.clip_model,
+            "weights": config.clip_pretrained,
+            "transform": "open_clip's for this model",
+        }
+    lpips: dict[str, Any] = {"score": "1 − distance, mean over the training pictures", "net": config.lpips_net}
+    if config.lpips_weights:
+        lpips |= {"weights_sha256": sha256_file(config.lpips_weights), "heads": "none"}
+    else:
+        lpips |= {"weights": "of the lpips package", "heads": "learned"}
+    return {"clip": clip, "lpips": lpips | {"transform": TRANSFORM}}

@@ -8,6 +8,7 @@ import pytest
 from evaluation_parts import CONCEPTS, PROMPTS, SEEDS, TinyClip, TinyLpips, drawing, write_samples, write_training
 
 from svdiff.config import Config
+from svdiff.evaluation.alignment import Evaluators
 
 
 @pytest.fixture(scope="session")
@@ -20,12 +21,17 @@ def lpips() -> TinyLpips:
     return TinyLpips()
 
 
+@pytest.fixture(scope="session")
+def tiny(clip: TinyClip, lpips: TinyLpips) -> Evaluators:
+    return Evaluators(clip.encode_images, clip.encode_texts, lpips)
+
+
 @pytest.fixture
 def evaluators(monkeypatch: pytest.MonkeyPatch, clip: TinyClip, lpips: TinyLpips) -> None:
     """The small evaluators in the place of the configured ones."""
     import svdiff.evaluation.evaluators as module
 
-    monkeypatch.setattr(module, "load_clip", lambda _: clip)
+    monkeypatch.setattr(module, "load_clip", lambda _: (clip.encode_images, clip.encode_texts))
     monkeypatch.setattr(module, "load_lpips", lambda _: lpips)
 
 
@@ -34,6 +40,7 @@ def config() -> Config:
     return Config.model_validate(
         {
             "classes": ["dog", "cat"],
+            "evaluators": {"clip_model": "tiny", "clip_pretrained": "random", "lpips_weights": None},
             "concepts": {name: {"class_word": word, "token": token} for name, (word, token, _) in CONCEPTS.items()},
             "sample": {"prompts": PROMPTS, "seeds": SEEDS},
             "rank": {"concepts": ["red-dog"], "ranks": [4, 1], "steps": 2, "seeds": [0, 1]},

@@ -33,7 +33,6 @@ class TinyClip:
         ).eval()
         self.preprocess = open_clip.image_transform(32, is_train=False)
         self.tokenize = open_clip.SimpleTokenizer(context_length=16)
-        self.info = {"model": "tiny", "sha256": "0" * 64}
 
     @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
@@ -52,7 +51,6 @@ class TinyLpips:
 
         torch.manual_seed(0)
         self.net = lpips.LPIPS(net="alex", lpips=False, pretrained=False, pnet_rand=True, verbose=False).eval()
-        self.info = {"net": "alex", "heads": "none"}
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], others: list[Image.Image]) -> torch.Tensor:

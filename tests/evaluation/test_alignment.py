@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.stats
-from evaluation_parts import TinyClip, TinyLpips, drawing
+from evaluation_parts import drawing
 
 from svdiff.data.concepts import to_square
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.alignment import align, paired_gain, without_token
+from svdiff.evaluation.alignment import Evaluators, align, paired_gain, without_token
 
 PICTURES = [drawing("crimson", seed=1), drawing("seagreen", "navy", seed=2), drawing("orange", seed=3)]
 TEXTS = ["a dog", "a cat on a navy background", "a fox"]
@@ -30,12 +30,12 @@ def test_the_token_is_removed_as_a_word(prompt: str, token: str, expected: str) 
     assert without_token(prompt, token) == expected
 
 
-def test_scores_are_their_definitions(clip: TinyClip, lpips: TinyLpips) -> None:
-    scores = align(PICTURES, TEXTS, TRAINING, clip=clip, lpips=lpips)
+def test_scores_are_their_definitions(tiny: Evaluators) -> None:
+    scores = align(PICTURES, TEXTS, TRAINING, tiny)
     squares = [to_square(picture, 64) for picture in TRAINING]
     images, texts, own = (
         e.double().numpy()
-        for e in (clip.encode_images(PICTURES), clip.encode_texts(TEXTS), clip.encode_images(squares))
+        for e in (tiny.encode_images(PICTURES), tiny.encode_texts(TEXTS), tiny.encode_images(squares))
     )
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -45,29 +45,29 @@ def test_scores_are_their_definitions(clip: TinyClip, lpips: TinyLpips) -> None:
         i = int(str(index))
         assert row["text_alignment"] == pytest.approx(cosine(images[i], texts[i]), abs=1e-6)
         assert row["clip_i"] == pytest.approx(np.mean([cosine(images[i], other) for other in own]), abs=1e-6)
-        distances = [float(lpips([PICTURES[i]], [square])) for square in squares]
+        distances = [float(tiny.distance([PICTURES[i]], [square])) for square in squares]
         assert row["image_alignment"] == pytest.approx(1 - np.mean(distances), abs=1e-6)
 
 
-def test_a_training_picture_is_perfectly_aligned_with_itself(clip: TinyClip, lpips: TinyLpips) -> None:
-    scores = align([PICTURES[0]], ["a dog"], [PICTURES[0]], clip=clip, lpips=lpips)
+def test_a_training_picture_is_perfectly_aligned_with_itself(tiny: Evaluators) -> None:
+    scores = align([PICTURES[0]], ["a dog"], [PICTURES[0]], tiny)
     assert scores["image_alignment"][0] == pytest.approx(1, abs=1e-6)
     assert scores["clip_i"][0] == pytest.approx(1, abs=1e-6)
-    further = align([PICTURES[1]], ["a dog"], [PICTURES[0]], clip=clip, lpips=lpips)
+    further = align([PICTURES[1]], ["a dog"], [PICTURES[0]], tiny)
     assert further["image_alignment"][0] < 0.999
 
 
-def test_scores_do_not_depend_on_the_company(clip: TinyClip, lpips: TinyLpips) -> None:
-    together = align(PICTURES, TEXTS, TRAINING, clip=clip, lpips=lpips)
-    alone = align(PICTURES[1:2], TEXTS[1:2], TRAINING, clip=clip, lpips=lpips)
+def test_scores_do_not_depend_on_the_company(tiny: Evaluators) -> None:
+    together = align(PICTURES, TEXTS, TRAINING, tiny)
+    alone = align(PICTURES[1:2], TEXTS[1:2], TRAINING, tiny)
     np.testing.assert_allclose(together.iloc[1], alone.iloc[0], atol=1e-5)
 
 
-def test_odd_input_is_refused(clip: TinyClip, lpips: TinyLpips) -> None:
+def test_odd_input_is_refused(tiny: Evaluators) -> None:
     with pytest.raises(SvdiffError, match="3 pictures and 2 texts"):
-        align(PICTURES, TEXTS[:2], TRAINING, clip=clip, lpips=lpips)
+        align(PICTURES, TEXTS[:2], TRAINING, tiny)
     with pytest.raises(SvdiffError, match="one square size"):
-        align([PICTURES[0], drawing("red", side=32)], TEXTS[:2], TRAINING, clip=clip, lpips=lpips)
+        align([PICTURES[0], drawing("red", side=32)], TEXTS[:2], TRAINING, tiny)
 
 
 def test_interval_is_scipys_percentile_bootstrap() -> None:

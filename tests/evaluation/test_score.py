@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 from evaluation_parts import PROMPTS, SEEDS, TinyClip, drawing
 
-from svdiff.config import Config
+from svdiff.config import Config, EvaluatorsConfig
 from svdiff.errors import SvdiffError
 from svdiff.evaluation.alignment import MEASURES
-from svdiff.evaluation.score import score
+from svdiff.evaluation.score import describe_evaluators, score
+from svdiff.files import sha256_file
 
 pytestmark = pytest.mark.usefixtures("evaluators")
 
@@ -32,10 +33,7 @@ def test_files_and_numbers(checkout: Path, config: Config) -> None:
     for short, measure in zip(("image", "text", "clip_i"), MEASURES, strict=True):
         assert metrics[f"{short}_gain"] == pytest.approx(metrics[measure] - metrics[f"base_{measure}"], abs=3e-6)
         assert metrics[f"{short}_gain_low"] <= metrics[f"{short}_gain"] <= metrics[f"{short}_gain_high"]
-    assert json.loads((folder / "evaluators.json").read_text()) == {
-        "clip": {"model": "tiny", "sha256": "0" * 64},
-        "lpips": {"net": "alex", "heads": "none"},
-    }
+    assert json.loads((folder / "evaluators.json").read_text()) == describe_evaluators(config.evaluators)
     # The trained pictures have the concept's colour, the base's do not.
     assert metrics["image_gain_low"] > 0
 
@@ -51,13 +49,14 @@ def test_the_evaluator_reads_prompts_without_the_token(
     checkout: Path, config: Config, clip: TinyClip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    encode = clip.encode_texts
 
     def remember(texts: list[str]):
         read.extend(texts)
-        return encode(texts)
+        return clip.encode_texts(texts)
 
-    monkeypatch.setattr(clip, "encode_texts", remember)
+    import svdiff.evaluation.evaluators as module
+
+    monkeypatch.setattr(module, "load_clip", lambda _: (clip.encode_images, remember))
     score(config, "green-cat")
     assert set(read) == {"a cat on a blue background", "a big cat"}
 
@@ -81,3 +80,24 @@ def test_damaged_samples_are_refused(checkout: Path, config: Config, damage, mes
     with pytest.raises(SvdiffError, match=message):
         score(config, "red-dog")
     assert not (checkout / "out/score").exists() or not any((checkout / "out/score").iterdir())
+
+
+def test_evaluators_are_described_by_weights_and_transform(tmp_path: Path) -> None:
+    clip, lpips = tmp_path / "clip", tmp_path / "backbone.safetensors"
+    clip.mkdir()
+    transform = {"mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    (clip / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 8}, "preprocess_cfg": transform})
+    )
+    (clip / "open_clip_model.safetensors").write_bytes(b"weights")
+    lpips.write_bytes(b"backbone")
+    config = EvaluatorsConfig(clip_model=f"local-dir:{clip}", lpips_weights=str(lpips))
+    described = describe_evaluators(config)
+    assert described["clip"]["transform"] == transform
+    assert described["clip"]["weights_sha256"] == {
+        "open_clip_model.safetensors": sha256_file(clip / "open_clip_model.safetensors")
+    }
+    assert described["lpips"]["weights_sha256"] == sha256_file(lpips)
+    assert str(tmp_path) not in json.dumps(described), "the same evaluators elsewhere are the same evaluators"
+    lpips.write_bytes(b"another")
+    assert describe_evaluators(config) != described
