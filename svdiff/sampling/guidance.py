@@ -1,0 +1,156 @@
+"""Classifier-free guidance with negative prompts (Eq. 9 and 10), on a DDIM loop of our own.
+
+`StableDiffusionPipeline` knows one negative prompt that replaces the empty one; Eq. 10 mixes *scores*, so it needs a loop
+that sees them. Without negative prompts the loop makes the pipeline's pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from svdiff.errors import SvdiffError
+from svdiff.sampling.images import Job, check_prompts
+from svdiff.sampling.noise import draw_noise, seeded_generators
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
+
+
+def guided_noise(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Eq. 9: s · ε̂(z|c) + (1 − s) · ε̂(z|∅); written as diffusers does, for the same rounding."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def negative_noise(unconditional: Tensor, negatives: Sequence[Tensor], beta: float) -> Tensor:
+    """Eq. 10: β · ε̂(z|∅) + (1 − β) · ε̂(z|c^neg), what takes the place of ε̂(z|∅) in Eq. 9.
+
+    Several negatives share 1 − β equally. β = 1 returns ε̂(z|∅) itself.
+    """
+    if beta == 1:
+        return unconditional
+    return beta * unconditional + (1 - beta) * torch.stack(list(negatives)).mean(0)
+
+
+@torch.no_grad()
+def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings (len(prompts), tokens, width). Raises SvdiffError for a prompt that is too long."""
+    check_prompts(pipe, prompts)
+    tokenizer = pipe.tokenizer
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    return pipe.text_encoder(tokens.input_ids.to(pipe.device))[0].to(pipe.unet.dtype)
+
+
+@torch.no_grad()
+def denoise(
+    pipe: StableDiffusionPipeline,
+    latents: Tensor,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    beta: float = 1.0,
+    negatives: Sequence[str] = (),
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """DDIM from z_T to z_0 under Eq. 9 and 10.
+
+    Args:
+        pipe: a pipeline with a DDIM scheduler.
+        latents: z_T, (B, C, h, w): noise, or what `inversion.invert` found.
+        prompts: B prompts c.
+        steps: DDIM steps.
+        guidance: s of Eq. 9; 1 is none. Unlike in diffusers, values below 1 are Eq. 9 too.
+        beta: β of Eq. 10; 1 is plain guidance.
+        negatives: c^neg, the same for all pictures; each costs one more pass of the network.
+        eta: η of DDIM; above 0 it injects noise from `generators`.
+        generators: one a picture, for η > 0.
+
+    Returns:
+        z_0, (B, C, h, w).
+
+    Raises:
+        SvdiffError: β outside 0 to 1, β < 1 without negatives or guidance, η > 0 without generators.
+    """
+    _check(beta, negatives, guidance, eta, generators)
+    count = len(prompts)
+    # One entry an evaluation of the network: ∅, the negatives, then c. Without guidance c alone.
+    texts: list[Sequence[str]] = [prompts]
+    if guidance != 1:
+        texts = [[""] * count, *([text] * count for text in (negatives if beta < 1 else ())), prompts]
+    contexts = torch.cat([encode_prompts(pipe, text) for text in texts])
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(steps, device=latents.device)
+    for t in scheduler.timesteps:
+        noises = pipe.unet(torch.cat([latents] * len(texts)), t, encoder_hidden_states=contexts).sample.chunk(
+            len(texts)
+        )
+        noise = noises[-1]
+        if guidance != 1:
+            noise = guided_noise(noise, negative_noise(noises[0], noises[1:-1], beta), guidance)
+        random = list(generators) if eta > 0 and generators is not None else None
+        latents = scheduler.step(noise, t, latents, eta=eta, generator=random).prev_sample
+    return latents
+
+
+def _check(
+    beta: float,
+    negatives: Sequence[str],
+    guidance: float,
+    eta: float,
+    generators: Sequence[torch.Generator] | None,
+) -> None:
+    if not 0 <= beta <= 1:
+        raise SvdiffError(f"β of Eq. 10 is {beta}; expected 0 to 1 (1 is plain guidance)")
+    if beta < 1 and (not negatives or guidance == 1):
+        missing = "negative prompts" if not negatives else "guidance: its scale is 1"
+        raise SvdiffError(f"β of Eq. 10 is {beta} without {missing}; give some, or set β to 1")
+    if eta > 0 and generators is None:
+        raise SvdiffError(f"η is {eta}, which injects noise: give one generator a picture, or set η to 0")
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> list[Image]:
+    """Pictures of z_0, (B, C, h, w)."""
+    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+def sample_guided(
+    pipe: StableDiffusionPipeline,
+    jobs: Sequence[Job],
+    *,
+    steps: int,
+    guidance: float,
+    beta: float = 1.0,
+    negatives: Sequence[str] = (),
+    eta: float = 0.0,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> list[Image]:
+    """`sample_images` with the negative prompts of Eq. 10; the same pictures where β is 1."""
+    images: list[Image] = []
+    with tqdm(total=len(jobs), desc=progress, unit="image", disable=progress is None) as bar:
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            generators = seeded_generators([job.seed for job in batch])
+            latents = denoise(
+                pipe,
+                draw_noise(pipe, generators) * pipe.scheduler.init_noise_sigma,
+                [job.prompt for job in batch],
+                steps=steps,
+                guidance=guidance,
+                beta=beta,
+                negatives=negatives,
+                eta=eta,
+                generators=generators,
+            )
+            images += decode(pipe, latents)
+            bar.update(len(batch))
+    return images
