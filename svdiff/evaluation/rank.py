@@ -16,6 +16,7 @@ from PIL import Image
 
 from svdiff.config import Config
 from svdiff.data.concepts import concept_folder, load_concept_images, to_square
+from svdiff.data.prior import prior_folder
 from svdiff.evaluation import plots
 from svdiff.evaluation.alignment import align, load_evaluators, without_token
 from svdiff.files import atomic_dir, sha256_file, sha256_tree
@@ -131,11 +132,12 @@ def _key(config: Config, concept: str) -> str:
     """Hash of all that a finished rank depends on, so that what is kept is never taken for something else."""
     base = Path(config.base.model)
     evaluators = (config.evaluators.clip_model.removeprefix("local-dir:"), config.evaluators.lpips_weights)
+    prior = prior_folder(config.concept(concept).class_word)
     parts = {
         "base": sha256_tree(base) if base.is_dir() else config.base.model_dump(),
         "train": config.train_config(concept).model_dump(mode="json"),
         "subject": config.concept(concept).model_dump(mode="json", exclude={"train"}),
-        "prior": config.prior.model_dump(mode="json"),
+        "prior": [config.prior.model_dump(mode="json"), sha256_tree(prior) if prior.is_dir() else None],
         "sample": config.sample.model_dump(mode="json", exclude={"prompts", "seeds", "batch_size"}),
         "rank": config.rank.model_dump(mode="json", exclude={"concepts", "ranks"}),
         "evaluators": config.evaluators.model_dump(mode="json"),

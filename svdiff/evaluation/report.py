@@ -105,10 +105,7 @@ def report(config: Config) -> Path:
         version=svdiff.__version__,
         date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
         config=config,
-        # Not `tracking`: its URI may hold a password.
-        params=yaml.safe_dump(
-            config.model_dump(mode="json", exclude={"tracking"}), sort_keys=False, allow_unicode=True
-        ),
+        params=_parameters(config),
         pages=pages,
         scatter=scatter,
         correlation=correlation,
@@ -118,6 +115,12 @@ def report(config: Config) -> Path:
     with atomic_dir(REPORT) as folder:
         (folder / "index.html").write_text(html, encoding="utf-8")
     return REPORT / "index.html"
+
+
+def _parameters(config: Config) -> str:
+    """What the results depend on, as YAML. Not `tracking`: its address may hold a password."""
+    values = config.model_dump(mode="json", exclude={"tracking", "promote", "base_training"})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _template() -> jinja2.Template:
