@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
     from PIL.Image import Image
 
 INK, QUIET, GRID, BLANK = "#1f2430", "#6b7280", "#e5e7eb", "#f1f2f4"
@@ -44,13 +41,10 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple[Figure, Any]]:
-    """A figure of `width` × `height` inches in our style, kept out of pyplot's global list, and its axes."""
+    """A figure of `width` × `height` inches in our style, and its axes; pyplot and its backends are not involved."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height))
-        try:
-            yield figure, axes
-        finally:
-            plt.close(figure)
+        figure = Figure(figsize=(width, height))
+        yield figure, figure.subplots(rows, columns)
 
 
 def save(figure: Figure, path: str | Path) -> None:

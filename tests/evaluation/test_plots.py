@@ -62,9 +62,14 @@ def test_grid_holds_pictures_and_captions() -> None:
     assert Image.open(io.BytesIO(plots.to_png(figure))).size[0] > 200
 
 
-def test_equal_figures_are_equal_files_and_nothing_is_left_open() -> None:
-    import matplotlib.pyplot as plt
-
+def test_equal_figures_are_equal_files() -> None:
     curve = pd.DataFrame({"step": range(1, 11), "loss": np.linspace(1, 0.1, 10)})
     assert plots.to_png(plots.training_curve(curve)) == plots.to_png(plots.training_curve(curve))
-    assert plt.get_fignums() == []
+
+
+def test_the_users_own_matplotlib_settings_are_left_alone() -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    plots.to_png(plots.training_curve(pd.DataFrame({"step": [1, 2], "loss": [0.2, 0.1]})))
+    assert dict(mpl.rcParams) == before
