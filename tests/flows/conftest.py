@@ -6,7 +6,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from miniature import Project, write_params
+from miniature import Project, make_dvc_project, write_params
 
 from flows.tracking import connect
 from svdiff.config import TrackingConfig
@@ -32,3 +32,14 @@ def project(tmp_path: Path, empty_store: bytes, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "mlruns" / "mlflow.db").write_bytes(empty_store)
     write_params(tmp_path, "dog", "dog2")
     return Project(tmp_path)
+
+
+@pytest.fixture
+def dvc_project(tmp_path: Path, empty_store: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DVC project with concepts `dog` and `dog2`, nothing run; the current folder."""
+    root = make_dvc_project(tmp_path / "project", "dog", "dog2")
+    (root / "mlruns").mkdir()
+    (root / "mlruns" / "mlflow.db").write_bytes(empty_store)
+    monkeypatch.chdir(root)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,48 @@ def write_params(root: Path, *concepts: str, **sections: dict) -> Path:
     return path
 
 
+def write_train(
+    root: Path, concept: str, *, value: float, base_hash: str = BASE_HASH, train_key: str | None = None
+) -> None:
+    """What `train` leaves: a delta full of `value`, a curve of 20 steps, one validation picture."""
+    folder = root / "out" / "train" / concept
+    (folder / "validation").mkdir(parents=True, exist_ok=True)
+    metadata = {"format_version": "1", "base_hash": base_hash, "basis_id": "x", "subset": "UNet"}
+    save_file({"unet.conv_in.weight": np.full(4, value, np.float32)}, folder / "delta.safetensors", metadata)
+    sort_safetensors_metadata(folder / "delta.safetensors")
+    curve = {"step": np.arange(1, 21), "loss": 1 / np.arange(1, 21), "seconds": 0.5}
+    pd.DataFrame(curve | {"fixed_noise_loss": [np.nan] * 19 + [0.2]}).to_csv(folder / "curve.csv", index=False)
+    summary = {"train_key": train_key or f"key-{concept}-{value}", "config": {"lr": 0.001, "steps": 20}}
+    (folder / "train.json").write_text(json.dumps(summary))
+    Image.new("RGB", (16, 16), "red").save(folder / "validation" / "step-00000.png")
+
+
+def write_sample(root: Path, concept: str) -> None:
+    """What `sample` leaves: a picture for each model, prompt and seed."""
+    folder, rows = root / "out" / "sample" / concept, []
+    for model in ("trained", "base"):
+        (folder / model).mkdir(parents=True, exist_ok=True)
+        for index, prompt in enumerate(PROMPTS):
+            for seed in SEEDS:
+                file = f"{model}/p{index:02d}-s{seed:04d}.png"
+                Image.new("RGB", (16, 16), (40 * index, 40 * seed, 90)).save(folder / file)
+                rows.append({"file": file, "model": model, "prompt": prompt, "prompt_index": index, "seed": seed})
+    pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
+
+
+def write_score(root: Path, concept: str, *, image: float = 0.5, text: float = 0.3, evaluators: str = "clip-1") -> None:
+    """What `score` leaves: alignments around `image` and `text`, further apart within a version than between."""
+    folder = root / "out" / "score" / concept
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pd.read_csv(root / "out" / "sample" / concept / "images.csv")
+    table["image_alignment"] = image + 0.1 * table["seed"]
+    table["text_alignment"] = text - 0.1 * table["prompt_index"]
+    table.to_csv(folder / "images.csv", index=False)
+    means = table[table["model"] == "trained"][["image_alignment", "text_alignment"]].mean().to_dict()
+    (folder / "metrics.json").write_text(json.dumps(means | {"pairs": len(PROMPTS) * len(SEEDS)}))
+    (folder / "evaluators.json").write_text(json.dumps({"clip": {"model": evaluators}}))
+
+
 def write_results(
     root: Path,
     concept: str,
@@ -45,37 +88,10 @@ def write_results(
     evaluators: str = "clip-1",
     train_key: str | None = None,
 ) -> None:
-    """What `train`, `sample` and `score` leave: a delta full of `value`, alignments around `image` and `text`."""
-    train, sample, score = (root / "out" / stage / concept for stage in ("train", "sample", "score"))
-    for folder in (train / "validation", sample / "trained", sample / "base", score):
-        folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format_version": "1", "base_hash": base_hash, "basis_id": "x", "subset": "UNet"}
-    save_file({"unet.conv_in.weight": np.full(4, value, np.float32)}, train / "delta.safetensors", metadata)
-    sort_safetensors_metadata(train / "delta.safetensors")
-    steps = np.arange(1, 21)
-    pd.DataFrame(
-        {"step": steps, "loss": 1 / steps, "lr": 0.001, "seconds": 0.5, "fixed_noise_loss": [np.nan] * 19 + [0.2]}
-    ).to_csv(train / "curve.csv", index=False)
-    key = train_key or f"key-{concept}-{value}"
-    (train / "train.json").write_text(json.dumps({"train_key": key, "config": {"lr": 0.001, "steps": 20}}))
-    Image.new("RGB", (16, 16), "red").save(train / "validation" / "step-00000.png")
-    rows = []
-    for index, prompt in enumerate(PROMPTS):
-        for seed in SEEDS:
-            for model in ("trained", "base"):
-                file = f"{model}/p{index:02d}-s{seed:04d}.png"
-                Image.new("RGB", (16, 16), (40 * index, 40 * seed, 90)).save(sample / file)
-                rows.append(
-                    {"file": file, "model": model, "prompt": prompt, "prompt_index": index, "seed": seed}
-                    # Differences between pictures are larger than those between versions, as in real life.
-                    | {"image_alignment": image + 0.1 * seed, "text_alignment": text - 0.1 * index}
-                )
-    table = pd.DataFrame(rows)
-    table[["file", "model", "prompt", "prompt_index", "seed"]].to_csv(sample / "images.csv", index=False)
-    table.to_csv(score / "images.csv", index=False)
-    means = table[table["model"] == "trained"][["image_alignment", "text_alignment"]].mean().to_dict()
-    (score / "metrics.json").write_text(json.dumps(means | {"pairs": len(PROMPTS) * len(SEEDS)}))
-    (score / "evaluators.json").write_text(json.dumps({"clip": {"model": evaluators}}))
+    """What `train`, `sample` and `score` leave."""
+    write_train(root, concept, value=value, base_hash=base_hash, train_key=train_key)
+    write_sample(root, concept)
+    write_score(root, concept, image=image, text=text, evaluators=evaluators)
 
 
 class Project:
@@ -96,3 +112,107 @@ class Project:
         from flows.registry import register
 
         return register(self.tracking, self.config, self.results(concept, **values))
+
+
+DVC_YAML = """
+stages:
+  prior:
+    foreach: ${classes}
+    do:
+      cmd: python stage.py prior ${item}
+      outs: ["out/prior/${item}"]
+  train:
+    foreach: ${concepts}
+    do:
+      cmd: python stage.py train ${key}
+      deps: ["data/concepts/${key}", "out/prior/${item.class_word}"]
+      params: ["concepts.${key}"]
+      outs: ["out/train/${key}"]
+  sample:
+    foreach: ${concepts}
+    do:
+      cmd: python stage.py sample ${key}
+      deps: ["out/train/${key}"]
+      outs: ["out/sample/${key}"]
+  score:
+    foreach: ${concepts}
+    do:
+      cmd: python stage.py score ${key}
+      deps: ["out/sample/${key}"]
+      outs: ["out/score/${key}"]
+  register:
+    foreach: ${concepts}
+    do:
+      cmd: python -m flows register --concept ${key}
+      deps: ["out/score/${key}", "out/train/${key}"]
+      outs:
+        - out/register/${key}.json:
+            cache: false
+  correlate:
+    cmd: python stage.py correlate all
+    deps: [out/train]
+    outs: [out/correlate]
+  rank:
+    foreach: ${rank.concepts}
+    do:
+      cmd: python stage.py rank ${item}
+      outs: ["out/rank/${item}"]
+  report:
+    cmd: python stage.py report all
+    deps: [out/correlate, out/score]
+    outs: [out/report]
+"""
+
+# Marks in a concept's folder make its training fail, hang with a child of its own, or show a progress bar.
+STAGE_PY = """
+import os, subprocess, sys, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+stage, name = sys.argv[1:]
+print(f"{{stage}} of {{name}} begins", flush=True)
+marks = Path(".marks")
+if (marks / f"{{stage}}-{{name}}-fail").exists():
+    print(f"cannot {{stage}} {{name}}: the moon is wrong")
+    sys.exit(3)
+if (marks / f"{{stage}}-{{name}}-hang").exists():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (marks / "pids").write_text(f"{{os.getpid()}} {{child.pid}}")
+    time.sleep(600)
+if stage in ("train", "sample", "score"):
+    import miniature
+    root = Path.cwd()
+    if stage == "train":
+        pictures = sorted(Path("data/concepts", name).iterdir())
+        miniature.write_train(root, name, value=sum(p.stat().st_size for p in pictures) / 1000)
+    elif stage == "sample":
+        miniature.write_sample(root, name)
+    else:
+        miniature.write_score(root, name)
+else:
+    folder = Path("out", stage, *([] if name == "all" else [name]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.txt").write_text(stage)
+"""
+
+
+def make_dvc_project(root: Path, *concepts: str) -> Path:
+    """A git and DVC project whose stages are small and whose registration is the real one."""
+    from dvc.repo import Repo
+
+    subprocess.run(["git", "init", "--quiet", str(root)], check=True)
+    repo = Repo.init(str(root))
+    repo.close()
+    write_params(root, *concepts)
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / "stage.py").write_text(STAGE_PY.format(here=str(Path(__file__).parent)))
+    (root / ".gitignore").write_text("/out\n/mlruns\n/.svdiff\n/.marks\n__pycache__/\n")
+    (root / ".marks").mkdir()
+    for number, concept in enumerate(concepts):
+        folder = root / "data" / "concepts" / concept
+        folder.mkdir(parents=True)
+        for index in range(3):
+            Image.effect_noise((64 + 8 * number, 64), 40 + index).convert("RGB").save(folder / f"{index}.png")
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "-C", str(root), "add", "."], check=True)
+    subprocess.run(["git", "-C", str(root), *identity, "commit", "--quiet", "-m", "project"], check=True)
+    return root

@@ -1,0 +1,213 @@
+"""One DVC stage as a child process: streamed, limited in time, and ended with everything that it started.
+
+Knows nothing of Prefect. DVC decides what is stale and records results; here is only how a stage is run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+TAIL = 30  # lines that a failure carries
+POLL = 0.5  # seconds between looks at the process tree
+MARK = "SVDIFF_STAGE_MARK"  # environment variable by which the processes of a stage are known
+PROGRESS_EVERY = 10.0  # seconds between progress bars passed on
+BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|lock is held by", re.IGNORECASE)
+
+
+class StageFailed(RuntimeError):
+    """A stage ended badly; carries its name, exit status and last lines."""
+
+    def __init__(self, stage: str, problem: str, tail: list[str]) -> None:
+        self.stage, self.problem, self.tail = stage, problem, tail
+        super().__init__("\n".join([f"stage {stage} {problem}; its last lines:", *(f"  {line}" for line in tail)]))
+
+
+class StageBusy(StageFailed):
+    """Another DVC command is at work on the same files: wait and try again."""
+
+
+class StageTimeout(StageFailed, TimeoutError):
+    """The stage ran longer than allowed and was ended."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage that is up to date now."""
+
+    stage: str
+    outcome: str  # `ran`, `restored` (from the run cache) or `unchanged`
+    seconds: float
+
+
+def run_stage(
+    stage: str,
+    *,
+    root: Path,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[str], None] | None = None,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> StageRun:
+    """Bring `stage` of the project at `root` up to date: `dvc --wait-for-lock repro --single-item <stage>`.
+
+    What is upstream is not looked at: the caller runs stages in order. Returning, failing, running out of `timeout`
+    (seconds) or being interrupted, it leaves no process of the stage behind, not even if dvc itself was killed.
+
+    Args:
+        stage: name in dvc.yaml, e.g. `train@teapot`.
+        root: the checkout.
+        on_line: called with each line of output.
+        on_progress: called with a progress bar every PROGRESS_EVERY seconds; default `on_line`.
+        timeout: seconds the stage may take.
+        environment: variables for the stage, over those of this process.
+
+    Raises:
+        StageBusy: other DVC commands use the same files; nothing was done.
+        StageTimeout: it took too long.
+        StageFailed: anything else.
+    """
+    mark = uuid.uuid4().hex
+    started, tail, outcome = time.monotonic(), deque[str](maxlen=TAIL), "ran"
+    # No session of its own: whoever ends our process group (Prefect on cancel) reaches the stage as well.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        cwd=root,
+        env=_environment(environment or {}) | {MARK: f"{os.environ.get(MARK, '')}:{mark}"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    tree = _Tree(process, mark, timeout)
+    shown = 0.0
+    try:
+        for line, is_progress in _lines(process.stdout):
+            if is_progress:
+                if time.monotonic() - shown >= PROGRESS_EVERY:
+                    shown = time.monotonic()
+                    (on_progress or on_line)(line)
+                continue
+            tail.append(line)
+            on_line(line)
+            if "didn't change, skipping" in line:
+                outcome = "unchanged"
+            elif "is cached - skipping run" in line:
+                outcome = "restored"
+        process.wait()
+    finally:
+        tree.end()
+        process.stdout.close()
+    lines = list(tail)
+    if tree.timed_out:
+        raise StageTimeout(stage, f"took longer than {timeout:g} s and was ended", lines)
+    if process.returncode:
+        busy = any(BUSY.search(line) for line in lines)
+        raise (StageBusy if busy else StageFailed)(stage, _ending(process.returncode), lines)
+    return StageRun(stage, outcome, time.monotonic() - started)
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Stages are commands such as `svdiff` and `python`: those of this very environment come first."""
+    folder = str(Path(sys.executable).parent)
+    path = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "1", **extra}
+
+
+def _ending(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"failed with status {code}"
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
+    """Lines as they come, and whether each is a progress bar: one that ends by going back to its start."""
+    buffer = b""
+    while chunk := os.read(stream.fileno(), 65536):
+        *parts, buffer = re.split(rb"(\r\n|\n|\r)", buffer + chunk)
+        for text, end in zip(parts[::2], parts[1::2], strict=True):
+            if line := _clean(text):
+                yield line, end == b"\r"
+    if line := _clean(buffer):
+        yield line, False
+
+
+def _clean(text: bytes) -> str:
+    """Text without colours and cursor movements."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")).rstrip()
+
+
+class _Tree:
+    """A process and all that it starts, whoever their parent is by now, so that all of it can be ended.
+
+    A process whose parent died cannot be found from the root any more; the mark in its environment stays.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], mark: str, timeout: float | None) -> None:
+        self.process, self.mark, self.timed_out = process, mark, False
+        self.deadline = None if timeout is None else time.monotonic() + timeout
+        self.finished = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name=f"tree-{process.pid}", daemon=True)
+        self.thread.start()
+
+    def end(self) -> None:
+        """Stop watching, and kill whatever is left."""
+        self.finished.set()
+        self.thread.join()
+        self._kill()
+
+    def _watch(self) -> None:
+        while not self.finished.wait(POLL):
+            if self.process.poll() is not None:
+                self._kill()  # orphans hold the pipe: without this the reader would wait for them
+                return
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self.timed_out = True
+                self._kill()
+                return
+
+    def _kill(self) -> None:
+        """Stop everything first, so that nothing starts anew while the rest is ended; then kill."""
+        stopped: set[psutil.Process] = set()
+        while fresh := self._members() - stopped:
+            for process in fresh:
+                _signal(process, "suspend")
+            stopped |= fresh
+        for process in stopped:
+            _signal(process, "kill")
+        patience = time.monotonic() + 10
+        while any(map(_alive, stopped)) and time.monotonic() < patience:
+            self.process.poll()
+            time.sleep(0.01)
+
+    def _members(self) -> set[psutil.Process]:
+        found = set()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if self.mark in process.environ().get(MARK, "") and _alive(process):
+                    found.add(process)
+        return found
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether it still runs; a zombie, which only its new parent can bury, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(process: psutil.Process, what: str) -> None:
+    with suppress(psutil.NoSuchProcess):
+        getattr(process, what)()

@@ -1,0 +1,156 @@
+"""A stage as a child process: what it says, how it fails, and that nothing of it survives."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.stages import StageBusy, StageFailed, StageTimeout, run_stage
+
+
+def pids(root: Path, patience: float = 60) -> list[int]:
+    """Process ids of the hanging stage and of its child."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if (root / ".marks/pids").exists() and (found := (root / ".marks/pids").read_text().split()):
+            return [int(pid) for pid in found]
+        time.sleep(0.1)
+    raise AssertionError("the stage did not start")
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def dvc_of(pid: int) -> psutil.Process:
+    """The dvc process above a stage."""
+    return next(p for p in psutil.Process(pid).parents() if "--single-item" in p.cmdline())
+
+
+def test_runs_once_then_is_unchanged_then_restored(dvc_project: Path) -> None:
+    lines: list[str] = []
+    first = run_stage("prior@dog", root=dvc_project, on_line=lines.append)
+    second = run_stage("prior@dog", root=dvc_project, on_line=lines.append)
+    (dvc_project / "dvc.lock").unlink()
+    run_stage("train@dog", root=dvc_project, on_line=lines.append)
+    (dvc_project / "dvc.lock").unlink()
+    restored = run_stage("train@dog", root=dvc_project, on_line=lines.append)
+    assert [first.outcome, second.outcome, restored.outcome] == ["ran", "unchanged", "restored"]
+    assert "prior of dog begins" in lines
+
+
+def test_a_failure_carries_stage_status_and_last_lines(dvc_project: Path) -> None:
+    run_stage("prior@dog", root=dvc_project, on_line=print)
+    (dvc_project / ".marks/train-dog-fail").touch()
+    with pytest.raises(StageFailed, match=r"(?s)stage train@dog failed.*cannot train dog: the moon is wrong") as caught:
+        run_stage("train@dog", root=dvc_project, on_line=print)
+    assert caught.value.stage == "train@dog"
+    assert not isinstance(caught.value, StageBusy)
+
+
+def test_a_stage_that_is_not_there(dvc_project: Path) -> None:
+    with pytest.raises(StageFailed, match="train@cow"):
+        run_stage("train@cow", root=dvc_project, on_line=print)
+
+
+def test_timeout_ends_the_whole_tree(dvc_project: Path) -> None:
+    run_stage("prior@dog", root=dvc_project, on_line=print)
+    (dvc_project / ".marks/train-dog-hang").touch()
+    with pytest.raises(StageTimeout, match="took longer than 8 s"):
+        run_stage("train@dog", root=dvc_project, on_line=print, timeout=8)
+    assert not any(alive(pid) for pid in pids(dvc_project, 1))
+
+
+def hanging(root: Path) -> tuple[threading.Thread, list[BaseException], list[int]]:
+    """A stage that hangs in a thread, what it raised once it ended, and its processes."""
+    run_stage("prior@dog", root=root, on_line=print)
+    (root / ".marks/train-dog-hang").touch()
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run_stage("train@dog", root=root, on_line=print)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, raised, pids(root)
+
+
+def test_killed_dvc_leaves_no_orphan_that_a_rerun_would_race(dvc_project: Path) -> None:
+    """kill -9 of dvc alone: its stage would run on, unrecorded, while the next attempt starts another."""
+    thread, raised, started = hanging(dvc_project)
+    dvc_of(started[0]).kill()
+    thread.join(30)
+    assert [str(error) for error in raised if "killed by signal 9" in str(error)]
+    assert not any(alive(pid) for pid in started)
+    (dvc_project / ".marks/train-dog-hang").unlink()
+    assert run_stage("train@dog", root=dvc_project, on_line=print).outcome == "ran"
+
+
+def test_killed_stage_is_a_failure_and_runs_again(dvc_project: Path) -> None:
+    thread, raised, started = hanging(dvc_project)
+    os.kill(started[0], signal.SIGKILL)
+    thread.join(30)
+    assert len(raised) == 1
+    assert isinstance(raised[0], StageFailed)
+    assert not any(alive(pid) for pid in started)
+    (dvc_project / ".marks/train-dog-hang").unlink()
+    assert run_stage("train@dog", root=dvc_project, on_line=print).outcome == "ran"
+
+
+def test_the_same_stage_twice_is_busy(dvc_project: Path) -> None:
+    thread, raised, started = hanging(dvc_project)
+    with pytest.raises(StageBusy, match="is busy"):
+        run_stage("train@dog", root=dvc_project, on_line=print)
+    os.kill(started[0], signal.SIGKILL)
+    thread.join(30)
+    assert raised
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_the_caller_ends_the_stage(dvc_project: Path, by: signal.Signals) -> None:
+    """What Prefect does on cancel: the signal goes to the process group of the engine, which raises from it."""
+    run_stage("prior@dog", root=dvc_project, on_line=print)
+    (dvc_project / ".marks/train-dog-hang").touch()
+    code = (
+        "import signal, sys; from pathlib import Path; from flows.stages import run_stage\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "run_stage('train@dog', root=Path.cwd(), on_line=print)"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=dvc_project, start_new_session=True)
+    started = pids(dvc_project)
+    os.kill(caller.pid, by)  # the caller alone: the rest is its own work
+    caller.wait(30)
+    assert not any(alive(pid) for pid in started)
+
+
+def test_progress_bars_do_not_flood(dvc_project: Path) -> None:
+    """A bar redrawn a hundred times is passed on once in a while; lines between arrive, all of them."""
+    script = dvc_project / "bar.py"
+    script.write_text(
+        "import sys\n"
+        "for i in range(100): sys.stderr.write(f'\\r{i}%|bar'); sys.stderr.flush()\n"
+        "sys.stderr.write('\\n')\nprint('\\x1b[31mred\\x1b[0m')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "add", "-q", "-n", "bar", sys.executable, "bar.py"], check=True
+    )
+    lines: list[str] = []
+    bars: list[str] = []
+    run_stage("bar", root=dvc_project, on_line=lines.append, on_progress=bars.append)
+    assert len(bars) <= 2
+    assert "99%|bar" in lines
+    assert "red" in lines
+    assert not [line for line in lines if re.search(r"^[0-9]%", line)]
