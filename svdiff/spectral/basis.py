@@ -17,6 +17,7 @@ from svdiff.spectral.decompose import as_matrix, from_matrix, svd
 # The recipe of `decompose.svd`: a change that moves singular vectors changes this name and so every basis id.
 ALGORITHM = "gram-eigh-float64-1"
 
+NORMS = (nn.LayerNorm, nn.GroupNorm)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -101,12 +102,18 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def is_matrix(owner: nn.Module) -> bool:
+    """Whether the layer's weight is decomposed, and not shifted element by element as a norm's."""
+    weight = owner._parameters.get("weight")
+    return weight is not None and weight.ndim > 1 and not isinstance(owner, NORMS)
+
+
 def matrix_weights(module: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
     """Every weight with a decomposition, by name, with the module that owns it."""
     return {
         f"{path}.weight" if path else "weight": (owner, owner.weight)
         for path, owner in module.named_modules()
-        if isinstance(owner._parameters.get("weight"), Tensor) and owner.weight.ndim > 1
+        if is_matrix(owner)
     }
 
 

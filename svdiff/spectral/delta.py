@@ -8,6 +8,7 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -214,6 +215,7 @@ def combine(parts: Iterable[tuple[SpectralDelta, float]]) -> SpectralDelta:
     weighted = list(parts)
     if not weighted:
         raise SvdiffError("nothing to combine: give at least one delta")
+    _check_together([delta for delta, _ in weighted])
     total: dict[str, Tensor] = {}
     for delta, weight in weighted:
         for name, shifts in delta.tensors.items():
@@ -223,8 +225,6 @@ def combine(parts: Iterable[tuple[SpectralDelta, float]]) -> SpectralDelta:
 
 def _with_facts(tensors: dict[str, Tensor], parts: list[SpectralDelta]) -> SpectralDelta:
     """A delta made of others: facts on which they agree, and what is needed to know where it fits."""
-    for other in parts[1:]:
-        _check_together(parts[0], other)
     known = {key for part in parts for key in part.metadata}
     values = {key: {part.metadata[key] for part in parts if key in part.metadata} for key in known}
     facts = {key: found.pop() for key, found in values.items() if len(found) == 1}
@@ -239,21 +239,22 @@ def _with_facts(tensors: dict[str, Tensor], parts: list[SpectralDelta]) -> Spect
     return SpectralDelta(tensors, facts)
 
 
-def _check_together(a: SpectralDelta, b: SpectralDelta) -> None:
-    """Raise SvdiffError unless two deltas are shifts of one basis, of equal sizes."""
-    for prefix in set(a.prefixes()) & set(b.prefixes()):
-        left, right = (d.metadata.get(_key(prefix, "base_hash")) for d in (a, b))
-        if left != right:
-            raise SvdiffError(f"deltas of different bases do not add up: the {prefix} is {left} and {right}")
-        if len({d.metadata.get(_key(prefix, "basis_id")) for d in (a, b)}) > 1:
-            mine, theirs = a.fingerprints(prefix), b.fingerprints(prefix)
-            far = [name for name in mine.keys() & theirs.keys() if not _near(mine[name], theirs[name])]
-            if far or not (mine and theirs):
-                raise SvdiffError(f"deltas of different decompositions of the {prefix} do not add up")
-    for name in a.tensors.keys() & b.tensors.keys():
-        sizes = len(a.tensors[name]), len(b.tensors[name])
-        if sizes[0] != sizes[1]:
-            raise SvdiffError(f"{name!r} has {sizes[0]} shifts in one delta, {sizes[1]} in the other")
+def _check_together(parts: list[SpectralDelta]) -> None:
+    """Raise SvdiffError unless all are shifts of one basis, of equal sizes."""
+    for a, b in combinations(parts, 2):
+        for prefix in set(a.prefixes()) & set(b.prefixes()):
+            left, right = (d.metadata.get(_key(prefix, "base_hash")) for d in (a, b))
+            if left != right:
+                raise SvdiffError(f"deltas of different bases do not add up: the {prefix} is {left} and {right}")
+            if a.metadata.get(_key(prefix, "basis_id")) != b.metadata.get(_key(prefix, "basis_id")):
+                mine, theirs = a.fingerprints(prefix), b.fingerprints(prefix)
+                far = [name for name in mine.keys() & theirs.keys() if not _near(mine[name], theirs[name])]
+                if far or not (mine and theirs):
+                    raise SvdiffError(f"deltas of different decompositions of the {prefix} do not add up")
+        for name in a.tensors.keys() & b.tensors.keys():
+            sizes = len(a.tensors[name]), len(b.tensors[name])
+            if sizes[0] != sizes[1]:
+                raise SvdiffError(f"{name!r} has {sizes[0]} shifts in one delta, {sizes[1]} in the other")
 
 
 def interpolate(a: SpectralDelta, b: SpectralDelta, alpha: float) -> SpectralDelta:
@@ -263,6 +264,7 @@ def interpolate(a: SpectralDelta, b: SpectralDelta, alpha: float) -> SpectralDel
 
 def mix_by_layer(a: SpectralDelta, b: SpectralDelta, takes_a: Callable[[str], bool]) -> SpectralDelta:
     """Style mixing (Fig. 10): layers for which `takes_a(name)` from `a`, the rest from `b`."""
+    _check_together([a, b])
     tensors = {n: v for n, v in a.tensors.items() if takes_a(n)}
     tensors |= {n: v for n, v in b.tensors.items() if not takes_a(n)}
     return _with_facts(tensors, [a, b])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
-from svdiff.spectral.basis import TRANSPOSED, Factors
+from svdiff.spectral.basis import NORMS, TRANSPOSED, Factors
 from svdiff.spectral.convolution import Geometry, mix_channels
 from svdiff.spectral.decompose import as_matrix, from_matrix
 from svdiff.spectral.functions import (
@@ -245,19 +245,18 @@ _MATRICES: dict[type[nn.Module], type[SpectralMatrix]] = {
     nn.ConvTranspose2d: SpectralConv,
     nn.Embedding: SpectralEmbedding,
 }
-_NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def make_layer(name: str, original: nn.Module, factors: Factors | None, rank: int | None) -> SpectralLayer:
     """The spectral layer for `original`, whose weight is called `name`; refuses kinds that have none."""
-    if isinstance(original, _NORMS) and factors is None:
+    if isinstance(original, NORMS):
         return SpectralNorm(original)
     kind = _MATRICES.get(type(original)) or next(
         (layer for base, layer in _MATRICES.items() if _same_forward(original, base)), None
     )
     if kind is not None and factors is not None and getattr(original, "max_norm", None) is None:
         return kind(original, factors, rank)
-    supported = ", ".join(kind.__name__ for kind in (*_MATRICES, *_NORMS))
+    supported = ", ".join(kind.__name__ for kind in (*_MATRICES, *NORMS))
     raise SvdiffError(
         f"{name!r} belongs to a {type(original).__name__}, which has no spectral layer (there are some for "
         f"{supported}): choose a subset without this weight"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svdiff import __version__
 from svdiff.errors import SvdiffError
-from svdiff.spectral.basis import Basis
+from svdiff.spectral.basis import Basis, is_matrix
 from svdiff.spectral.delta import SpectralDelta, identity
 from svdiff.spectral.layers import SpectralLayer, SpectralMatrix, make_layer
 from svdiff.spectral.subsets import select
@@ -53,7 +53,7 @@ class SpectralShifts:
         owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in chosen}
         for name, owner in owners.items():
             weight: Tensor = owner.weight  # type: ignore[assignment]
-            factors = basis[name] if weight.ndim > 1 else None
+            factors = basis[name] if is_matrix(owner) else None
             if factors is not None and factors.shape != weight.shape:
                 raise SvdiffError(
                     f"{name!r} has shape {tuple(weight.shape)} but {tuple(factors.shape)} in the basis: "
@@ -156,7 +156,7 @@ class SpectralShifts:
     def fuse(self) -> None:
         """Put plain layers with the shifted weights in place: no spectral layer is left, nothing to pay for."""
         if not self.fused:
-            self._swap_out(SpectralLayer.shifted_weight)
+            self._swap_out(lambda layer: layer.shifted_weight())
             self.fused = True
 
     def unfuse(self) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
-from svdiff.spectral.basis import TRANSPOSED
+from svdiff.spectral.basis import TRANSPOSED, is_matrix
 from svdiff.spectral.decompose import as_matrix
 from svdiff.spectral.delta import SpectralDelta
+from svdiff.spectral.layers import SpectralLayer
 
 _Rule = Callable[[str, Tensor], bool]
 
@@ -44,8 +45,14 @@ SUBSETS: tuple[str, ...] = tuple(_RULES)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Every `weight` parameter of a module by name, in the order of its layers."""
-    return {n: p for n, p in module.named_parameters() if n == "weight" or n.endswith(".weight")}
+    """Every `weight` parameter of a module by name, in the order of its layers; attached ones by shape alone."""
+    found: dict[str, Tensor] = {}
+    for path, owner in module.named_modules():
+        attached = isinstance(owner, SpectralLayer)
+        weight = torch.empty(owner.shape, device="meta") if attached else owner._parameters.get("weight")
+        if weight is not None:
+            found[f"{path}.weight" if path else "weight"] = weight
+    return found
 
 
 def select(module: nn.Module, subset: str) -> list[str]:
@@ -91,20 +98,20 @@ class SubsetSize:
 
 
 def shift_sizes(module: nn.Module, subset: str) -> dict[str, int]:
-    """How many shifts each weight of `subset` has: `min(M, N)`, or the length of a 1-D weight."""
+    """How many shifts each weight of `subset` has: `min(M, N)`, or the elements of a norm's weight."""
     sizes = {}
     for name in select(module, subset):
         owner = module.get_submodule(name.rpartition(".")[0])
         weight: Tensor = owner.weight  # type: ignore[assignment]
-        matrix = weight[None] if weight.ndim == 1 else as_matrix(weight, transposed=isinstance(owner, TRANSPOSED))
-        sizes[name] = len(weight) if weight.ndim == 1 else min(matrix.shape)
+        matrix = as_matrix(weight, transposed=isinstance(owner, TRANSPOSED)) if is_matrix(owner) else None
+        sizes[name] = weight.numel() if matrix is None else min(matrix.shape)
     return sizes
 
 
 def subset_sizes(module: nn.Module, subset: str, *, prefix: str = "unet") -> SubsetSize:
     """Count one subset of a model, which may be on the meta device."""
     sizes = shift_sizes(module, subset)
-    norms = [name for name in sizes if module.get_parameter(name).ndim == 1]
+    norms = [name for name in sizes if not is_matrix(module.get_submodule(name.rpartition(".")[0]))]
     delta = SpectralDelta.zeros(sizes, norms, prefix=prefix)
     full, half = (len(delta.to_bytes(d, provenance=False)) for d in (torch.float32, torch.float16))
     return SubsetSize(subset, len(sizes), sum(sizes.values()), full, half, PAPER_KB.get(subset))

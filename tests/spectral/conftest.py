@@ -1,0 +1,47 @@
+"""A random tiny UNet with all of Stable Diffusion's layer kinds, and its decomposition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from svdiff.spectral import Basis, load_basis
+
+
+def perturb(shifts, scale: float = 0.05, seed: int = 0) -> None:
+    """Random shifts, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in shifts.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unet(tiny_pipe) -> nn.Module:
+    return tiny_pipe.unet
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of decompositions that the tests share."""
+    return tmp_path_factory.mktemp("bases")
+
+
+@pytest.fixture
+def basis(unet: nn.Module, bases: Path) -> Basis:
+    return load_basis(unet, bases, progress=False)
+
+
+@pytest.fixture
+def call(unet: nn.Module):
+    """The tiny UNet as a function of nothing."""
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16)
+    return lambda model=unet: model(sample, torch.tensor([3, 500]), text).sample

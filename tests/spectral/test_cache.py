@@ -1,0 +1,137 @@
+"""The cache of decompositions: content-addressed, safe with several processes, self-healing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from svdiff.errors import SvdiffError
+from svdiff.spectral import cache, list_cache, load_basis, prune_cache, weights_hash
+from svdiff.spectral.shifts import attach
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.Conv1d(30, 6, 1), nn.Embedding(9, 4))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the weights that are decomposed."""
+    done: list[str] = []
+    original = cache._checked
+
+    def checked(name: str, *args: object) -> object:
+        done.append(name)
+        return original(name, *args)
+
+    monkeypatch.setattr(cache, "_checked", checked)
+    return done
+
+
+def test_is_computed_once_and_mapped_afterwards(tmp_path: Path, counted: list[str]) -> None:
+    first = load_basis(model(), tmp_path, progress=False)
+    second = load_basis(model(), tmp_path, progress=False)
+    assert counted == ["0.weight", "2.weight", "3.weight"] == list(second)
+    assert first.id == second.id == load_basis(model(), None, progress=False).id
+    assert first.base_hash == second.base_hash == weights_hash(model())
+    for name in second:
+        assert torch.equal(second[name].u, first[name].u)
+        assert torch.equal(second[name].base_weight(), model().get_parameter(name))
+    entry = list_cache(tmp_path)[0]
+    assert (entry.base_hash, entry.weights) == (first.base_hash, 3)
+
+
+def test_other_weights_are_another_entry(tmp_path: Path) -> None:
+    assert load_basis(model(0), tmp_path).base_hash != load_basis(model(1), tmp_path).base_hash
+    half = model().half()
+    assert weights_hash(half) != weights_hash(model())
+    load_basis(half, tmp_path)
+    assert len(list_cache(tmp_path)) == 3
+    assert len(prune_cache(tmp_path, keep=1)) == 2
+    assert len(list_cache(tmp_path)) == 1
+
+
+def test_an_interrupted_decomposition_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]) -> None:
+    write = cache._write
+
+    def dies(folder: Path, name: str, factors: object) -> None:
+        if name == "2.weight":
+            raise KeyboardInterrupt
+        write(folder, name, factors)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cache, "_write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        load_basis(model(), tmp_path, progress=False)
+    monkeypatch.setattr(cache, "_write", write)
+    load_basis(model(), tmp_path, progress=False)
+    assert counted == ["0.weight", "2.weight", "2.weight", "3.weight"]
+
+
+@pytest.mark.parametrize("tensor", ["u", "sigma", "vh", "weight"])
+def test_an_edited_file_is_noticed_and_made_again(tmp_path: Path, tensor: str, counted: list[str]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    good = load_basis(model(), tmp_path, progress=False)
+    path = tmp_path / good.base_hash / "2.weight.safetensors"
+    with safe_open(path, "pt") as stream:
+        tensors = {key: stream.get_tensor(key).clone() for key in stream.keys()}  # noqa: SIM118
+        metadata = stream.metadata()
+    tensors[tensor].view(-1)[0] += 1e-3
+    path.unlink()
+    save_file(tensors, path, metadata)
+    again = load_basis(model(), tmp_path, progress=False)
+    assert counted[3:] == ["2.weight"]
+    assert again.id == good.id
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_truncated_file_is_noticed_and_made_again(tmp_path: Path, size: int, counted: list[str]) -> None:
+    good = load_basis(model(), tmp_path, progress=False)
+    path = tmp_path / good.base_hash / "0.weight.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:size])
+    assert load_basis(model(), tmp_path, progress=False).id == good.id
+    assert counted[3:] == ["0.weight"]
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    """Three real processes at once: the same basis for all, every weight decomposed once."""
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[2])\n"
+        "from tests.spectral.test_cache import model\n"
+        "from svdiff.spectral import cache\n"
+        "write = cache._write\n"
+        "cache._write = lambda f, n, x: (print('wrote', n), write(f, n, x))\n"
+        "print('id', cache.load_basis(model(), sys.argv[1], progress=False).id)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[2])]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    lines = [line for process in running for line in process.communicate(timeout=120)[0].splitlines()]
+    assert all(process.returncode == 0 for process in running)
+    assert sorted(line for line in lines if line.startswith("wrote")) == [f"wrote {i}.weight" for i in (0, 2, 3)]
+    ids = [line for line in lines if line.startswith("id")]
+    assert len(ids) == 3
+    assert len(set(ids)) == 1
+    assert not list(tmp_path.rglob(".*")), "no temporary file is left"
+
+
+def test_bad_models_are_refused() -> None:
+    broken = model()
+    with torch.no_grad():
+        broken[0].weight[0, 0] = float("nan")
+    with pytest.raises(SvdiffError, match=r"'0\.weight' has values that are not finite"):
+        load_basis(broken, None, progress=False)
+    with torch.device("meta"), pytest.raises(SvdiffError, match="meta device"):
+        load_basis(nn.Sequential(nn.Linear(2, 2)), None)
+    attached = model()
+    attach(attached, load_basis(attached, None, progress=False), subset="0|1|2")
+    with pytest.raises(SvdiffError, match="detach"):
+        load_basis(attached, None)
