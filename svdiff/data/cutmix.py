@@ -1,0 +1,221 @@
+"""Cut-Mix-Unmix (Sec. 3.3): pictures cut from two subjects, with prompts that say where each of them is.
+
+Everything random follows from (seed, index) alone: a stage makes mix number i, a training decides in iteration n, and both
+can be asked again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from svdiff.errors import SvdiffError
+
+Layout = Literal["left-right", "up-down"]
+Fit = Literal["cover", "contain"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+PROBABILITY = 0.6  # Sec. 4.2
+# In the words of each layout: with positions, with positions in the other order, without.
+_POSITIONS = {
+    "left-right": ("{a} on the left and {article} {b} on the right", "{b} on the right and {article} {a} on the left"),
+    "up-down": ("{a} above {article} {b}", "{b} below {article} {a}"),
+}
+
+
+class Region(NamedTuple):
+    """Where a subject is: fractions of width and height, 0 to 1, so that it fits pictures and attention maps alike."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The box (left, top, right, bottom) in whole pixels of a picture or map."""
+        return (
+            round(self.left * width),
+            round(self.top * height),
+            round(self.right * width),
+            round(self.bottom * height),
+        )
+
+    def mask(self, height: int, width: int) -> np.ndarray:
+        """(height, width) float32: the share of each cell that lies in the region."""
+
+        def share(low: float, high: float, cells: int) -> np.ndarray:
+            edges = np.arange(cells + 1) / cells
+            return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None) * cells
+
+        return np.outer(share(self.top, self.bottom, height), share(self.left, self.right, width)).astype(np.float32)
+
+
+class Mix(NamedTuple):
+    """A mixed picture and the regions of its first (left or upper) and second subject."""
+
+    image: Image.Image
+    regions: tuple[Region, Region]
+
+
+def make_mix(
+    first: Image.Image,
+    second: Image.Image,
+    *,
+    size: int,
+    layout: Layout = "left-right",
+    split: float = 0.5,
+    fit: Fit = "cover",
+) -> Mix:
+    """Put `first` into the left (upper) part of a `size` × `size` picture and `second` into the other.
+
+    Args:
+        first, second: RGB pictures of any size.
+        size: side of the result in pixels.
+        layout: side by side, or one above the other.
+        split: share of the first part, between 0 and 1; the seam lies at the nearest pixel.
+        fit: `cover` fills each part with the middle of its picture, as CutMix does; `contain` shows the whole picture and
+            continues its edge to the part's border, so that nothing of a subject is cut off.
+
+    Raises:
+        SvdiffError: an unknown layout or fit, or a split that leaves nothing of one picture.
+    """
+    if layout not in LAYOUTS:
+        raise SvdiffError(f"layout is '{layout}'; expected one of {', '.join(LAYOUTS)}")
+    if fit not in get_args(Fit):
+        raise SvdiffError(f"fit is '{fit}'; expected one of {', '.join(get_args(Fit))}")
+    seam = round(split * size)
+    if not 0 < seam < size:
+        raise SvdiffError(f"split is {split}, which leaves nothing of one picture at {size} pixels; expected about 0.5")
+    at = seam / size
+    if layout == "left-right":
+        regions = Region(0.0, 0.0, at, 1.0), Region(at, 0.0, 1.0, 1.0)
+    else:
+        regions = Region(0.0, 0.0, 1.0, at), Region(0.0, at, 1.0, 1.0)
+    mixed = Image.new("RGB", (size, size))
+    for picture, region in zip((first, second), regions, strict=True):
+        left, top, right, bottom = region.pixels(size, size)
+        mixed.paste(_fitted(picture.convert("RGB"), (right - left, bottom - top), fit), (left, top))
+    return Mix(mixed, regions)
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
+    if fit == "cover":
+        return ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
+    whole = np.asarray(ImageOps.contain(picture, size, method=Image.Resampling.LANCZOS))
+    missing = (size[1] - whole.shape[0], size[0] - whole.shape[1])
+    rows, columns = ((n // 2, n - n // 2) for n in missing)
+    return Image.fromarray(np.pad(whole, (rows, columns, (0, 0)), mode="edge"))
+
+
+def mix_prompts(first: str, second: str, *, layout: Layout = "left-right", article: str = "a") -> tuple[str, str, str]:
+    """The three kinds of what a mix shows, to stand for '{subject}' in a prompt such as 'a {subject}'.
+
+    `first` is the left or upper subject, e.g. 'sks dog'. The kinds: with positions; with positions, in the other order;
+    without positions.
+    """
+    forward, backward = (form.format(a=first, b=second, article=article) for form in _POSITIONS[layout])
+    return forward, backward, f"{first} and {article} {second}"
+
+
+def prior_mix_prompts(first_class: str, second_class: str, *, template: str = "a {subject}") -> list[str]:
+    """The prior prompts of left-right mixes of two classes: the default negatives of Eq. 10 (supplement D)."""
+    return list(dict.fromkeys(template.format(subject=words) for words in mix_prompts(first_class, second_class)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the subjects that are trained together: 'sks dog', its pictures, and the prior images of its class."""
+
+    words: str
+    class_word: str
+    images: Sequence[Image.Image]
+    priors: Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class MixRecipe:
+    """How mixes are made."""
+
+    size: int
+    seed: int = 0
+    layouts: tuple[Layout, ...] = ("left-right",)
+    split: tuple[float, float] = (0.5, 0.5)  # the range that the first part's share is drawn from
+    fit: Fit = "cover"
+    prompt: str = "a {subject}"
+    prior_prompt: str = "a {subject}"
+
+
+@dataclass(frozen=True)
+class MixedPair:
+    """A mix of two subjects and its prior counterpart: the same cut and kind of prompt, of the classes' prior images."""
+
+    subjects: tuple[int, int]  # left or upper first
+    layout: Layout
+    regions: tuple[Region, Region]
+    image: Image.Image
+    prompt: str
+    prior_image: Image.Image
+    prior_prompt: str
+
+
+def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> MixedPair:
+    """Mix number `index`: two subjects drawn without replacement, a picture of each, layout, split, kind of prompt.
+
+    Raises SvdiffError for fewer than two subjects, or one without pictures or prior images.
+    """
+    if len(subjects) < 2:
+        raise SvdiffError(f"Cut-Mix-Unmix mixes two subjects; found {len(subjects)}")
+    for subject in subjects:
+        if not subject.images or not subject.priors:
+            missing = "prior images" if subject.images else "pictures"
+            raise SvdiffError(f"'{subject.words}' has no {missing} to mix")
+    draw = _random(recipe.seed, "mix", index)
+    i, j = draw.sample(range(len(subjects)), 2)
+    first, second = subjects[i], subjects[j]
+    layout = draw.choice(recipe.layouts)
+    split = draw.uniform(*recipe.split)
+    kind = draw.randrange(3)
+
+    def mix(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Mix:
+        pictures = draw.choice(a), draw.choice(b)
+        return make_mix(*pictures, size=recipe.size, layout=layout, split=split, fit=recipe.fit)
+
+    instance, prior = mix(first.images, second.images), mix(first.priors, second.priors)
+    words = mix_prompts(first.words, second.words, layout=layout)[kind]
+    classes = mix_prompts(first.class_word, second.class_word, layout=layout)[kind]
+    return MixedPair(
+        subjects=(i, j),
+        layout=layout,
+        regions=instance.regions,
+        image=instance.image,
+        prompt=recipe.prompt.format(subject=words),
+        prior_image=prior.image,
+        prior_prompt=recipe.prior_prompt.format(subject=classes),
+    )
+
+
+class Choice(NamedTuple):
+    """What an iteration shows: mix number `number`, or a picture of subject number `number` alone."""
+
+    mixed: bool
+    number: int
+
+
+def choose(seed: int, iteration: int, *, subjects: int, mixes: int, probability: float = PROBABILITY) -> Choice:
+    """One of `mixes` mixes with `probability`, else one of `subjects` subjects, each as likely as the others.
+
+    `probability` 0 is joint training without Cut-Mix-Unmix (Sec. 4.2).
+    """
+    draw = _random(seed, "choice", iteration)
+    if draw.random() < probability:
+        return Choice(True, draw.randrange(mixes))
+    return Choice(False, draw.randrange(subjects))
+
+
+def _random(*key: object) -> random.Random:
+    """A generator that depends on `key` alone, in every process."""
+    return random.Random(repr(key))

@@ -1,0 +1,189 @@
+"""Cut-Mix-Unmix: what is cut where, what the prompts say, and that all of it follows from (seed, index)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from svdiff.data.cutmix import (
+    MixRecipe,
+    Region,
+    Subject,
+    choose,
+    make_mix,
+    mix_prompts,
+    mixed_pair,
+    prior_mix_prompts,
+)
+from svdiff.errors import SvdiffError
+
+COLOURS = {"sks dog": "red", "zwx cat": "blue", "olis panda": "green"}
+
+
+def subjects(count: int = 3) -> list[Subject]:
+    """Each subject has two shades of its own colour; its prior images are the same colour, darker."""
+    shades = {
+        "red": [(250, 0, 0), (200, 0, 0)],
+        "blue": [(0, 0, 250), (0, 0, 200)],
+        "green": [(0, 250, 0), (0, 200, 0)],
+    }
+    dark = {"red": (90, 0, 0), "blue": (0, 0, 90), "green": (0, 90, 0)}
+    return [
+        Subject(
+            words,
+            words.split()[1],
+            [Image.new("RGB", (20, 20), shade) for shade in shades[colour]],
+            [Image.new("RGB", (30, 30), dark[colour])],
+        )
+        for words, colour in list(COLOURS.items())[:count]
+    ]
+
+
+def inside(image: Image.Image, region: Region) -> np.ndarray:
+    return np.asarray(image.crop(region.pixels(*image.size))).reshape(-1, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["left-right", "up-down"]),
+    st.sampled_from(["cover", "contain"]),
+    st.integers(8, 70),
+    st.floats(0.2, 0.8),
+)
+def test_each_region_shows_its_own_picture_only(layout, fit, size: int, split: float) -> None:
+    red, blue = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (17, 51), "blue")
+    mix = make_mix(red, blue, size=size, layout=layout, split=split, fit=fit)
+    assert mix.image.size == (size, size)
+    assert (inside(mix.image, mix.regions[0]) == (255, 0, 0)).all()
+    assert (inside(mix.image, mix.regions[1]) == (0, 0, 255)).all()
+    masks = [region.mask(size, size) for region in mix.regions]
+    np.testing.assert_allclose(masks[0] + masks[1], 1, atol=1e-5)
+    assert masks[0].mean() == pytest.approx(round(split * size) / size, abs=1e-5)
+    seam = round(split * size)
+    part = masks[0][:, :seam] if layout == "left-right" else masks[0][:seam]
+    np.testing.assert_allclose(part, 1, atol=1e-5)
+
+
+def test_cover_is_the_middle_of_the_picture_and_contain_the_whole() -> None:
+    values = np.zeros((32, 32, 3), np.uint8)
+    values[:, :, 0] = np.arange(32)[None] * 8  # red grows from left to right
+    picture, white = Image.fromarray(values), Image.new("RGB", (32, 32), "white")
+    covered = np.asarray(make_mix(picture, white, size=32).image)
+    assert np.array_equal(covered[:, :16], values[:, 8:24])
+    assert (covered[:, 16:] == 255).all()
+    contained = np.asarray(make_mix(picture, white, size=32, fit="contain").image)[:, :16, 0].astype(int)
+    assert contained.min() < 16  # both ends are there
+    assert contained.max() > 232
+    assert (contained[0] == contained[8]).all()  # rows above the picture continue its edge
+
+
+def test_mask_of_a_coarse_map_is_the_covered_share() -> None:
+    np.testing.assert_allclose(Region(0, 0, 0.375, 1).mask(2, 4), [[1, 0.5, 0, 0]] * 2)
+    np.testing.assert_allclose(Region(0, 0.25, 1, 1).mask(2, 2), [[0.5, 0.5], [1, 1]])
+
+
+def test_three_kinds_of_prompts() -> None:
+    assert ["a " + words for words in mix_prompts("sks dog", "zwx cat")] == [
+        "a sks dog on the left and a zwx cat on the right",
+        "a zwx cat on the right and a sks dog on the left",
+        "a sks dog and a zwx cat",
+    ]
+    assert mix_prompts("sks dog", "zwx cat", layout="up-down") == (
+        "sks dog above a zwx cat",
+        "zwx cat below a sks dog",
+        "sks dog and a zwx cat",
+    )
+    assert prior_mix_prompts("dog", "cat", template="photo of a {subject}") == [
+        "photo of a dog on the left and a cat on the right",
+        "photo of a cat on the right and a dog on the left",
+        "photo of a dog and a cat",
+    ]
+
+
+@pytest.mark.parametrize("layouts", [("left-right",), ("up-down",), ("left-right", "up-down")])
+def test_pairs_say_what_they_show(layouts) -> None:
+    group = subjects()
+    recipe = MixRecipe(size=32, layouts=layouts, split=(0.3, 0.7))
+    kinds: Counter[int] = Counter()
+    splits, seen = set(), set()
+    for index in range(120):
+        pair = mixed_pair(group, recipe, index)
+        first, second = (group[i] for i in pair.subjects)
+        assert first is not second
+        seen.add(pair.subjects)
+        assert pair.layout in layouts
+        for subject, region in zip((first, second), pair.regions, strict=True):
+            channel = ("red", "green", "blue").index(COLOURS[subject.words])
+            assert (inside(pair.image, region).argmax(1) == channel).all()
+            assert (inside(pair.image, region).max(1) > 180).all()
+            assert (inside(pair.prior_image, region).argmax(1) == channel).all()
+            assert (inside(pair.prior_image, region).max(1) == 90).all()
+        words = [f"a {text}" for text in mix_prompts(first.words, second.words, layout=pair.layout)]
+        kind = words.index(pair.prompt)
+        prior = f"a {mix_prompts(first.class_word, second.class_word, layout=pair.layout)[kind]}"
+        assert pair.prior_prompt == prior
+        kinds[kind] += 1
+        splits.add(pair.regions[0].right if pair.layout == "left-right" else pair.regions[0].bottom)
+    assert seen == {(i, j) for i in range(3) for j in range(3) if i != j}
+    assert all(20 < kinds[kind] < 60 for kind in range(3))
+    assert min(splits) < 0.4
+    assert max(splits) > 0.6
+    assert all(0.28 < split < 0.72 for split in splits)
+
+
+def test_the_fixed_split_is_the_middle() -> None:
+    assert all(
+        mixed_pair(subjects(2), MixRecipe(size=16), index).regions[0] == Region(0, 0, 0.5, 1) for index in range(5)
+    )
+
+
+def describe(pair) -> tuple:
+    return pair.subjects, pair.layout, pair.regions, pair.prompt, pair.prior_prompt, pair.image.tobytes()
+
+
+def test_mixes_follow_from_seed_and_index() -> None:
+    group, recipe = subjects(), MixRecipe(size=16, split=(0.3, 0.7), layouts=("left-right", "up-down"))
+    forward = [describe(mixed_pair(group, recipe, index)) for index in range(8)]
+    assert [describe(mixed_pair(group, recipe, index)) for index in reversed(range(8))] == forward[::-1]
+    assert len(set(forward)) > 4
+    other = MixRecipe(size=16, split=(0.3, 0.7), layouts=("left-right", "up-down"), seed=1)
+    assert [describe(mixed_pair(group, other, index)) for index in range(8)] != forward
+
+
+def test_choices_are_the_same_in_every_process() -> None:
+    code = "from svdiff.data.cutmix import choose; print([choose(3, i, subjects=2, mixes=9)[1] for i in range(20)])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str([choose(3, i, subjects=2, mixes=9).number for i in range(20)])
+
+
+def test_iterations_show_mixes_with_probability_0_6() -> None:
+    choices = [choose(0, i, subjects=3, mixes=50) for i in range(4000)]
+    mixed = [choice.number for choice in choices if choice.mixed]
+    alone = Counter(choice.number for choice in choices if not choice.mixed)
+    assert len(mixed) / 4000 == pytest.approx(0.6, abs=0.03)  # four standard deviations
+    assert set(mixed) == set(range(50))
+    assert all(alone[i] / 4000 == pytest.approx(0.4 / 3, abs=0.025) for i in range(3))
+    assert not any(choose(0, i, subjects=3, mixes=50, probability=0.0).mixed for i in range(200))
+    assert all(choose(0, i, subjects=3, mixes=50, probability=1.0).mixed for i in range(200))
+
+
+def test_impossible_mixes_are_refused() -> None:
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(SvdiffError, match="layout is 'diagonal'"):
+        make_mix(image, image, size=8, layout="diagonal")  # type: ignore[arg-type]
+    with pytest.raises(SvdiffError, match="fit is 'stretch'"):
+        make_mix(image, image, size=8, fit="stretch")  # type: ignore[arg-type]
+    with pytest.raises(SvdiffError, match=r"split is 0\.01"):
+        make_mix(image, image, size=8, split=0.01)
+    with pytest.raises(SvdiffError, match="found 1"):
+        mixed_pair(subjects(1), MixRecipe(size=8), 0)
+    lonely = [*subjects(1), Subject("zwx cat", "cat", [image], [])]
+    with pytest.raises(SvdiffError, match="'zwx cat' has no prior images"):
+        mixed_pair(lonely, MixRecipe(size=8), 0)
