@@ -57,7 +57,9 @@ def test_other_weights_are_another_entry(tmp_path: Path) -> None:
     assert len(list_cache(tmp_path)) == 1
 
 
-def test_an_interrupted_decomposition_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]) -> None:
+def test_an_interrupted_decomposition_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]
+) -> None:
     write = cache._write
 
     def dies(folder: Path, name: str, factors: object) -> None:

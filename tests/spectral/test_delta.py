@@ -99,7 +99,12 @@ def test_cosine_similarity_by_layer() -> None:
 
 def test_parts_of_a_pipeline_add_up_to_one_delta(tmp_path: Path) -> None:
     unet = delta(1, subset="UNet-CA", concept="cat")
-    facts = {"text_encoder.base_hash": "t", "text_encoder.basis_id": "j", "text_encoder.subset": "UNet", "concept": "cat"}
+    facts = {
+        "text_encoder.base_hash": "t",
+        "text_encoder.basis_id": "j",
+        "text_encoder.subset": "UNet",
+        "concept": "cat",
+    }
     text = SpectralDelta.zeros({"x.weight": 3}, [], prefix="text_encoder", **facts)
     both = unet + text
     assert both.prefixes() == ["unet", "text_encoder"]

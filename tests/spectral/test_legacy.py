@@ -63,7 +63,7 @@ def test_files_of_another_model_are_refused(unet: nn.Module, basis: Basis, tmp_p
     with pytest.raises(SvdiffError, match="cannot read"):
         import_spectral_shifts(path, unet, basis)
     save_file({"nowhere.delta": torch.zeros(3)}, path)
-    with pytest.raises(SvdiffError, match="'nowhere.delta', which is no layer"):
+    with pytest.raises(SvdiffError, match=r"'nowhere.delta', which is no layer"):
         import_spectral_shifts(path, unet, basis)
     save_file({"conv_in.delta": torch.zeros(3)}, path)
     with pytest.raises(SvdiffError, match="has 3 shifts, this model's layer 16"):

@@ -38,7 +38,11 @@ def test_parameters_are_the_shifts_and_nothing_else(unet: nn.Module, basis: Basi
     shifts = attach(unet, basis)
     norms = [n for n, layer in shifts.layers.items() if isinstance(layer.original, nn.LayerNorm | nn.GroupNorm)]
     assert len(shifts.parameters_1d()) == len(norms)
-    assert len(shifts.parameters_1d()) + len(shifts.parameters_spectral()) == len(shifts.parameters()) == len(shifts.layers)
+    assert (
+        len(shifts.parameters_1d()) + len(shifts.parameters_spectral())
+        == len(shifts.parameters())
+        == len(shifts.layers)
+    )
     assert not [n for n, p in unet.named_parameters() if p.requires_grad]
     call().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in shifts.parameters())
