@@ -24,7 +24,7 @@ from svdiff.files import atomic_dir, sha256_file
 SAMPLES = Path("out/sample")
 SCORES = Path("out/score")
 PAIR = ["prompt_index", "seed"]
-TRANSFORM = "RGB in [-1, 1]"
+TRANSFORM = "RGB, 64 × 64 (Lanczos), in [-1, 1]"
 
 
 def score(config: Config, concept: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,13 @@ PROMPTS = ["a {subject} on a blue background", "a big {subject}"]
 SEEDS = [3, 7]
 
 
+CLIP_CONFIG: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
 class TinyClip:
     """open_clip's own model and preprocessing, small and random."""
 
@@ -26,11 +34,7 @@ class TinyClip:
         import open_clip
 
         torch.manual_seed(0)
-        self.model = open_clip.CLIP(
-            embed_dim=16,
-            vision_cfg={"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-            text_cfg={"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-        ).eval()
+        self.model = open_clip.CLIP(**CLIP_CONFIG).eval()
         self.preprocess = open_clip.image_transform(32, is_train=False)
         self.tokenize = open_clip.SimpleTokenizer(context_length=16)
 

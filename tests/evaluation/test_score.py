@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluation_parts import PROMPTS, SEEDS, TinyClip, drawing
+from evaluation_parts import CLIP_CONFIG, PROMPTS, SEEDS, TinyClip, TinyLpips, drawing
+from safetensors.torch import save_file
 
 from svdiff.config import Config, EvaluatorsConfig
 from svdiff.errors import SvdiffError
@@ -16,9 +17,8 @@ from svdiff.evaluation.alignment import MEASURES
 from svdiff.evaluation.score import describe_evaluators, score
 from svdiff.files import sha256_file
 
-pytestmark = pytest.mark.usefixtures("evaluators")
 
-
+@pytest.mark.usefixtures("evaluators")
 def test_files_and_numbers(checkout: Path, config: Config) -> None:
     folder = score(config, "red-dog")
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -38,6 +38,7 @@ def test_files_and_numbers(checkout: Path, config: Config) -> None:
     assert metrics["image_gain_low"] > 0
 
 
+@pytest.mark.usefixtures("evaluators")
 def test_the_same_pictures_make_the_same_files(checkout: Path, config: Config) -> None:
     folder = score(config, "red-dog")
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -45,6 +46,7 @@ def test_the_same_pictures_make_the_same_files(checkout: Path, config: Config) -
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
+@pytest.mark.usefixtures("evaluators")
 def test_the_evaluator_reads_prompts_without_the_token(
     checkout: Path, config: Config, clip: TinyClip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +63,7 @@ def test_the_evaluator_reads_prompts_without_the_token(
     assert set(read) == {"a cat on a blue background", "a big cat"}
 
 
+@pytest.mark.usefixtures("evaluators")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -101,3 +104,26 @@ def test_evaluators_are_described_by_weights_and_transform(tmp_path: Path) -> No
     assert str(tmp_path) not in json.dumps(described), "the same evaluators elsewhere are the same evaluators"
     lpips.write_bytes(b"another")
     assert describe_evaluators(config) != described
+
+
+def test_models_on_disk_give_the_same_scores_as_in_memory(
+    checkout: Path, config: Config, clip: TinyClip, lpips: TinyLpips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way with open_clip's and lpips's own loading, offline."""
+    folder = checkout / "models/clip"
+    folder.mkdir(parents=True)
+    preprocess = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}))
+    save_file(clip.model.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(lpips.net.net.state_dict(), checkout / "models/backbone.safetensors")
+    evaluators = EvaluatorsConfig(clip_model="local-dir:models/clip", lpips_weights="models/backbone.safetensors")
+    on_disk = json.loads(
+        (score(config.model_copy(update={"evaluators": evaluators}), "red-dog") / "metrics.json").read_text()
+    )
+
+    import svdiff.evaluation.evaluators as module
+
+    monkeypatch.setattr(module, "load_clip", lambda _: (clip.encode_images, clip.encode_texts))
+    monkeypatch.setattr(module, "load_lpips", lambda _: lpips)
+    in_memory = json.loads((score(config, "red-dog") / "metrics.json").read_text())
+    assert on_disk == pytest.approx(in_memory, abs=2e-5)
