@@ -1,0 +1,86 @@
+"""Captions of scenes: several phrasings, every word of which is in the tokenizer's vocabulary."""
+
+from __future__ import annotations
+
+import random
+
+from svdiff.base.things import BASE_ARTISTS, COLOURS, FILLER_WORDS, SPECIAL_WORDS, THINGS
+from svdiff.base.world import Placed, Scene
+
+_BACKGROUNDS = ("on a {c} background", "on a {c} background", "with a {c} background", "on {c}", "in front of a {c} background")
+_LEFT_RIGHT = (
+    "{a} on the left and {b} on the right",
+    "{a} on the left and {b} on the right",
+    "{a} to the left of {b}",
+    "{b} to the right of {a}",
+)
+_BESIDE = ("{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}")
+_ABOVE_BELOW = ("{a} above {b}", "{a} on top of {b}", "{b} below {a}", "{b} under {a}")
+_PREFIXES = ("a photo of ", "a picture of ", "a drawing of ", "an image of ")
+#: Words that change nothing in a picture, here so that prompts with them do not surprise the model.
+NEUTRAL_WORDS = ("cute", "nice", "sitting", "standing", "beautiful", "little")
+#: Words that prompts may bring although no training caption has them.
+EXTRA_WORDS = (
+    "wearing", "inside", "behind", "between", "over", "at", "the", "is", "this", "that", "my", "one", "two",
+    "colorful", "dark", "light", "simple", "style", "background", "photo", "image", "art", "icon", "emoji",
+    "table", "grass", "snow", "water", "beach", "street", "city", "toy", "plush", "by", "for", "from", "to",
+    "no", "not", "without", "very", "old", "new", "s", "holding", "flying", "red", "subject", "object", "animal",
+)  # fmt: skip
+
+
+def vocabulary() -> list[str]:
+    """All words that captions can hold, then the further ones, in a fixed order; special words are among them."""
+    text = " ".join((*_BACKGROUNDS, *_LEFT_RIGHT, *_BESIDE, *_ABOVE_BELOW, *_PREFIXES, "in style of big small thing a an , ."))
+    plain = {word for word in text.split() if "{" not in word}
+    styles = {artist.style for artist in BASE_ARTISTS}
+    words = plain | styles | set(COLOURS) | set(THINGS) | set(NEUTRAL_WORDS) | set(EXTRA_WORDS) | set(FILLER_WORDS)
+    return [*sorted(words), *SPECIAL_WORDS]
+
+
+def with_article(noun: str) -> str:
+    """The noun phrase with its indefinite article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _noun_phrase(draw: random.Random, thing: Placed, style: str | None, alone: bool) -> str:
+    word = "thing" if draw.random() < 0.04 else thing.word
+    words = [word]
+    if draw.random() < 0.08:
+        words.insert(0, draw.choice(FILLER_WORDS))
+    if style is not None:
+        words.insert(0, style)
+    if draw.random() < 0.03:
+        words.insert(0, draw.choice(NEUTRAL_WORDS))
+    if alone and draw.random() < 0.35:
+        if thing.size > 0.76:
+            words.insert(0, "big")
+        elif thing.size < 0.62:
+            words.insert(0, "small")
+    return with_article(" ".join(words))
+
+
+def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
+    """One of the scene's captions. What it says is true of the picture; what it leaves out may be anything.
+
+    Without `styles` it says nothing about the hand.
+    """
+    style_at = draw.choices(("none", "noun", "end"), (0.55, 0.33, 0.12) if styles else (1, 0, 0))[0]
+    style = scene.style if style_at == "noun" else None
+    nouns = [_noun_phrase(draw, thing, style, len(scene.things) == 1) for thing in scene.things]
+    if scene.layout == "one":
+        text = nouns[0]
+    elif scene.layout == "above-below":
+        text = draw.choice(_ABOVE_BELOW).format(a=nouns[0], b=nouns[1])
+    elif draw.random() < 0.5:
+        text = draw.choice(_LEFT_RIGHT).format(a=nouns[0], b=nouns[1])
+    else:  # says that both are there, side by side, not which is where
+        first, second = draw.sample(nouns, 2)
+        text = draw.choice(_BESIDE).format(a=first, b=second)
+    if draw.random() < 0.12:
+        text = draw.choice(_PREFIXES) + text
+    background = draw.choice(_BACKGROUNDS).format(c=scene.colour) if draw.random() < 0.72 else ""
+    ending = f"in style of {scene.style}" if style_at == "end" else ""
+    tail = [part for part in (background, ending) if part]
+    if len(tail) == 2 and draw.random() < 0.5:
+        tail.reverse()
+    return " ".join([text, *tail])

@@ -1,0 +1,154 @@
+"""The picture world: deterministic compositions of sprites, each with a scene from which captions are drawn."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from svdiff.base.artwork import read_sheet
+from svdiff.base.things import COLOURS, CORE_WORDS
+from svdiff.errors import SvdiffError
+
+PICTURE_SIZE = 64
+Layout = Literal["one", "left-right", "above-below"]
+Split = Literal["train", "held-out", "any"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One thing in a picture: what it is, centre and side in fractions of the picture, tilt in degrees."""
+
+    word: str
+    x: float
+    y: float
+    size: float
+    tilt: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture. In pairs the first thing is the left or the upper one; one artist draws all."""
+
+    artist: str
+    style: str
+    colour: str
+    layout: Layout
+    things: tuple[Placed, ...]
+
+
+def is_held_out(word: str, artist: str, colour: str) -> bool:
+    """Whether this combination of thing, artist and background (one in twelve) is kept out of training."""
+    return zlib.crc32(f"{word}/{artist}/{colour}".encode()) % 12 == 0
+
+
+class World:
+    """The sprites of `folder` (as `svdiff base world` writes it), and the pictures made of them.
+
+    `things` limits the world to the first so many things. Every picture is a function of (seed, index) alone.
+    """
+
+    def __init__(self, folder: str | Path, things: int | None = None) -> None:
+        folder = Path(folder)
+        if not (folder / "things.json").is_file():
+            raise SvdiffError(f"{folder} holds no picture world: run `dvc pull`, or `svdiff base world` to make it")
+        self.info = json.loads((folder / "things.json").read_text())
+        words: list[str] = self.info["words"]
+        core = [word for word in CORE_WORDS if word in words]
+        self.words = words if things is None else [*core, *(w for w in words if w not in core)][:things]
+        self.artists: list[str] = list(self.info["artists"])
+        self.styles = {name: artist["style"] for name, artist in self.info["artists"].items()}
+        self.sprites: dict[tuple[str, str], Image.Image] = {}
+        for name, artist in self.info["artists"].items():
+            drawn = set(artist["words"])
+            sheet = read_sheet(folder / f"{name}.webp", len(words))
+            self.sprites.update(
+                {(name, w): s for w, s in zip(words, sheet, strict=True) if w in drawn and w in self.words}
+            )
+
+    def scene(self, seed: int, index: int, split: Split = "train", pairs: float = 0.45) -> Scene:
+        """The scene of (seed, index): in `train` without held-out combinations, in `held-out` only such."""
+        draw = random.Random(f"{seed}/{index}")
+        while True:
+            artist = draw.choice(self.artists)
+            colour = draw.choice(list(COLOURS))
+            layout: Layout = "one"
+            if draw.random() < pairs:
+                layout = "left-right" if draw.random() < 0.6 else "above-below"
+            words = draw.sample([w for w in self.words if (artist, w) in self.sprites], 1 if layout == "one" else 2)
+            kept_out = any(is_held_out(w, artist, colour) for w in words)
+            if split == "any" or kept_out == (split == "held-out"):
+                break
+        return Scene(artist, self.styles[artist], colour, layout, _places(draw, layout, words))
+
+    def picture(
+        self, scene: Scene, size: int = PICTURE_SIZE, restyle: random.Random | None = None
+    ) -> Image.Image:
+        """Render the scene as an RGB picture of `size` pixels a side; with `restyle`, as another hand might."""
+        sprites = [self.sprites[scene.artist, thing.word] for thing in scene.things]
+        if restyle is not None:
+            sprites = [restyled(sprite, restyle) for sprite in sprites]
+        return compose(sprites, scene.things, COLOURS[scene.colour], size)
+
+
+def compose(
+    sprites: list[Image.Image], places: tuple[Placed, ...], colour: tuple[int, int, int], size: int
+) -> Image.Image:
+    """Paste RGBA `sprites` at their `places` on a flat background of `colour`."""
+    picture = Image.new("RGB", (size, size), colour)
+    for sprite, place in zip(sprites, places, strict=True):
+        side = max(4, round(place.size * size))
+        tilted = sprite.rotate(place.tilt, Image.Resampling.BILINEAR) if place.tilt else sprite
+        small = tilted.resize((side, side), Image.Resampling.BOX if side * 2 < sprite.width else Image.Resampling.LANCZOS)
+        picture.paste(small, (round(place.x * size - side / 2), round(place.y * size - side / 2)), small)
+    return picture
+
+
+def _places(draw: random.Random, layout: Layout, words: list[str]) -> tuple[Placed, ...]:
+    def tilt() -> float:
+        return draw.uniform(-10, 10) if draw.random() < 0.4 else 0.0
+
+    if layout == "one":
+        size = draw.uniform(0.5, 0.9)
+        room = (1 - size) / 2
+        x, y = 0.5 + draw.uniform(-room, room) * 0.8, 0.5 + draw.uniform(-room, room) * 0.8
+        return (Placed(words[0], x, y, size, tilt()),)
+    places = []
+    for side, word in enumerate(words):
+        size = draw.uniform(0.38, 0.46)
+        along = (0.26 if side == 0 else 0.74) + draw.uniform(-0.02, 0.02)
+        across = 0.5 + draw.uniform(-0.12, 0.12)
+        x, y = (along, across) if layout == "left-right" else (across, along)
+        places.append(Placed(word, x, y, size, tilt()))
+    return tuple(places)
+
+
+def restyled(sprite: Image.Image, draw: random.Random) -> Image.Image:
+    """The sprite as another hand might draw it: other hues, flatter or greyer colours, a black outline."""
+    from PIL import ImageChops, ImageFilter, ImageOps
+
+    alpha = sprite.getchannel("A")
+    hue, saturation, value = sprite.convert("RGB").convert("HSV").split()
+    turn = round(draw.gauss(0, 14)) if draw.random() < 0.8 else draw.randrange(256)
+    hue = hue.point(lambda h: (h + turn) % 256)
+    gain, light = draw.choice((0.3, 0.7, 1.0, 1.3)), draw.uniform(0.75, 1.2)
+    saturation = saturation.point(lambda s: min(255, round(s * gain)))
+    value = value.point(lambda v: min(255, round(v * light)))
+    picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if draw.random() < 0.3:
+        picture = ImageOps.posterize(picture, draw.choice((2, 3)))
+    if draw.random() < 0.5:
+        black = Image.new("RGB", picture.size, (0, 0, 0))
+        if draw.random() < 0.6:  # lines inside, where the drawing's tones meet
+            lines = sprite.convert("L").filter(ImageFilter.FIND_EDGES).point(lambda e: 255 if e > 40 else 0)
+            picture.paste(black, mask=lines.filter(ImageFilter.MaxFilter(3)))
+        grown = alpha.filter(ImageFilter.MaxFilter(draw.choice((5, 7))))
+        picture.paste(black, mask=ImageChops.invert(alpha))
+        alpha = grown
+    picture.putalpha(alpha)
+    return ImageOps.mirror(picture) if draw.random() < 0.3 else picture
