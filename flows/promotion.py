@@ -109,16 +109,15 @@ def _logged_scores(tracking: Tracking, version: ModelVersion) -> Scores:
 
 def champion_of(tracking: Tracking, concept: str) -> int | None:
     """Version number of the champion, None if there is none. Raises SvdiffError for an unknown concept."""
-    number = aliases_of(tracking, concept).get(CHAMPION)
-    return None if number is None else int(number)
+    return aliases_of(tracking, concept).get(CHAMPION)
 
 
-def aliases_of(tracking: Tracking, concept: str) -> dict[str, str]:
+def aliases_of(tracking: Tracking, concept: str) -> dict[str, int]:
     """Aliases of a registered concept and their version numbers."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return dict(tracking.client.get_registered_model(concept).aliases)
+        aliases = tracking.client.get_registered_model(concept).aliases
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -126,6 +125,7 @@ def aliases_of(tracking: Tracking, concept: str) -> dict[str, str]:
             f"no concept '{concept}' in the registry at {tracking.uri}; `python -m flows list` shows those "
             f"that are, `dvc repro register@{concept}` registers it"
         ) from None
+    return {alias: int(number) for alias, number in aliases.items()}
 
 
 def promote(tracking: Tracking, concept: str, version: int, reason: str) -> None:
@@ -138,10 +138,10 @@ def promote(tracking: Tracking, concept: str, version: int, reason: str) -> None
     client.set_model_version_tag(concept, str(version), REASON, reason)
     client.set_model_version_tag(concept, str(version), "promoted_at", _now())
     previous = before.get(CHAMPION)
-    if previous is not None and int(previous) != version:
+    if previous is not None and previous != version:
         client.set_model_version_tag(concept, str(version), PREVIOUS, str(previous))
     client.set_registered_model_alias(concept, CHAMPION, str(version))
-    if before.get(CHALLENGER) is not None and int(before[CHALLENGER]) == version:
+    if before.get(CHALLENGER) == version:
         client.delete_registered_model_alias(concept, CHALLENGER)
 
 
@@ -151,13 +151,13 @@ def promote_by_hand(tracking: Tracking, concept: str, version: int | None, reaso
         number = version if version is not None else aliases_of(tracking, concept).get(CHALLENGER)
         if number is None:
             raise SvdiffError(f"'{concept}' has no challenger to promote; name a version with --version")
-        chosen = _existing(tracking, concept, int(number))
-        if champion_of(tracking, concept) == int(number):
+        chosen = _existing(tracking, concept, number)
+        if champion_of(tracking, concept) == number:
             raise SvdiffError(f"version {number} of '{concept}' is the champion already")
         if ROLLED_BACK in chosen.tags:
             tracking.client.delete_model_version_tag(concept, str(number), ROLLED_BACK)
-        promote(tracking, concept, int(number), f"by hand: {reason}")
-    return int(number)
+        promote(tracking, concept, number, f"by hand: {reason}")
+    return number
 
 
 def rollback(tracking: Tracking, concept: str, reason: str) -> tuple[int, int]:

@@ -11,19 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil
+from flows.processes import kill, marked, new_mark
 
 TAIL = 30  # lines that a failure carries
-POLL = 0.5  # seconds between looks at the process tree
-MARK = "SVDIFF_STAGE_MARK"  # environment variable by which the processes of a stage are known
+POLL = 0.5  # seconds between looks at the process
 PROGRESS_EVERY = 10.0  # seconds between progress bars passed on
 BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|lock is held by", re.IGNORECASE)
 
@@ -80,19 +77,19 @@ def run_stage(
         StageTimeout: it took too long.
         StageFailed: anything else.
     """
-    mark = uuid.uuid4().hex
+    mark = new_mark()
     started, tail, outcome = time.monotonic(), deque[str](maxlen=TAIL), "ran"
     # No session of its own: whoever ends our process group (Prefect on cancel) reaches the stage as well.
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
         cwd=root,
-        env=_environment(environment or {}) | {MARK: f"{os.environ.get(MARK, '')}:{mark}"},
+        env=_environment(environment or {}) | marked(mark),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     assert process.stdout is not None
-    tree = _Tree(process, mark, timeout)
+    watch = _Watch(process, mark, timeout)
     shown = 0.0
     try:
         for line, is_progress in _lines(process.stdout):
@@ -109,10 +106,10 @@ def run_stage(
                 outcome = "restored"
         process.wait()
     finally:
-        tree.end()
+        watch.end()
         process.stdout.close()
     lines = list(tail)
-    if tree.timed_out:
+    if watch.timed_out:
         raise StageTimeout(stage, f"took longer than {timeout:g} s and was ended", lines)
     if process.returncode:
         busy = any(BUSY.search(line) for line in lines)
@@ -148,66 +145,26 @@ def _clean(text: bytes) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")).rstrip()
 
 
-class _Tree:
-    """A process and all that it starts, whoever their parent is by now, so that all of it can be ended.
-
-    A process whose parent died cannot be found from the root any more; the mark in its environment stays.
-    """
+class _Watch:
+    """Ends a stage that takes too long, and what outlives dvc: its orphans hold the pipe that we read."""
 
     def __init__(self, process: subprocess.Popen[bytes], mark: str, timeout: float | None) -> None:
         self.process, self.mark, self.timed_out = process, mark, False
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self.finished = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name=f"tree-{process.pid}", daemon=True)
+        self.thread = threading.Thread(target=self._watch, name=f"stage-{process.pid}", daemon=True)
         self.thread.start()
 
     def end(self) -> None:
         """Stop watching, and kill whatever is left."""
         self.finished.set()
         self.thread.join()
-        self._kill()
+        kill(self.mark)
+        self.process.wait()
 
     def _watch(self) -> None:
         while not self.finished.wait(POLL):
-            if self.process.poll() is not None:
-                self._kill()  # orphans hold the pipe: without this the reader would wait for them
+            self.timed_out = self.deadline is not None and time.monotonic() > self.deadline
+            if self.timed_out or self.process.poll() is not None:
+                kill(self.mark)
                 return
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                self.timed_out = True
-                self._kill()
-                return
-
-    def _kill(self) -> None:
-        """Stop everything first, so that nothing starts anew while the rest is ended; then kill."""
-        stopped: set[psutil.Process] = set()
-        while fresh := self._members() - stopped:
-            for process in fresh:
-                _signal(process, "suspend")
-            stopped |= fresh
-        for process in stopped:
-            _signal(process, "kill")
-        patience = time.monotonic() + 10
-        while any(map(_alive, stopped)) and time.monotonic() < patience:
-            self.process.poll()
-            time.sleep(0.01)
-
-    def _members(self) -> set[psutil.Process]:
-        found = set()
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if self.mark in process.environ().get(MARK, "") and _alive(process):
-                    found.add(process)
-        return found
-
-
-def _alive(process: psutil.Process) -> bool:
-    """Whether it still runs; a zombie, which only its new parent can bury, does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(process: psutil.Process, what: str) -> None:
-    with suppress(psutil.NoSuchProcess):
-        getattr(process, what)()

@@ -24,8 +24,8 @@ from svdiff.config import Config, load_config
 from svdiff.data.concepts import concept_folder, load_concept_images
 from svdiff.errors import SvdiffError
 
-BUSY_RETRIES = 60
-BUSY_DELAYS = [2.0, 5.0, 10.0, 20.0, 30.0] + [60.0] * (BUSY_RETRIES - 5)  # seconds
+BUSY_RETRIES = 50
+BUSY_DELAYS = [2.0, 5.0, 10.0, 20.0, 30.0] + [120.0] * (BUSY_RETRIES - 5)  # seconds, an hour and a half in all
 
 
 def _while_busy(task: Any, task_run: Any, state: State[Any]) -> bool:
@@ -145,7 +145,7 @@ def train_all(
     ready = [name for name in names if config.concept(name).class_word not in broken]
     failures |= {name: "no prior images" for name in names if name not in ready}
 
-    with ThreadPoolTaskRunner(max_workers=limit) as runner:
+    with ThreadPoolTaskRunner[Any](max_workers=limit) as runner:
         futures = {
             name: runner.submit(_concept, {"concept": name, "timeout_minutes": timeout_minutes}) for name in ready
         }

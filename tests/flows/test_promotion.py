@@ -12,7 +12,7 @@ from flows.results import Scores
 from svdiff.config import PromoteConfig
 from svdiff.errors import SvdiffError
 
-RULE = PromoteConfig(image_margin=0.01, text_margin=0.02)
+RULE = PromoteConfig(image_margin=1 / 64, text_margin=1 / 32)  # exact in binary
 
 
 def scores(image: list[float], text: list[float], *, evaluators: str = '{"clip": 1}', first_seed: int = 0) -> Scores:
@@ -24,12 +24,12 @@ def scores(image: list[float], text: list[float], *, evaluators: str = '{"clip":
 @pytest.mark.parametrize(
     ("image", "text", "promoted"),
     [
-        (0.02, 0.0, True),  # better by more than the margin
-        (0.005, 0.0, False),  # better, but not by the margin
-        (0.01, 0.0, False),  # exactly the margin is not more than it
-        (0.02, -0.019, True),  # text a little worse, tolerated
-        (0.02, -0.021, False),  # text too much worse
-        (-0.02, 0.5, False),  # text alone does not promote
+        (2 / 64, 0, True),  # better by more than the margin
+        (0.5 / 64, 0, False),  # better, but not by the margin
+        (1 / 64, 0, False),  # exactly the margin is not more than it
+        (2 / 64, -1 / 32, True),  # text worse by just what is tolerated
+        (2 / 64, -1.5 / 32, False),  # text too much worse
+        (-2 / 64, 0.5, False),  # text alone does not promote
     ],
 )
 def test_margins(image: float, text: float, promoted: bool) -> None:
@@ -73,12 +73,12 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     project.register(value=1, image=0.5)
     worse = project.register(value=2, image=0.4)
     assert not worse.verdict.promoted
-    assert aliases_of(project.tracking, "dog") == {"champion": "1", "challenger": "2"}
+    assert aliases_of(project.tracking, "dog") == {"champion": 1, "challenger": 2}
     assert "image alignment -0.1000 (not above" in tags(2)["promotion_reason"]
 
     better = project.register(value=3, image=0.6)
     assert better.verdict.promoted
-    assert aliases_of(project.tracking, "dog") == {"champion": "3", "challenger": "2"}
+    assert aliases_of(project.tracking, "dog") == {"champion": 3, "challenger": 2}
     assert tags(3)["previous_champion"] == "1"
     assert "+0.1000 (above" in tags(3)["promotion_reason"]
 
@@ -94,7 +94,7 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     assert champion_of(project.tracking, "dog") == 3
     assert "rolled_back" not in tags(3)
     assert tags(3)["promotion_reason"] == "by hand: was the scanner"
-    assert aliases_of(project.tracking, "dog") == {"champion": "3"}  # the challenger was 3 since its new scoring
+    assert aliases_of(project.tracking, "dog") == {"champion": 3}  # the challenger was 3 since its new scoring
 
 
 def test_hands_are_told_what_cannot_be(project: Project) -> None:
@@ -108,7 +108,7 @@ def test_hands_are_told_what_cannot_be(project: Project) -> None:
     ]:
         with pytest.raises(SvdiffError, match=message):
             action()
-    assert aliases_of(project.tracking, "dog") == {"champion": "1"}
+    assert aliases_of(project.tracking, "dog") == {"champion": 1}
 
 
 def test_a_deleted_predecessor_cannot_come_back(project: Project) -> None:

@@ -1,0 +1,128 @@
+"""The flows themselves, on a real Prefect server, DVC project and MLflow store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from miniature import write_params
+from mlflow import MlflowClient
+from prefect.client.orchestration import get_client
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.train import train_all, train_concept
+from svdiff.errors import SvdiffError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def dvc_status(root: Path) -> str:
+    command = [sys.executable, "-m", "dvc", "status", "--json"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def registered(root: Path, concept: str) -> list[int]:
+    client = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db")
+    return sorted(int(v.version) for v in client.search_model_versions(f"name = '{concept}'"))
+
+
+def messages(fragment: str) -> list[str]:
+    with get_client(sync_client=True) as client:
+        return [log.message for log in client.read_logs(limit=200) if fragment in log.message]
+
+
+def test_train_concept_from_pictures_to_registry(dvc_project: Path) -> None:
+    outcomes = train_concept("dog")
+    assert outcomes == dict.fromkeys(
+        ["prior@dog", *(f"{s}@dog" for s in ("train", "sample", "score", "register"))], "ran"
+    )
+    assert registered(dvc_project, "dog") == [1]
+    assert "dog2" in dvc_status(dvc_project)
+    assert '@dog"' not in dvc_status(dvc_project)
+
+    record = json.loads((dvc_project / "out/register/dog.json").read_text())
+    client = MlflowClient(f"sqlite:///{dvc_project}/mlruns/mlflow.db")
+    with get_client(sync_client=True) as prefect:
+        linked = prefect.read_flow_run(client.get_run(record["run_id"]).data.tags["prefect.flow_run_id"])
+        assert linked.name == "train-dog"
+        tasks = {run.name for run in prefect.read_task_runs() if run.flow_run_id == linked.id}
+        assert {"prior@dog", "train@dog", "register@dog"} <= tasks
+        artifacts = {artifact.key: artifact for artifact in prefect.read_artifacts()}
+    assert record["run_url"] in artifacts["concept-dog"].data
+    assert str(artifacts["samples-dog"].data).startswith("data:image/jpeg;base64,")
+    assert client.get_model_version("dog", "1").tags["data_hash"].startswith("md5:")
+    assert client.get_model_version("dog", "1").tags["git_dirty"] == "false"
+
+    again = train_concept("dog")
+    assert set(again.values()) == {"unchanged"}
+    assert registered(dvc_project, "dog") == [1]
+
+
+def test_unknown_concept_and_bad_pictures_fail_before_any_work(dvc_project: Path) -> None:
+    with pytest.raises(SvdiffError, match="no concept 'cow'"):
+        train_concept("cow")
+    (dvc_project / "data/concepts/dog/0.png").write_text("this is no picture")
+    with pytest.raises(SvdiffError, match=r"0\.png"):
+        train_concept("dog")
+    assert not (dvc_project / "out").exists()
+
+
+def test_one_failing_concept_does_not_stop_the_others(dvc_project: Path) -> None:
+    (dvc_project / ".marks/train-dog-fail").touch()
+    with pytest.raises(RuntimeError) as caught:
+        train_all(limit=2)
+    assert "dog failed" in str(caught.value)
+    assert "the moon is wrong" in str(caught.value)
+    assert "dog2 failed" not in str(caught.value)
+    assert registered(dvc_project, "dog2") == [1]
+    assert registered(dvc_project, "dog") == []
+    (dvc_project / ".marks/train-dog-fail").unlink()
+    train_all(limit=2)
+    assert registered(dvc_project, "dog") == [1]
+    assert registered(dvc_project, "dog2") == [1]
+    assert json.loads(dvc_status(dvc_project)) == {}
+    assert (dvc_project / "out/report/done.txt").exists()
+
+
+def test_limit_and_names_are_checked(dvc_project: Path) -> None:
+    with pytest.raises(SvdiffError, match="limit is 0"):
+        train_all(limit=0)
+    with pytest.raises(SvdiffError, match="no concept 'cow'"):
+        train_all(concepts=["dog", "cow"])
+    write_params(dvc_project, "dog", train={"steps": -1})
+    with pytest.raises(SvdiffError, match=r"train\.steps"):
+        train_concept("dog")
+
+
+def test_a_busy_stage_is_waited_for(dvc_project: Path) -> None:
+    """The same concept asked for by hand and by a deployment: the second waits, then finds it done."""
+    import threading
+
+    (dvc_project / ".marks/prior-dog-hang").touch()
+    command = [sys.executable, "-m", "dvc", "repro", "-s", "prior@dog"]
+    first = subprocess.Popen(command, cwd=dvc_project)
+    while not (dvc_project / ".marks/pids").exists():
+        threading.Event().wait(0.1)
+    (dvc_project / ".marks/prior-dog-hang").unlink()
+
+    def free() -> None:
+        for pid in (dvc_project / ".marks/pids").read_text().split():
+            subprocess.run(["kill", "-9", pid], check=False)
+        first.wait()
+
+    timer = threading.Timer(8, free)
+    timer.start()
+    outcomes = train_concept("dog")
+    timer.join()
+    assert outcomes["prior@dog"] == "ran"
+    assert any("is busy" in message for message in messages("busy"))
