@@ -38,6 +38,10 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     assert version.tags["subset"] == "UNet"
     assert {"git_commit", "git_dirty", "data_hash", "train_key"} <= set(version.tags)
 
+    stored = {path.name for path in (project.root / "mlruns" / "artifacts").rglob("*") if path.is_file()}
+    assert {"pyfunc_model.py", "delta.safetensors", "concept.json", "MLmodel", "input_example.json"} <= stored
+    assert not [name for name in stored if name.endswith(".pkl")]
+
     run = client.get_run(done.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.001"
