@@ -87,7 +87,11 @@ def in_child(module: str, **arguments: Any) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Where the numbers come from."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine()}
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": platform.processor() or platform.machine(),
+    }
 
 
 def median(values: list[float]) -> float:

@@ -17,11 +17,23 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import in_child, machine, make_inputs, make_unet, median, memory_gb, reset_peak_memory, seconds, table
+from benchmarks.common import (
+    in_child,
+    machine,
+    make_inputs,
+    make_unet,
+    median,
+    memory_gb,
+    reset_peak_memory,
+    seconds,
+    table,
+)
 from benchmarks.methods import METHODS
 
 
-def measure(method: str, model: str, latents: int, repeats: int, cache: str, checkpointing: bool = False) -> dict[str, Any]:
+def measure(
+    method: str, model: str, latents: int, repeats: int, cache: str, checkpointing: bool = False
+) -> dict[str, Any]:
     """One method, in this process."""
     unet: Any = make_unet(model)
     trained = METHODS[method](unet, Path(cache))
@@ -54,7 +66,9 @@ def compare(model: str, latents: int, methods: list[str], repeats: int, rounds: 
     for _ in range(rounds):
         for method in methods:
             few = max(1, repeats // 3) if method in ("existing", "full") else repeats
-            one = in_child("benchmarks.train_step", method=method, model=model, latents=latents, repeats=few, cache=cache)
+            one = in_child(
+                "benchmarks.train_step", method=method, model=model, latents=latents, repeats=few, cache=cache
+            )
             if "error" in one:
                 found[method] = one
                 continue
@@ -64,7 +78,13 @@ def compare(model: str, latents: int, methods: list[str], repeats: int, rounds: 
             found[method] = {"seconds": median(times), "peak_gb": peak, "trainable": one["trainable"], "times": times}
     time_of = {m: r["seconds"] for m, r in found.items() if "seconds" in r}
     peak_of = {m: r["peak_gb"] for m, r in found.items() if "seconds" in r}
-    pairs = [("spectral", "floor"), ("lora", "floor"), ("full", "floor"), ("existing", "floor"), ("existing", "spectral")]
+    pairs = [
+        ("spectral", "floor"),
+        ("lora", "floor"),
+        ("full", "floor"),
+        ("existing", "floor"),
+        ("existing", "spectral"),
+    ]
     ratios = {f"{a}/{b}": time_of[a] / time_of[b] for a, b in pairs if a in time_of and b in time_of}
     if "lora" in peak_of and "spectral" in peak_of:
         ratios["memory spectral/lora"] = peak_of["spectral"] / peak_of["lora"]
@@ -75,7 +95,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15", help="sd15, tiny, or a diffusers folder")
-    parser.add_argument("--latents", type=int, nargs="+", help="side of the latents [default: 32 and 64; the model's own]")
+    parser.add_argument(
+        "--latents", type=int, nargs="+", help="side of the latents [default: 32 and 64; the model's own]"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--repeats", type=int, default=3, help="timed steps (a third of them for existing and full)")
     parser.add_argument("--rounds", type=int, default=1)
@@ -86,7 +108,9 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(**json.loads(options.child))))
         return
-    sizes = options.latents or ([32, 64] if options.model == "sd15" else [make_unet(options.model, "meta").config.sample_size])
+    sizes = options.latents or (
+        [32, 64] if options.model == "sd15" else [make_unet(options.model, "meta").config.sample_size]
+    )
     result = {
         str(size): compare(options.model, size, options.methods, options.repeats, options.rounds, options.cache)
         for size in sizes

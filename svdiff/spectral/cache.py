@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,8 @@ def load_basis(module: nn.Module, cache: str | Path | None, *, progress: bool = 
                 if again is None:
                     raise SvdiffError(f"{_path(folder, name)} cannot be read back: is the disk full or failing?")
                 found[name] = again
+    with suppress(OSError):  # a cache that we may only read
+        os.utime(folder)
     return Basis({name: found[name] for name in owners}, base_hash)
 
 
@@ -151,9 +153,8 @@ def list_cache(cache: str | Path) -> list[CachedBasis]:
     for folder in Path(cache).glob("*") if Path(cache).is_dir() else []:
         files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
         if files:
-            stats = [file.stat() for file in files]
-            used = max(max(s.st_atime, s.st_mtime) for s in stats)
-            found.append(CachedBasis(folder.name, len(files), sum(s.st_size for s in stats), used))
+            size = sum(file.stat().st_size for file in files)
+            found.append(CachedBasis(folder.name, len(files), size, folder.stat().st_mtime))
     return sorted(found, key=lambda entry: -entry.used)
 
 

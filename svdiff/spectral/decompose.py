@@ -48,7 +48,7 @@ def _svd_wide(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w,
     )  # left @ rows is what is still to do
     while len(rows):
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = torch.linalg.eigh(_gram(rows))
         values, vectors = values.flip(0), vectors.flip(1)
         s = values.clamp_min(0).sqrt()
         if s[0] <= _EMPTY * largest:
@@ -66,6 +66,15 @@ def _svd_wide(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sigma = torch.cat([sigma, sigma.new_zeros(missing)])
     order = sigma.argsort(descending=True, stable=True)
     return u[:, order], sigma[order], vh[order]
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """`rows @ rows.T` at half the multiplications: what lies above the diagonal lies below it too."""
+    if len(rows) < 256:
+        return rows @ rows.T
+    upper, lower = rows.chunk(2)
+    corner = upper @ lower.T
+    return torch.cat([torch.cat([_gram(upper), corner], 1), torch.cat([corner.T, _gram(lower)], 1)])
 
 
 def _without(rows: Tensor, basis: Tensor) -> Tensor:

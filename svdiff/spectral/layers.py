@@ -131,11 +131,25 @@ class SpectralMatrix(SpectralLayer):
         self.vh = nn.Buffer(factors.vh.to(weight), persistent=False)
         self.transposed = isinstance(original, TRANSPOSED)
         self.rank = rank
+        self._cast: tuple[Tensor, Tensor] | None = None
         self._outside_tree("sigma", factors.sigma.to(weight.device))
         self._outside_tree("factors", factors)
 
     def _float32(self) -> list[Tensor]:
         return [self.delta, self.sigma]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpectralMatrix:
+        self._cast = None
+        super()._apply(fn, recurse)
+        return self
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U and Vᵀ in the dtype of this call; under autocast they are cast once and not at every call."""
+        if dtype == self.u.dtype:
+            return self.u, self.vh
+        if self._cast is None or self._cast[0].dtype != dtype:
+            self._cast = (self.u.to(dtype), self.vh.to(dtype))
+        return self._cast
 
     @property
     def weight(self) -> Tensor:
@@ -152,8 +166,9 @@ class SpectralMatrix(SpectralLayer):
         return self.factors.shifted_weight(shifts, transposed=self.transposed).to(self.u)
 
     def _built(self, dtype: torch.dtype) -> Tensor:
-        vh = as_matrix(self.vh, transposed=self.transposed and self.vh.ndim > 2)
-        matrix = SpectralWeight.apply(self.delta, self.sigma, self.u.to(dtype), vh.to(dtype), self.rank)
+        u, vh = self._factors(dtype)
+        vh = as_matrix(vh, transposed=self.transposed and vh.ndim > 2)
+        matrix = SpectralWeight.apply(self.delta, self.sigma, u, vh, self.rank)
         return from_matrix(matrix, self.shape, transposed=self.transposed)
 
     def _materialise(self, x: Tensor, tokens: int) -> bool:
@@ -178,7 +193,7 @@ class SpectralLinear(SpectralMatrix):
         x, bias = self._compute(x)
         if self._materialise(x, x.numel() // x.shape[-1]):
             return F.linear(x, self._built(x.dtype), bias)
-        u, vh = self.u.to(x.dtype), self.vh.to(x.dtype)
+        u, vh = self._factors(x.dtype)
         keep = torch.is_grad_enabled()
         return FactoredLinear.apply(x, self.delta, bias, self.sigma, u, vh, self.rank, keep)
 
@@ -225,7 +240,7 @@ class SpectralConv(SpectralMatrix):
             if pointwise:
                 return mix_channels(x, weight.flatten(1), bias)
             return torch.convolution(x, weight, bias, *self.geometry)
-        u, vh = self.u.to(x.dtype), self.vh.to(x.dtype)
+        u, vh = self._factors(x.dtype)
         keep = torch.is_grad_enabled()
         return FactoredConv.apply(x, self.delta, bias, self.sigma, u, vh, self.geometry, self.rank, keep)
 
