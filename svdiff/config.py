@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from svdiff.base.config import BaseTrainingConfig
 from svdiff.errors import SvdiffError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -161,7 +162,7 @@ class Config(Section):
     rank: RankConfig
     tracking: TrackingConfig = TrackingConfig()
     promote: PromoteConfig = PromoteConfig()
-    base_training: dict[str, Any] = Field({}, description="how the embedded base was made: `svdiff base train`")
+    base_training: BaseTrainingConfig = BaseTrainingConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
@@ -221,12 +222,12 @@ def _readable(error: ValidationError, prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def describe(section: Section, prefix: str = "") -> list[str]:
+def describe(section: BaseModel, prefix: str = "") -> list[str]:
     """One line a key: its name, the value in force, what it means."""
     lines = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, Section):
+        if isinstance(value, BaseModel):
             lines += describe(value, f"{prefix}{name}.")
         else:
             lines.append(f"{prefix}{name} = {value!r}\n    {field.description}")
