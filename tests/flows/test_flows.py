@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session", autouse=True)
 def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=600):  # a limit: a busy machine takes minutes
         yield
 
 
@@ -47,8 +47,9 @@ def test_train_concept_from_pictures_to_registry(dvc_project: Path) -> None:
         ["prior@dog", *(f"{s}@dog" for s in ("train", "sample", "score", "register"))], "ran"
     )
     assert registered(dvc_project, "dog") == [1]
-    assert "dog2" in dvc_status(dvc_project)
-    assert '@dog"' not in dvc_status(dvc_project)
+    stale = dvc_status(dvc_project)
+    assert "train@dog2" in stale
+    assert not [stage for stage in outcomes if f'"{stage}"' in stale]
 
     record = json.loads((dvc_project / "out/register/dog.json").read_text())
     client = MlflowClient(f"sqlite:///{dvc_project}/mlruns/mlflow.db")

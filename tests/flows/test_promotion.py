@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniature import Project
 
@@ -54,6 +54,7 @@ def test_other_evaluators_are_not_compared() -> None:
     assert "other evaluators" in verdict.reason
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.floats(0, 1, allow_nan=False)] * 4), min_size=1, max_size=8))
 def test_two_versions_never_both_beat_each_other(rows: list[tuple[float, float, float, float]]) -> None:
     """Promotion cannot go round in circles between two versions, whatever their scores."""
