@@ -61,8 +61,10 @@ def mix_channels(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     if not x.is_contiguous():
         return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
     columns = x.flatten(2)
-    if bias is None:
-        y = torch.matmul(matrix, columns)
+    if len(x) == 1:
+        y = matrix @ columns[0] if bias is None else torch.addmm(bias[:, None], matrix, columns[0])
+    elif bias is None:
+        y = matrix @ columns
     else:
         y = torch.baddbmm(bias[:, None], matrix.expand(len(x), *matrix.shape), columns)
     return y.view(len(x), len(matrix), *x.shape[2:])

@@ -50,6 +50,8 @@ class SpectralShifts:
         self.layers: dict[str, SpectralLayer] = {}
         self.fused = False
         chosen = select(module, subset) if names is None else list(names)
+        if "weight" in chosen:
+            raise SvdiffError(f"a {type(module).__name__} is one layer: wrap it in nn.Sequential to attach shifts")
         owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in chosen}
         for name, owner in owners.items():
             weight: Tensor = owner.weight  # type: ignore[assignment]

@@ -223,6 +223,8 @@ def test_optimising_lowers_the_loss(unet: nn.Module, basis: Basis, call) -> None
 
 
 def test_wrong_use_is_refused(unet: nn.Module, basis: Basis, tiny_pipe) -> None:
+    with pytest.raises(SvdiffError, match=r"wrap it in nn\.Sequential"):
+        attach(nn.Linear(2, 2), load_basis(nn.Linear(2, 2), None, progress=False))
     with pytest.raises(SvdiffError, match="rank is 0"):
         attach(unet, basis, rank=0)
     with pytest.raises(SvdiffError, match="selects no weight"):
@@ -234,3 +236,31 @@ def test_wrong_use_is_refused(unet: nn.Module, basis: Basis, tiny_pipe) -> None:
     attach(unet, basis)
     with pytest.raises(SvdiffError, match="detach them first"):
         attach(unet, basis)
+
+
+def test_stable_diffusion_2_layout() -> None:
+    """Linear projections around attention and heads that differ by block."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=12, norm_num_groups=4,
+        attention_head_dim=(2, 4), use_linear_projection=True,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    inputs = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 12)
+    wanted = unet(*inputs).sample
+    shifts = attach(unet, load_basis(unet, None, progress=False))
+    assert list(shifts.layers) == select(unet, "UNet")
+    assert (unet(*inputs).sample - wanted).abs().max() < 1e-5
+
+
+def test_half_precision_copies_of_the_factors_are_made_once(unet: nn.Module, basis: Basis, call) -> None:
+    shifts = attach(unet, basis)
+    layer = shifts.layers["mid_block.attentions.0.proj_in.weight"]
+    with torch.autocast("cpu", torch.bfloat16):
+        call()
+        first = layer._factors(torch.bfloat16)
+        call()
+        assert layer._factors(torch.bfloat16) is first
+    unet.to(torch.bfloat16)
+    assert layer._cast is None
