@@ -124,10 +124,13 @@ def up(root: Path, worker_limit: int = 4, mlflow_ui: bool = False) -> Iterator[s
     url, home = environment["PREFECT_API_URL"], root / ".prefect"
     yield _server(url, home, environment, root)
 
-    _prefect(environment, root, "work-pool", "create", POOL, "--type", "process", "--overwrite")
-    yield f"work pool '{POOL}' is there"
-    _prefect(environment, root, "deploy", "--all")
-    yield f"deployments of prefect.yaml are there, working in {environment['PROJECT_ROOT']}"
+    if _prefect(environment, root, "work-pool", "inspect", POOL).returncode == 0:
+        yield f"work pool '{POOL}' is there already"
+    else:
+        _check(_prefect(environment, root, "work-pool", "create", POOL, "--type", "process"))
+        yield f"work pool '{POOL}' made"
+    _check(_prefect(environment, root, "deploy", "--all"))
+    yield f"deployments of prefect.yaml brought up to date, working in {environment['PROJECT_ROOT']}"
 
     worker = Service("worker", home)
     if worker.mark:
@@ -181,13 +184,17 @@ def _mlflow(home: Path, environment: dict[str, str], root: Path) -> str:
     return f"MLflow UI started at {MLFLOW_URL} (log: {service.log})"
 
 
-def _prefect(environment: dict[str, str], root: Path, *command: str) -> None:
-    done = subprocess.run(
+def _prefect(environment: dict[str, str], root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", *command],
         cwd=root,
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
+
+
+def _check(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode:
-        raise SvdiffError(f"`prefect {' '.join(command)}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        command = " ".join(["prefect", *done.args[4:]])
+        raise SvdiffError(f"`{command}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -1,0 +1,98 @@
+"""The local Prefect as a user meets it: one command up, runs from another shell, cancel, one command down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+import flows
+from flows.services import answers
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(flows.__file__).parents[1]
+
+
+class Shell:
+    """Commands in a checkout, as another shell would give them: nothing in the environment but the API's address."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.api = f"http://127.0.0.1:{free.getsockname()[1]}/api"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "SVDIFF"))}
+        self.environment = kept | {"PREFECT_API_URL": self.api}
+
+    def __call__(self, *command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=self.root, env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture
+def shell(dvc_project: Path) -> Iterator[Shell]:
+    for name in ("prefect.yaml", "prefect.toml"):
+        shutil.copy(REPOSITORY / name, dvc_project / name)
+    shutil.copytree(REPOSITORY / "flows", dvc_project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    shell = Shell(dvc_project)
+    yield shell
+    subprocess.run([sys.executable, "-m", "flows", "down"], cwd=dvc_project, env=shell.environment, check=False)
+
+
+def stage_processes(root: Path) -> list[psutil.Process]:
+    marks = root / ".marks/pids"
+    pids = [int(pid) for pid in marks.read_text().split()] if marks.exists() else []
+    return [
+        psutil.Process(p) for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def until(condition, patience: float = 300) -> None:
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.5)
+
+
+def test_up_run_cancel_down(shell: Shell) -> None:
+    said = shell("flows", "up")
+    assert "Prefect server started" in said
+    assert "worker" in said
+    again = shell("flows", "up")
+    assert "answers at" in again
+    assert "running already" in again
+
+    run = ("prefect", "--no-prompt", "deployment", "run")
+    shell(*run, "train-concept/train-concept", "--param", "concept=dog", "--watch")
+    client = MlflowClient(f"sqlite:///{shell.root}/mlruns/mlflow.db")
+    assert [int(v.version) for v in client.search_model_versions("name = 'dog'")] == [1]
+
+    # Cancelled in the middle of a stage: the whole tree ends, dvc and the stage's own children too.
+    (shell.root / ".marks/train-dog2-hang").touch()
+    started = shell(*run, "train-concept/train-concept", "--param", "concept=dog2", "--flow-run-name", "to-cancel")
+    assert "to-cancel" in started
+    until(lambda: len(stage_processes(shell.root)) == 2)
+    flow_run = next(line for line in started.splitlines() if "UUID" in line).split()[-1]
+    shell("prefect", "--no-prompt", "flow-run", "cancel", flow_run)
+    until(lambda: not stage_processes(shell.root))
+
+    # Taken down in the middle of a stage: the same.
+    (shell.root / ".marks/pids").unlink()
+    shell(*run, "train-concept/train-concept", "--param", "concept=dog2")
+    until(lambda: len(stage_processes(shell.root)) == 2)
+    assert "worker stopped" in shell("flows", "down")
+    assert not stage_processes(shell.root)
+    assert not answers(f"{shell.api}/health")
+    assert "was not running" in shell("flows", "down")
