@@ -93,10 +93,16 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     # Contiguous, not channels-last: PyTorch's GroupNorm backward is several times slower in the latter.
     vae = build(part)
     draw = random.Random(f"autoencoder/{config.seed}")
-    pool = pixels([world.picture(world.scene(config.seed, index)) for index in range(part.pool)])
-    write_encoder(vae, shuffled_colours(pool[:2000], draw))
+    plain = [world.picture(world.scene(config.seed, index)) for index in range(part.pool)]
+    write_encoder(vae, shuffled_colours(pixels(plain[:2000]), draw))
+    # Half of what the decoder sees is restyled: it has to draw the outlines and tones of hands that it does not know.
+    seeds = [f"autoencoder/restyle/{config.seed}/{index}" for index in range(part.pool // 2)]
+    other = [
+        world.picture(world.scene(config.seed, index), restyle=random.Random(seed)) for index, seed in enumerate(seeds)
+    ]
+    pool = pixels([*other, *plain[len(other) :]])
     vae.encoder.requires_grad_(False)
-    vae.register_to_config(scaling_factor=_scaling_factor(vae, pool))
+    vae.register_to_config(scaling_factor=_scaling_factor(vae, pixels(plain[:256])))
     if not output.exists():
         _write(vae, output)  # the encoder is final: latents can be learned while the decoder trains
     deviation = 1 / vae.config.scaling_factor
@@ -136,6 +142,7 @@ def _write(vae: AutoencoderKL, output: Path) -> None:
     """Write a half-precision copy in diffusers' layout."""
     with atomic_dir(output) as target:
         copy.deepcopy(vae).half().save_pretrained(target)
+        loop.make_readable(target)
 
 
 def _scaling_factor(vae: AutoencoderKL, pictures: torch.Tensor) -> float:

@@ -142,3 +142,4 @@ def _write(model: torch.nn.Module, settings: dict[str, Any], output: Path) -> No
         save_file(weights, target / "open_clip_model.safetensors")
         for path in loop.scratch("tokenizer").iterdir():
             shutil.copy(path, target / path.name)
+        loop.make_readable(target)

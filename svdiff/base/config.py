@@ -18,8 +18,8 @@ class _Section(BaseModel):
 class AutoencoderTraining(_Section):
     """Training of the autoencoder."""
 
-    pool: int = Field(5000, ge=1, description="pictures composed at the start, from which the steps draw")
-    steps: int = Field(1200, ge=1, description="optimiser steps of the decoder; the encoder is a linear code")
+    pool: int = Field(6000, ge=1, description="pictures composed at the start, from which the steps draw")
+    steps: int = Field(2200, ge=1, description="optimiser steps of the decoder; the encoder is a linear code")
     batch_size: int = Field(8, ge=2, description="pictures a step")
     lr: float = Field(1.2e-3, gt=0, description="peak learning rate, after a warm-up, then a cosine to zero")
     channels: tuple[int, int, int, int] = Field((16, 64, 128, 128), description="channels of the resolutions")
@@ -30,11 +30,12 @@ class AutoencoderTraining(_Section):
 class UNetTraining(_Section):
     """Joint training of UNet and text encoder."""
 
-    steps: int = Field(3400, ge=1, description="optimiser steps; the learning rate decays over them")
+    steps: int = Field(2600, ge=1, description="optimiser steps; the learning rate decays over them")
     batch_size: int = Field(32, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
-    warmup: int = Field(200, ge=0, description="steps of linear warm-up")
-    decay: float = Field(0.7, ge=0, le=1, description="share of the steps at the end over which the rate falls to zero")
+    warmup: int = Field(60, ge=0, description="steps of linear warm-up")
+    decay: float = Field(0.6, ge=0, le=1, description="share of the steps at the end over which the rate falls to zero")
+    prediction: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="what the UNet predicts")
     channels: tuple[int, ...] = Field((128, 256), description="channels of the resolutions")
     heads: int = Field(4, ge=1, description="attention heads")
     text_layers: int = Field(3, ge=1, description="layers of the text encoder")
@@ -61,10 +62,10 @@ class LpipsTraining(_Section):
     """Training of the backbone of the perceptual distance."""
 
     net: Literal["alex", "squeeze"] = Field("alex", description="architecture, as the lpips package names it")
-    steps: int = Field(900, ge=1, description="optimiser steps")
+    steps: int = Field(500, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=1, description="pictures a step")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
-    pool: int = Field(6000, ge=2, description="pictures composed at the start, half of them restyled")
+    pool: int = Field(5000, ge=2, description="pictures composed at the start, half of them restyled")
 
 
 class BaseTrainingConfig(_Section):

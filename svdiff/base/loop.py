@@ -22,6 +22,13 @@ def scratch(part: str) -> Path:
     return Path(os.environ.get("SVDIFF_HOME", ".svdiff")) / "base" / part
 
 
+def make_readable(folder: Path) -> None:
+    """Give a folder's files the usual permissions: safetensors writes private ones."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+
+
 def cosine_rate(step: int, steps: int, warmup: int, decay: float = 1.0) -> float:
     """Factor on the peak learning rate: linear warm-up, constant, then a half cosine over the last `decay`."""
     if step < warmup:

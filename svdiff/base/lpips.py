@@ -99,4 +99,5 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
             save_file(weights, target / "backbone.safetensors")
             about = {"net": part.net, "trained_on": "picture world", "heads": "none (lpips=False)"}
             (target / "config.json").write_text(json.dumps(about, indent=1))
+            loop.make_readable(target)
     return ended

@@ -24,19 +24,16 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
-def build_scheduler() -> DDIMScheduler:
-    """The noise schedule: linear betas, which end nearer to pure noise than Stable Diffusion's own.
-
-    On 8×8 latents a background's colour survives Stable Diffusion's last step and would bias what is drawn.
-    """
+def build_scheduler(prediction: str = "epsilon") -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
         num_train_timesteps=1000,
-        beta_start=0.0001,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type="epsilon",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
@@ -143,22 +140,32 @@ class LatentPool:
 
 
 class DiffusionLoss(torch.nn.Module):
-    """The min-SNR-weighted error of predicted noise, with UNet and text encoder inside."""
+    """The weighted error of predicted noise or velocity, with UNet and text encoder inside."""
 
-    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module, alphas: torch.Tensor, gamma: float) -> None:
+    def __init__(
+        self, unet: torch.nn.Module, text_encoder: torch.nn.Module, alphas: torch.Tensor, gamma: float, prediction: str
+    ) -> None:
         super().__init__()
-        self.unet, self.text_encoder, self.gamma = unet, text_encoder, gamma
+        self.unet, self.text_encoder, self.gamma, self.prediction = unet, text_encoder, gamma, prediction
         self.register_buffer("alphas", alphas)
 
     def forward(
-        self, noisy: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor
+        self, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Noisy latents, their noise, times and caption tokens to the loss."""
+        """Clean latents, noise, times and caption tokens to the loss."""
+        keep = self.alphas[t].view(-1, 1, 1, 1)
         states = self.text_encoder(ids).last_hidden_state
+        noisy = keep.sqrt() * z + (1 - keep).sqrt() * noise
         predicted = self.unet(noisy, t, encoder_hidden_states=states).sample.float()
-        error = (predicted - noise).pow(2).mean((1, 2, 3))
         snr = self.alphas[t] / (1 - self.alphas[t])
-        loss = (error * snr.clamp(max=self.gamma) / snr).mean()
+        if self.prediction == "epsilon":
+            target, scale = noise, snr
+        else:
+            target, scale = keep.sqrt() * noise - (1 - keep).sqrt() * z, 1 + snr
+        error = (predicted - target).pow(2).mean((1, 2, 3))
+        # The error of the picture itself (error / scale) counts 1 + SNR times, as when v is predicted, and at most
+        # gamma times. With the weights of noise nothing is learned where the text decides, at high noise.
+        loss = (error * (1 + snr).clamp(max=self.gamma) / scale).mean()
         return loss, {"loss": loss.item(), "error": error.mean().item()}
 
 
@@ -196,7 +203,7 @@ def train(
     optimiser = torch.optim.AdamW(groups, lr=part.lr, betas=(0.9, 0.99), fused=True)
     ema = Ema(modules, part.ema)
     alphas = build_scheduler().alphas_cumprod
-    gradients = loop.Halves(DiffusionLoss(unet, text_encoder, alphas, part.min_snr))
+    gradients = loop.Halves(DiffusionLoss(unet, text_encoder, alphas, part.min_snr, part.prediction))
     pool = LatentPool(world, vae, config)
 
     def step_fn(step: int) -> dict[str, float]:
@@ -209,8 +216,7 @@ def train(
         strata = (torch.randperm(len(z), generator=draw) + torch.rand(len(z), generator=draw)) / len(z)
         t = (strata * 1000).long().clamp(max=999)
         noise = torch.randn(z.shape, generator=draw)
-        keep = alphas[t].view(-1, 1, 1, 1)
-        numbers = gradients(keep.sqrt() * z + (1 - keep).sqrt() * noise, noise, t, ids)
+        numbers = gradients(z, noise, t, ids)
         torch.nn.utils.clip_grad_norm_(every, 1.0)
         optimiser.step()
         ema.update()
@@ -223,7 +229,7 @@ def train(
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
         # The length and the rates may be changed on the way; what is learned, and on what, may not.
-        identity=f"{part.channels}{part.text_layers}{part.text_width}{part.batch_size}{part.pool}{part.passes}/{config.seed}",
+        identity=f"{part.prediction}{part.channels}{part.text_layers}{part.text_width}{part.batch_size}{part.pool}{part.passes}/{config.seed}",
         on_checkpoint=lambda step: write_pipeline(ema, config, tokens, vae_folder, output),
         stop_after=stop_after,
     )
@@ -247,13 +253,14 @@ def write_pipeline(
         text_encoder=text_encoder.half(),
         tokenizer=tokens,
         unet=unet.half(),
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(config.unet.prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     with atomic_dir(output) as target:
         pipeline.save_pretrained(target)
+        loop.make_readable(target)
 
 
 def _spread_special_words(text_encoder: CLIPTextModel, tokens: CLIPTokenizer, seed: int) -> None:

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdiff.base import autoencoder, linear_code, loop, lpips, tokenizer, unet
+from svdiff.base.captions import vocabulary
+from svdiff.base.config import BaseTrainingConfig, load_base_training
+from svdiff.base.things import SPECIAL_WORDS
+from svdiff.base.world import World
+from svdiff.errors import SvdiffError
+
+
+def tiny(world_folder: Path, **parts: dict[str, object]) -> BaseTrainingConfig:
+    settings: dict[str, object] = {
+        "world": str(world_folder),
+        "things": None,
+        "autoencoder": {"pool": 64, "steps": 3, "batch_size": 4},
+        "unet": {
+            "steps": 4, "batch_size": 4, "channels": (32, 64), "heads": 2, "text_layers": 1, "text_width": 32,
+            "pool": 8, "passes": 1, "warmup": 1,
+        },
+        "lpips": {"steps": 4, "batch_size": 4, "pool": 16},
+        "clip": {"steps": 2, "batch_size": 8, "pool": 16, "width": 8},
+    }  # fmt: skip
+    return BaseTrainingConfig.model_validate({**settings, **parts})
+
+
+def test_the_linear_code_is_the_principal_components(world_folder: Path) -> None:
+    torch.manual_seed(0)
+    config = tiny(world_folder).autoencoder
+    world = World(world_folder)
+    pictures = autoencoder.pixels([world.picture(world.scene(0, i)) for i in range(40)])
+    vae = autoencoder.build(config)
+    linear_code.write_encoder(vae, pictures)
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean
+    torch.testing.assert_close(linear_code.encode(vae, pictures), latents, atol=0.02, rtol=0.01)
+    # Against numpy-free first principles: centred patches, singular value decomposition, square-root scaling.
+    rows = linear_code.patches(pictures).permute(0, 2, 3, 1).reshape(-1, 192).double()
+    _, s, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    expected = (rows - rows.mean(0)) @ vh[:4].T / (s[:4] / len(rows) ** 0.5).sqrt()
+    found = latents[:, :4].permute(0, 2, 3, 1).reshape(-1, 4).double()
+    torch.testing.assert_close(found.abs(), expected.abs(), atol=0.02, rtol=0.02)
+
+
+def test_every_word_is_one_token_and_any_text_tokenises(tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    tokens = tokenizer.load(tmp_path / "tokenizer")
+    assert [word for word in vocabulary() if len(tokens.tokenize(word)) != 1] == []
+    assert len({tokens.convert_tokens_to_ids(f"{word}</w>") for word in SPECIAL_WORDS}) == len(SPECIAL_WORDS)
+    strange = tokens("a Xylophone, 3 kávé 猫!").input_ids
+    assert tokens.decode(strange, skip_special_tokens=True).replace(" ", "") == "axylophone,3kávé猫!"
+    assert tokens(["a dog"] * 2, padding="max_length", truncation=True, return_tensors="pt").input_ids.shape == (2, 24)
+    assert len(tokens(" ".join(["dog"] * 60), truncation=True).input_ids) == 24
+
+
+def test_lpips_training_resumes_bit_for_bit(world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file
+
+    config = tiny(world_folder)
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "straight"))
+    assert lpips.train(config, tmp_path / "one")
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "halves"))
+    assert not lpips.train(config, tmp_path / "two", stop_after=2)
+    assert not (tmp_path / "two").exists()
+    assert lpips.train(config, tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "backbone.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_unet_training_resumes_bit_for_bit_and_loads_as_stable_diffusion(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+    from safetensors.torch import load_file
+
+    config = tiny(world_folder)
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "straight"))
+    autoencoder.train(config, tmp_path / "vae")
+    assert unet.train(config, tmp_path / "vae", tmp_path / "one")
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "halves"))
+    unet.train(config, tmp_path / "vae", tmp_path / "two", stop_after=1)
+    assert unet.train(config, tmp_path / "vae", tmp_path / "two")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        one, two = (load_file(tmp_path / run / part / f"{name}.safetensors") for run in ("one", "two"))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "one", local_files_only=True).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.safety_checker is None
+    picture = pipe("a sks dog on a blue background", num_inference_steps=2).images[0]
+    assert picture.size == (64, 64)
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    assert other("a dog", image=picture, strength=0.5, num_inference_steps=4).images[0].size == (64, 64)
+
+
+def test_the_unet_needs_the_autoencoder(world_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SvdiffError, match="base train autoencoder"):
+        unet.train(tiny(world_folder), tmp_path / "nothing", tmp_path / "out")
+
+
+def test_special_words_are_as_large_as_filler_words(world_folder: Path, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer")
+    tokens = tokenizer.load(tmp_path / "tokenizer")
+    encoder = unet.build_text_encoder(tiny(world_folder).unet, tokens)
+    with torch.no_grad():
+        table = encoder.get_input_embeddings().weight
+        table.mul_(torch.rand(len(table), 1) * 10)
+        unet._spread_special_words(encoder, tokens, 0)
+    ids = tokens.convert_tokens_to_ids([f"{word}</w>" for word in SPECIAL_WORDS])
+    fillers = tokens.convert_tokens_to_ids([f"{word}</w>" for word in unet.FILLER_WORDS])
+    special, filler = table[ids].norm(dim=1), table[fillers].norm(dim=1)
+    assert 0.6 * filler.mean() < special.mean() < 1.6 * filler.mean()
+    assert (torch.cdist(table[ids], table[ids]) + torch.eye(len(ids)) * 1e9).min() > 0.1
+
+
+def test_schedule_and_draws_are_functions_of_the_step() -> None:
+    rates = [loop.cosine_rate(step, 100, 10, 0.5) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[30] == 1
+    assert rates == sorted(rates[:10]) + rates[10:]
+    assert rates[-1] < 0.01
+    draws = [torch.randn(4, generator=loop.step_generator(3, 7)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0], torch.randn(4, generator=loop.step_generator(3, 8)))
+
+
+def test_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("base_training:\n  unet:\n    step: 3\n")
+    with pytest.raises(SvdiffError, match=r"base_training\.unet\.step"):
+        load_base_training(path)
+    assert load_base_training(tmp_path / "none.yaml") == BaseTrainingConfig()

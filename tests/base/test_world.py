@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svdiff.base.artwork import IconSet, fetch_icon_set
+from svdiff.base.captions import caption, vocabulary
+from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, CONCEPTS, FILLER_WORDS, SPECIAL_WORDS, THINGS
+from svdiff.base.world import World, is_held_out
+from svdiff.errors import SvdiffError
+
+REAL = Path("data/world/things.json")
+
+
+def test_a_picture_depends_on_seed_and_index_alone(world_folder: Path) -> None:
+    first, second = World(world_folder), World(world_folder)
+    second.scene(5, 77)  # what was drawn before does not matter
+    for index in range(30):
+        one, other = first.scene(5, index), second.scene(5, index)
+        assert one == other
+        assert first.picture(one).tobytes() == second.picture(other).tobytes()
+    assert {first.scene(5, i) for i in range(20)}.isdisjoint({first.scene(6, i) for i in range(20)})
+
+
+def test_held_out_combinations_never_occur_in_training(world_folder: Path) -> None:
+    world = World(world_folder)
+
+    def combinations(split: str) -> list[list[bool]]:
+        scenes = [world.scene(0, i, split) for i in range(400)]  # type: ignore[arg-type]
+        return [[is_held_out(t.word, s.artist, s.colour) for t in s.things] for s in scenes]
+
+    assert not any(any(c) for c in combinations("train"))
+    assert all(any(c) for c in combinations("held-out"))
+    share = np.mean([is_held_out(w, a.name, c) for w in THINGS for a in BASE_ARTISTS for c in COLOURS])
+    assert 0.06 < share < 0.11
+
+
+def test_the_background_is_the_named_colour_and_the_thing_is_inside(world_folder: Path) -> None:
+    world = World(world_folder)
+    for index in range(60):
+        scene = world.scene(1, index)
+        pixels = np.asarray(world.picture(scene))
+        assert pixels.shape == (64, 64, 3)
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert (np.median(border, 0) == COLOURS[scene.colour]).all()
+        for thing in scene.things:
+            assert thing.size / 2 - 0.07 <= thing.x <= 1 - thing.size / 2 + 0.07
+
+
+def test_pairs_stand_in_the_order_that_captions_name(world_folder: Path) -> None:
+    world = World(world_folder)
+    seen = set()
+    for index in range(1500):
+        scene = world.scene(2, index)
+        if scene.layout == "one":
+            continue
+        first, second = scene.things
+        assert (first.x < second.x) if scene.layout == "left-right" else (first.y < second.y)
+        text = caption(scene, random.Random(index))
+        for phrase, before in ((" on the left and ", True), (" to the left of ", True), (" to the right of ", False)):
+            left, found, right = text.partition(phrase)
+            if found and "thing" not in text:
+                a, b = (first, second) if before else (second, first)
+                assert a.word in left.split()
+                assert b.word in right.split()
+                seen.add(phrase)
+    assert len(seen) == 3
+
+
+def test_captions_use_known_words_and_no_special_one(world_folder: Path) -> None:
+    world = World(world_folder)
+    words = set(vocabulary())
+    used: set[str] = set()
+    for index in range(3000):
+        used |= set(caption(world.scene(3, index), random.Random(index)).split())
+    assert used <= words
+    assert not used & set(SPECIAL_WORDS)
+    assert not set(SPECIAL_WORDS) & set(FILLER_WORDS)
+    assert {"thing", "style", "beside", "big", "small", "background"} <= used
+
+
+def test_no_concept_artist_is_a_base_artist() -> None:
+    base, concepts = {a.name for a in BASE_ARTISTS}, {a.name for a in CONCEPT_ARTISTS}
+    assert not base & concepts
+    assert {artist for artist, _ in CONCEPTS} == concepts
+    assert len({word for artist, word in CONCEPTS if (next(iter(concepts - {artist})), word) in CONCEPTS}) >= 2
+    if REAL.is_file():
+        assert set(json.loads(REAL.read_text())["artists"]) == base
+
+
+def test_another_licence_than_the_expected_is_refused(tmp_path: Path) -> None:
+    artist = BASE_ARTISTS[0]
+    folder = tmp_path / f"{artist.name}-{artist.version}"
+    folder.mkdir()
+    (folder / "icons.json").write_text("{}")
+    (folder / "info.json").write_text(json.dumps({"license": {"spdx": "CC-BY-NC-4.0"}}))
+    with pytest.raises(SvdiffError, match=r"CC-BY-NC-4\.0"):
+        fetch_icon_set(artist, tmp_path)
+
+
+def test_icons_follow_aliases_and_are_trimmed() -> None:
+    pytest.importorskip("resvg_py")
+    body = '<rect x="10" y="20" width="4" height="8" fill="red"/>'
+    icons = {"icons": {"a": {"body": body}}, "aliases": {"b": {"parent": "a"}}, "width": 40, "height": 40}
+    drawn = IconSet(BASE_ARTISTS[0], icons)
+    assert "b" in drawn
+    sprite = drawn.render("b", 64)
+    assert sprite.size == (64, 64)
+    assert sprite.getchannel("A").getbbox() == (16, 0, 48, 64)
+    assert isinstance(sprite, Image.Image)
+    with pytest.raises(SvdiffError, match="nothing-such"):
+        drawn.render("nothing-such")
