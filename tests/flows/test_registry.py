@@ -220,7 +220,7 @@ def test_register_killed_midway_then_run_again(tmp_path: Path) -> None:
     write_params(tmp_path, "dog")
     write_results(tmp_path, "dog")
     assert run_flows(tmp_path, "init").wait(120) == 0
-    for seconds in (5, 6, 7):
+    for seconds in (5, 6, 7):  # seconds until the kill: importing, logging, registering
         victim = run_flows(tmp_path, "register", "--concept", "dog")
         try:
             victim.wait(seconds)

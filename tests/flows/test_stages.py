@@ -17,7 +17,7 @@ import pytest
 from flows.stages import StageBusy, StageFailed, StageTimeout, run_stage
 
 
-def pids(root: Path, patience: float = 60) -> list[int]:
+def pids(root: Path, patience: float = 300) -> list[int]:
     """Process ids of the hanging stage and of its child."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
@@ -62,11 +62,12 @@ def test_a_stage_that_is_not_there(dvc_project: Path) -> None:
         run_stage("train@cow", root=dvc_project, on_line=print)
 
 
+@pytest.mark.slow
 def test_timeout_ends_the_whole_tree(dvc_project: Path) -> None:
     run_stage("prior@dog", root=dvc_project, on_line=print)
     (dvc_project / ".marks/train-dog-hang").touch()
-    with pytest.raises(StageTimeout, match="took longer than 8 s"):
-        run_stage("train@dog", root=dvc_project, on_line=print, timeout=8)
+    with pytest.raises(StageTimeout, match="took longer than 30 s"):
+        run_stage("train@dog", root=dvc_project, on_line=print, timeout=30)
     assert not any(alive(pid) for pid in pids(dvc_project, 1))
 
 
@@ -91,17 +92,18 @@ def test_killed_dvc_leaves_no_orphan_that_a_rerun_would_race(dvc_project: Path) 
     """kill -9 of dvc alone: its stage would run on, unrecorded, while the next attempt starts another."""
     thread, raised, started = hanging(dvc_project)
     dvc_of(started[0]).kill()
-    thread.join(30)
+    thread.join(120)
     assert [str(error) for error in raised if "killed by signal 9" in str(error)]
     assert not any(alive(pid) for pid in started)
     (dvc_project / ".marks/train-dog-hang").unlink()
     assert run_stage("train@dog", root=dvc_project, on_line=print).outcome == "ran"
 
 
+@pytest.mark.slow
 def test_killed_stage_is_a_failure_and_runs_again(dvc_project: Path) -> None:
     thread, raised, started = hanging(dvc_project)
     os.kill(started[0], signal.SIGKILL)
-    thread.join(30)
+    thread.join(120)
     assert len(raised) == 1
     assert isinstance(raised[0], StageFailed)
     assert not any(alive(pid) for pid in started)
@@ -109,15 +111,17 @@ def test_killed_stage_is_a_failure_and_runs_again(dvc_project: Path) -> None:
     assert run_stage("train@dog", root=dvc_project, on_line=print).outcome == "ran"
 
 
+@pytest.mark.slow
 def test_the_same_stage_twice_is_busy(dvc_project: Path) -> None:
     thread, raised, started = hanging(dvc_project)
     with pytest.raises(StageBusy, match="is busy"):
         run_stage("train@dog", root=dvc_project, on_line=print)
     os.kill(started[0], signal.SIGKILL)
-    thread.join(30)
+    thread.join(120)
     assert raised
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_the_caller_ends_the_stage(dvc_project: Path, by: signal.Signals) -> None:
     """What Prefect does on cancel: the signal goes to the process group of the engine, which raises from it."""
@@ -132,10 +136,11 @@ def test_interrupting_the_caller_ends_the_stage(dvc_project: Path, by: signal.Si
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=dvc_project, start_new_session=True)
     started = pids(dvc_project)
     os.kill(caller.pid, by)  # the caller alone: the rest is its own work
-    caller.wait(30)
+    caller.wait(120)
     assert not any(alive(pid) for pid in started)
 
 
+@pytest.mark.slow
 def test_progress_bars_do_not_flood(dvc_project: Path) -> None:
     """A bar redrawn a hundred times is passed on once in a while; lines between arrive, all of them."""
     script = dvc_project / "bar.py"
