@@ -93,8 +93,9 @@ def _local_tokenizer(folder: Path) -> Callable[[list[str]], torch.Tensor]:
 def load_lpips(config: EvaluatorsConfig) -> Distance:
     """The perceptual distance: (N pictures, M pictures) to N×M distances ≥ 0, in fp32 on the CPU.
 
-    With `lpips_weights` the backbone of that file is used without learned heads (`lpips=False`: the mean squared
-    difference of unit-normalised features); without it, the published network with its heads. Pictures are
+    With `lpips_weights` the backbone of that file is used without learned heads (`lpips=False`), as the mean over
+    its layers of half the squared difference of unit-normalised features, which is 1 − their cosine and so lies in
+    [0, 1] as the published distance nearly does; without it, the published network with its heads. Pictures are
     compared at 64×64. Raises SvdiffError if the weights are not there.
     """
     import lpips
@@ -117,6 +118,7 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
         network = lpips.LPIPS(net=config.lpips_net, lpips=False, pnet_rand=True, pretrained=False, verbose=False)
         network.net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     network = network.eval().requires_grad_(False)
+    scale = 1.0 if config.lpips_weights is None else 1 / (2 * network.L)
 
     def tensor(pictures: list[Image.Image]) -> torch.Tensor:
         import numpy as np
@@ -130,6 +132,6 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
     def distance(first: list[Image.Image], second: list[Image.Image]) -> torch.Tensor:
         a, b = tensor(first), tensor(second)
         rows = [network(a[i : i + 1].expand(len(b), -1, -1, -1), b).reshape(1, -1) for i in range(len(a))]
-        return torch.cat(rows).clone()
+        return (scale * torch.cat(rows)).clone()
 
     return distance
