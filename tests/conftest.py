@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -128,10 +129,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
-@pytest.fixture
-def tiny_pipe(tiny_base: Path):
-    """The tiny base as a fresh pipeline, ready for a test to change."""
+@pytest.fixture(scope="session")
+def _loaded_tiny_base(tiny_base: Path):
     from svdiff.config import BaseModelConfig
     from svdiff.models import load_pipeline
 
     return load_pipeline(BaseModelConfig(model=str(tiny_base)))
+
+
+@pytest.fixture
+def tiny_pipe(_loaded_tiny_base):
+    """The tiny base as a pipeline of its own, for a test to change."""
+    return copy.deepcopy(_loaded_tiny_base)
