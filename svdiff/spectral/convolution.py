@@ -6,6 +6,7 @@ picture, which is so in the deep half of Stable Diffusion's UNet, unfolding the 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def _output_size(x: Tensor, kernel: Tensor, geometry: Geometry) -> tuple[int, ..
 
 def _unfolding_is_cheaper(x: Tensor, kernel: Tensor, size: tuple[int, ...]) -> bool:
     # Measured in float32: unfolding one number of the picture costs as much as reordering three of the kernel.
-    few = 3 * len(x) * size[0] * size[1] < len(kernel)
+    few = 3 * len(x) * math.prod(size) < len(kernel)
     return few and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4
 
 

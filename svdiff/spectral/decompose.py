@@ -41,30 +41,27 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _svd_wide(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of a float64 `w (M, N)`, M <= N, by eigenvectors of `W Wᵀ`."""
     largest = float(torch.linalg.matrix_norm(w))
-    u, vh = w.new_zeros(w.shape[0], 0), w.new_zeros(0, w.shape[1])
-    sigma = w.new_zeros(0)
-    left, rows = (
-        torch.eye(w.shape[0], dtype=w.dtype, device=w.device),
-        w,
-    )  # left @ rows is what is still to do
+    u, sigma, vh = w.new_zeros(w.shape[0], 0), w.new_zeros(0), w.new_zeros(0, w.shape[1])
+    left, rows = None, w  # left @ rows is what is still to do; None stands for the identity
     while len(rows):
         values, vectors = torch.linalg.eigh(_gram(rows))
-        values, vectors = values.flip(0), vectors.flip(1)
-        s = values.clamp_min(0).sqrt()
+        s, vectors = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
         if s[0] <= _EMPTY * largest:
             break
         sound = int((s > _LEVEL * s[0]).sum())
-        u = torch.cat([u, left @ vectors[:, :sound]], 1)
-        right = (vectors[:, :sound].T @ rows) / s[:sound, None]
-        vh, sigma = torch.cat([vh, right]), torch.cat([sigma, s[:sound]])
-        left = left @ vectors[:, sound:]
+        in_place = vectors if left is None else left @ vectors
+        u, left = torch.cat([u, in_place[:, :sound]], 1), in_place[:, sound:]
+        sigma = torch.cat([sigma, s[:sound]])
+        vh = torch.cat([vh, (vectors[:, :sound] / s[:sound]).T @ rows])
         rows = _without(vectors[:, sound:].T @ rows, vh)
     missing = w.shape[0] - len(sigma)
     if missing:
         # Both sides are completed by a fixed recipe, so that another machine finds the same empty directions.
         u, vh = _complete(u.T, missing).T, _complete(vh, missing)
         sigma = torch.cat([sigma, sigma.new_zeros(missing)])
-    order = sigma.argsort(descending=True, stable=True)
+    if (sigma.diff() <= 0).all():
+        return u, sigma, vh
+    order = sigma.argsort(descending=True, stable=True)  # levels may overlap by rounding
     return u[:, order], sigma[order], vh[order]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svdiff import __version__
 from svdiff.errors import SvdiffError
-from svdiff.spectral.basis import Basis, is_matrix
+from svdiff.spectral.basis import Basis, Factors, is_matrix
 from svdiff.spectral.delta import SpectralDelta, identity
 from svdiff.spectral.layers import SpectralLayer, SpectralMatrix, make_layer
 from svdiff.spectral.subsets import select
@@ -56,11 +56,8 @@ class SpectralShifts:
         for name, owner in owners.items():
             weight: Tensor = owner.weight  # type: ignore[assignment]
             factors = basis[name] if is_matrix(owner) else None
-            if factors is not None and factors.shape != weight.shape:
-                raise SvdiffError(
-                    f"{name!r} has shape {tuple(weight.shape)} but {tuple(factors.shape)} in the basis: "
-                    "it was made for another model"
-                )
+            if factors is not None:
+                _check_same(name, weight, factors)
             self.layers[name] = make_layer(name, owner, factors, rank)
         self._trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         module.requires_grad_(False)
@@ -164,15 +161,37 @@ class SpectralShifts:
     def unfuse(self) -> None:
         """Undo `fuse`: the spectral layers again, with the same shifts."""
         if self.fused:
+            self._follow()
             self._swap_in()
             self.fused = False
 
     def detach(self) -> None:
         """Put the original layers back, with the base's weights bit for bit; the shifts are gone."""
+        if self.fused:
+            self._follow()
         self._swap_out(lambda layer: layer.base_weight().clone())
         self.layers, self.fused = {}, False
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self._trained)
+
+    def _follow(self) -> None:
+        """Move the layers that were out of the model to where it has gone since, and to its dtype."""
+        for layer in self.layers.values():
+            weight: Tensor = layer.original.weight  # type: ignore[assignment]
+            layer.to(weight.device, weight.dtype)
+
+
+def _check_same(name: str, weight: Tensor, factors: Factors) -> None:
+    """Raise SvdiffError unless a basis fits a weight: by shape, and by 64 of its numbers."""
+    if factors.shape != weight.shape:
+        raise SvdiffError(
+            f"{name!r} has shape {tuple(weight.shape)} but {tuple(factors.shape)} in the basis: "
+            "it was made for another model"
+        )
+    every = max(1, weight.numel() // 64)
+    mine, theirs = (w.detach().reshape(-1)[::every].to(weight) for w in (weight, factors.base_weight()))
+    if not torch.equal(mine, theirs):
+        raise SvdiffError(f"{name!r} is not the weight in the basis: it was made for other weights of this model")
 
 
 def _replace(module: nn.Module, weight_name: str, layer: nn.Module) -> None:

@@ -116,7 +116,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[2])]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    lines = [line for process in running for line in process.communicate(timeout=120)[0].splitlines()]
+    lines = [line for process in running for line in process.communicate(timeout=600)[0].splitlines()]
     assert all(process.returncode == 0 for process in running)
     assert sorted(line for line in lines if line.startswith("wrote")) == [f"wrote {i}.weight" for i in (0, 2, 3)]
     ids = [line for line in lines if line.startswith("id")]

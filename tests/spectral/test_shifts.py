@@ -209,6 +209,20 @@ def test_fuse_and_unfuse(unet: nn.Module, basis: Basis, call) -> None:
     assert weights_hash(unet) == basis.base_hash
 
 
+def test_a_fused_model_may_be_cast_before_it_is_unfused(unet: nn.Module, basis: Basis, call) -> None:
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in unet.state_dict().items()}
+    shifts = attach(unet, basis)
+    half = lambda x, t, c: unet(x.bfloat16(), t, c.bfloat16())  # noqa: E731
+    shifts.fuse()
+    unet.to(torch.bfloat16)
+    wanted = call(half)
+    shifts.unfuse()
+    assert (call(half) - wanted).abs().max() < 0.1
+    shifts.fuse()
+    shifts.detach()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in unet.state_dict().items())
+
+
 def test_optimising_lowers_the_loss(unet: nn.Module, basis: Basis, call) -> None:
     shifts = attach(unet, basis)
     optimiser = torch.optim.AdamW(shifts.parameters(), lr=1e-2)
@@ -233,6 +247,12 @@ def test_wrong_use_is_refused(unet: nn.Module, basis: Basis, tiny_pipe) -> None:
         attach(unet, basis, subset="(")
     with pytest.raises(SvdiffError, match="made for another model"):
         attach(tiny_pipe.text_encoder, basis)
+    with torch.no_grad():
+        unet.conv_out.weight += 1
+    with pytest.raises(SvdiffError, match=r"'conv_out\.weight' is not the weight in the basis"):
+        attach(unet, basis)
+    with torch.no_grad():
+        unet.conv_out.weight.copy_(basis["conv_out.weight"].base_weight())
     attach(unet, basis)
     with pytest.raises(SvdiffError, match="detach them first"):
         attach(unet, basis)
