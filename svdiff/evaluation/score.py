@@ -102,7 +102,7 @@ def describe_evaluators(config: EvaluatorsConfig) -> dict[str, dict[str, Any]]:
         }
     lpips: dict[str, Any] = {"score": "1 − distance, mean over the training pictures", "net": config.lpips_net}
     if config.lpips_weights:
-        lpips |= {"weights_sha256": sha256_file(config.lpips_weights), "heads": "none"}
+        lpips |= {"weights_sha256": sha256_file(config.lpips_weights), "heads": "none: 1 − cosine, mean over layers"}
     else:
         lpips |= {"weights": "of the lpips package", "heads": "learned"}
     return {"clip": clip, "lpips": lpips | {"transform": TRANSFORM}}

@@ -48,7 +48,7 @@ class TinyClip:
 
 
 class TinyLpips:
-    """The lpips package without learned heads on a random backbone."""
+    """The lpips package without learned heads on a random backbone: 1 − cosine, the mean over its layers."""
 
     def __init__(self) -> None:
         import lpips
@@ -62,7 +62,8 @@ class TinyLpips:
             image = image.resize((SIDE, SIDE))  # the backbone needs some pixels
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
-        return torch.stack([torch.cat([self.net(tensor(a), tensor(b)).flatten() for b in others]) for a in images])
+        distances = [torch.cat([self.net(tensor(a), tensor(b)).flatten() for b in others]) for a in images]
+        return torch.stack(distances) / (2 * self.net.L)
 
 
 def drawing(colour: str, background: str = "white", *, seed: int = 0, side: int = SIDE) -> Image.Image:
