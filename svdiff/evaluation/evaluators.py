@@ -90,13 +90,18 @@ def _local_tokenizer(folder: Path) -> Callable[[list[str]], torch.Tensor]:
     return open_clip.get_tokenizer(f"{LOCAL}{folder}")
 
 
+def lpips_side(config: EvaluatorsConfig) -> int:
+    """Side in pixels at which pictures are compared: the embedded base's own, or Stable Diffusion's."""
+    return 64 if config.lpips_weights else 512
+
+
 def load_lpips(config: EvaluatorsConfig) -> Distance:
     """The perceptual distance: (N pictures, M pictures) to N×M distances ≥ 0, in fp32 on the CPU.
 
     With `lpips_weights` the backbone of that file is used without learned heads (`lpips=False`), as the mean over
     its layers of half the squared difference of unit-normalised features, which is 1 − their cosine and so lies in
     [0, 1] as the published distance nearly does; without it, the published network with its heads. Pictures are
-    compared at 64×64. Raises SvdiffError if the weights are not there.
+    compared as squares of `lpips_side` pixels. Raises SvdiffError if the weights are not there.
     """
     import lpips
     import torch
@@ -120,10 +125,12 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
     network = network.eval().requires_grad_(False)
     scale = 1.0 if config.lpips_weights is None else 1 / (2 * network.L)
 
+    side = lpips_side(config)
+
     def tensor(pictures: list[Image.Image]) -> torch.Tensor:
         import numpy as np
 
-        small = [p.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS) for p in pictures]
+        small = [p.convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for p in pictures]
         return torch.from_numpy(np.stack([np.asarray(p, dtype=np.float32) for p in small]) / 127.5 - 1).permute(
             0, 3, 1, 2
         )

@@ -19,12 +19,13 @@ from svdiff.config import Config, EvaluatorsConfig
 from svdiff.data.concepts import concept_folder, load_concept_images
 from svdiff.errors import SvdiffError
 from svdiff.evaluation.alignment import MEASURES, align, load_evaluators, paired_gain, without_token
+from svdiff.evaluation.evaluators import lpips_side
 from svdiff.files import atomic_dir, sha256_file
 
 SAMPLES = Path("out/sample")
 SCORES = Path("out/score")
 PAIR = ["prompt_index", "seed"]
-TRANSFORM = "RGB, 64 × 64 (Lanczos), in [-1, 1]"
+TRANSFORM = "RGB, {side} × {side} (Lanczos), in [-1, 1]"
 
 
 def score(config: Config, concept: str) -> Path:
@@ -105,4 +106,4 @@ def describe_evaluators(config: EvaluatorsConfig) -> dict[str, dict[str, Any]]:
         lpips |= {"weights_sha256": sha256_file(config.lpips_weights), "heads": "none: 1 − cosine, mean over layers"}
     else:
         lpips |= {"weights": "of the lpips package", "heads": "learned"}
-    return {"clip": clip, "lpips": lpips | {"transform": TRANSFORM}}
+    return {"clip": clip, "lpips": lpips | {"transform": TRANSFORM.format(side=lpips_side(config))}}
