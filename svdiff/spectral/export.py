@@ -102,12 +102,11 @@ def _has_lora(owner: nn.Module) -> bool:
 
 
 def _named(prefix: str, path: str, a: Tensor, b: Tensor, layout: str) -> dict[str, Tensor]:
-    """Keys of one layer in a LoRA file; without alphas the scale is 1."""
+    """Keys of one layer in a LoRA file; without alphas, which some readers mislay, every tool scales by 1."""
     if layout == "diffusers":
         return {f"{prefix}.{path}.lora_A.weight": a, f"{prefix}.{path}.lora_B.weight": b}
     root = f"lora_{'te' if prefix == 'text_encoder' else prefix}_{path.replace('.', '_')}"
-    alpha = torch.tensor(float(len(a)))
-    return {f"{root}.lora_down.weight": a, f"{root}.lora_up.weight": b, f"{root}.alpha": alpha}
+    return {f"{root}.lora_down.weight": a, f"{root}.lora_up.weight": b}
 
 
 def changes(

@@ -68,14 +68,15 @@ def test_lora_at_full_rank_is_the_delta_without_its_norms(
     pipe.unload_lora_weights()
 
 
-def test_every_layer_of_the_lora_is_the_change_of_its_weight(pipe, bases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_every_layer_of_the_lora_is_the_change_of_its_weight(pipe, bases: Path, tmp_path: Path, layout: str) -> None:
     """Weight by weight, as PEFT merges it: W + BA, convolutions included."""
     delta = make_delta(pipe, bases, 1)
     modules, decompositions = parts(pipe, bases)
     wanted = dict(changes(pipe.unet, decompositions["unet"], delta))
     base = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     with pytest.warns(UserWarning, match="LoRA has no place"):
-        export_lora(modules, decompositions, delta, tmp_path / "lora.safetensors")
+        export_lora(modules, decompositions, delta, tmp_path / "lora.safetensors", layout=layout)
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     pipe.fuse_lora()
     merged = {n.replace(".base_layer", ""): p for n, p in pipe.unet.named_parameters() if "lora_" not in n}
