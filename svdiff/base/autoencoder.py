@@ -94,7 +94,10 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     vae = build(part)
     draw = random.Random(f"autoencoder/{config.seed}")
     plain = [world.picture(world.scene(config.seed, index)) for index in range(part.pool)]
-    write_encoder(vae, shuffled_colours(pixels(plain[:2000]), draw))
+    if part.start_from is None:
+        write_encoder(vae, shuffled_colours(pixels(plain[:2000]), draw))
+    else:  # the same latents, so that a UNet trained on them stays good
+        vae.load_state_dict(type(vae).from_pretrained(part.start_from, local_files_only=True).float().state_dict())
     # Half of what the decoder sees is restyled: it has to draw the outlines and tones of hands that it does not know.
     seeds = [f"autoencoder/restyle/{config.seed}/{index}" for index in range(part.pool // 2)]
     other = [

@@ -183,6 +183,7 @@ def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, 
     from diffusers import StableDiffusionPipeline
 
     from svdiff.base.autoencoder import psnr
+    from svdiff.base.unet import TRAINING_FILE
     from svdiff.evaluation.evaluators import load_clip, load_lpips
 
     world = World(config.world, config.things)
@@ -207,13 +208,25 @@ def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, 
     neighbours = nearest_training(world, [s.drawn for s in shown], config.seed)
     with atomic_file(base / "samples.webp") as path:
         sheet(shown, neighbours).save(path, quality=85)
+    record = base / TRAINING_FILE
+    past = json.loads(record.read_text()) if record.is_file() else {}
     numbers = {name: round(value, 4) for name, value in numbers.items()}
     write_atomic(base / "measurements.json", json.dumps(numbers, indent=1))
-    write_atomic(base / "README.md", _text(config, pipe, world, numbers, guidance))
+    write_atomic(base / "README.md", _text(config, pipe, past, world, numbers, guidance))
     return base / "README.md"
 
 
-def _text(config: BaseTrainingConfig, pipe: Any, world: World, n: dict[str, float], guidance: float) -> str:
+def _history(past: dict[str, Any] | str | None) -> str:
+    """The trainings that led to the weights, first to last."""
+    steps: list[str] = []
+    while isinstance(past, dict) and past:
+        number = f"{past['pictures']:,} pictures ({past['steps']} steps, {past['prediction']}, seed {past['seed']})"
+        steps.append(number + (f": {past['note']}" if "note" in past else ""))
+        past = past["started_from"]
+    return "; then ".join(reversed(steps)) + "."
+
+
+def _text(config: BaseTrainingConfig, pipe: Any, past: dict[str, Any], world: World, n: dict[str, float], guidance: float) -> str:
     def millions(module: Any) -> str:
         return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
 
@@ -238,9 +251,10 @@ Artists: {artists}; authors and licences in `data/world/ATTRIBUTION.md`. {unseen
 to its evaluators. One in twelve combinations of thing, artist and background is held out. Special words (`sks`, …) are unused.
 
 ## Training
+{_history(past)}
+
 `svdiff base train autoencoder`, then `unet`, `clip`, `lpips`. The encoder is a linear code (principal components of 8×8 patches), the
-decoder is trained on it; UNet and text encoder are trained together: {unet.steps} steps of {unet.batch_size} pictures, AdamW
-{unet.lr:g}, bfloat16 autocast, min-SNR weights, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
+decoder is trained on it; UNet and text encoder are trained together, {unet.batch_size} pictures a step, AdamW {unet.lr:g}, bfloat16 autocast, min-SNR weights, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
 
 ## Measured
 Held-out combinations, guidance {guidance:g}, 25 DDIM steps. `top1`: share of pictures whose own caption wins among all of the test's.

@@ -58,6 +58,8 @@ def train(
     elif part is Part.UNET:
         from svdiff.base.unet import train as train_unet
 
+        if not vae.exists():  # go on with the landed one
+            vae = models / "base" / "vae"
         train_unet(settings, vae, models / "base")
     elif part is Part.CLIP:
         from svdiff.base.clip import train as train_clip

@@ -24,17 +24,23 @@ class AutoencoderTraining(_Section):
     lr: float = Field(1.2e-3, gt=0, description="peak learning rate, after a warm-up, then a cosine to zero")
     channels: tuple[int, int, int, int] = Field((16, 64, 128, 128), description="channels of the resolutions")
     latent_channels: int = Field(16, ge=1, description="numbers a latent position")
+    start_from: str | None = Field(
+        None, description="autoencoder folder to go on from: its encoder stays as it is, its decoder is trained further"
+    )
     latent_noise: float = Field(0.2, ge=0, description="largest noise on the decoder's input, in deviations")
 
 
 class UNetTraining(_Section):
     """Joint training of UNet and text encoder."""
 
-    steps: int = Field(2600, ge=1, description="optimiser steps; the learning rate decays over them")
+    steps: int = Field(4000, ge=1, description="optimiser steps; the learning rate decays over them")
     batch_size: int = Field(32, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
     warmup: int = Field(60, ge=0, description="steps of linear warm-up")
     decay: float = Field(0.6, ge=0, le=1, description="share of the steps at the end over which the rate falls to zero")
+    start_from: str | None = Field(
+        None, description="pipeline folder whose UNet and text encoder the training starts from; null: from nothing"
+    )
     prediction: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="what the UNet predicts")
     channels: tuple[int, ...] = Field((128, 256), description="channels of the resolutions")
     heads: int = Field(4, ge=1, description="attention heads")
@@ -43,6 +49,7 @@ class UNetTraining(_Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="share of captions left empty, for guidance")
     ema: float = Field(0.9990, ge=0, lt=1, description="decay of the moving average of the weights")
     min_snr: float = Field(5.0, gt=0, description="gamma of the min-SNR weighting")
+    pairs: float = Field(0.3, ge=0, le=1, description="share of pictures with two things")
     pool: int = Field(8192, ge=1, description="pictures encoded at a time")
     passes: int = Field(5, ge=1, description="passes over a pool before the next is encoded")
 

@@ -6,6 +6,8 @@ import csv
 import io
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -55,13 +57,14 @@ def _gradients(loss: torch.nn.Module, batch: list[torch.Tensor]) -> tuple[list[t
 def _serve(pipe: Connection, loss: torch.nn.Module, shared: list[torch.Tensor]) -> None:
     """The second process: gradients of the parts of batches that arrive on `pipe`, left in `shared`."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the first process decides when to end
     try:
         while True:
             gradients, numbers = _gradients(loss, pipe.recv())
             for place, gradient in zip(shared, gradients, strict=True):
                 place.copy_(gradient)
             pipe.send(numbers)
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         return
 
 
@@ -100,6 +103,26 @@ class Halves:
         """End the second process."""
         self._pipe.close()
         self._other.join(5)
+
+
+class _StopSignal:
+    """Set by SIGTERM or Ctrl-C: the step is finished and saved before the training ends; asking twice ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(
@@ -148,6 +171,7 @@ def run(
         if on_checkpoint is not None:
             on_checkpoint(step)
 
+    stopping = _StopSignal()
     saved_at = time.monotonic()
     sums: dict[str, float] = {}
     count = 0
@@ -165,6 +189,10 @@ def run(
         if time.monotonic() - saved_at > checkpoint_seconds and step + 1 < end:
             save(step + 1)
             saved_at = time.monotonic()
+        if stopping.asked and step + 1 < end:
+            end = step + 1
+            break
+    stopping.restore()
     if first < end:
         save(end)
     return end == steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ from svdiff.files import atomic_dir
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+#: Beside a pipeline's model_index.json: how its weights came about.
+TRAINING_FILE = "training.json"
 
 
 def build_scheduler(prediction: str = "epsilon") -> DDIMScheduler:
@@ -123,7 +127,7 @@ class LatentPool:
         number = step // (per_pass * part.passes)
         if number != self.round:
             start = number * part.pool
-            self.scenes = [self.world.scene(self.config.seed + 1, i) for i in range(start, start + part.pool)]
+            self.scenes = [self.world.scene(self.config.seed + 1, i, pairs=part.pairs) for i in range(start, start + part.pool)]
             chunks = []
             for i in range(0, part.pool, 64):
                 x = pixels([self.world.picture(scene) for scene in self.scenes[i : i + 64]])
@@ -192,6 +196,8 @@ def train(
     unet.set_attn_processor(AttnProcessor())
     text_encoder = build_text_encoder(part, tokens)
     modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+    if part.start_from is not None:
+        _load_weights(modules, Path(part.start_from))
     embeddings = list(text_encoder.get_input_embeddings().parameters())
     positions = [p for n, p in text_encoder.named_parameters() if "position_embedding" in n]
     plain = {id(p) for p in (*embeddings, *positions)}
@@ -229,17 +235,42 @@ def train(
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
         # The length and the rates may be changed on the way; what is learned, and on what, may not.
-        identity=f"{part.prediction}{part.channels}{part.text_layers}{part.text_width}{part.batch_size}{part.pool}{part.passes}/{config.seed}",
-        on_checkpoint=lambda step: write_pipeline(ema, config, tokens, vae_folder, output),
+        identity=f"{part.start_from}{part.prediction}{part.channels}{part.text_layers}{part.text_width}{part.batch_size}{part.pool}{part.passes}/{config.seed}",
+        on_checkpoint=lambda step: write_pipeline(ema, config, tokens, vae_folder, output, step),
         stop_after=stop_after,
     )
 
 
+def _load_weights(modules: dict[str, torch.nn.Module], folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    for name, module in modules.items():
+        found = sorted((folder / name).glob("*.safetensors"))
+        if len(found) != 1:
+            raise SvdiffError(f"base_training.unet.start_from: {folder / name} should hold one .safetensors file")
+        module.load_state_dict({key: value.float() for key, value in load_file(found[0]).items()})
+
+
+def history(config: BaseTrainingConfig, step: int) -> dict[str, Any]:
+    """How weights came about: this training so far, and what it started from."""
+    part = config.unet
+    before = Path(part.start_from, TRAINING_FILE) if part.start_from else None
+    return {
+        "prediction": part.prediction,
+        "steps": step,
+        "pictures": step * part.batch_size,
+        "lr": part.lr,
+        "things": config.things,
+        "seed": config.seed,
+        "started_from": json.loads(before.read_text()) if before is not None and before.is_file() else part.start_from,
+    }
+
+
 @torch.no_grad()
 def write_pipeline(
-    ema: Ema, config: BaseTrainingConfig, tokens: CLIPTokenizer, vae_folder: Path, output: Path
+    ema: Ema, config: BaseTrainingConfig, tokens: CLIPTokenizer, vae_folder: Path, output: Path, step: int
 ) -> None:
-    """Write the averaged weights as a whole Stable Diffusion pipeline, in half precision."""
+    """Write the averaged weights as a whole Stable Diffusion pipeline, in half precision, with their history."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True)
@@ -258,8 +289,10 @@ def write_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    past = history(config, step)
     with atomic_dir(output) as target:
         pipeline.save_pretrained(target)
+        (target / TRAINING_FILE).write_text(json.dumps(past, indent=1))
         loop.make_readable(target)
 
 
