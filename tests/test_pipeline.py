@@ -43,7 +43,9 @@ class Checkout:
 
     def stale(self) -> set[str]:
         """Stages that `dvc repro` would run now."""
-        return set(re.findall(r"^Running stage '([^']+)'", self.run("dvc", "repro", "--dry").stdout, flags=re.MULTILINE))
+        return set(
+            re.findall(r"^Running stage '([^']+)'", self.run("dvc", "repro", "--dry").stdout, flags=re.MULTILINE)
+        )
 
     def delta(self, concept: str) -> Path:
         return self.root / "out/train" / concept / "delta.safetensors"

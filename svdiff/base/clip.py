@@ -43,7 +43,7 @@ def model_config(config: ClipTraining, tokens: Any) -> dict[str, Any]:
     }
 
 
-def build(settings: dict[str, Any]) -> torch.nn.Module:
+def build(settings: dict[str, Any]) -> Any:
     """An untrained open_clip CLIP of the given `model_cfg`."""
     import open_clip
 

@@ -18,7 +18,7 @@ from svdiff.base.linear_code import encode
 from svdiff.base.things import FILLER_WORDS, SPECIAL_WORDS
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
-from svdiff.files import atomic_dir
+from svdiff.files import atomic_dir, write_atomic
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -151,6 +151,7 @@ class DiffusionLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.unet, self.text_encoder, self.gamma, self.prediction = unet, text_encoder, gamma, prediction
+        self.alphas: torch.Tensor
         self.register_buffer("alphas", alphas)
 
     def forward(
@@ -198,6 +199,11 @@ def train(
     modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     if part.start_from is not None:
         _load_weights(modules, Path(part.start_from))
+        origin = loop.scratch("unet") / TRAINING_FILE
+        landed = Path(part.start_from, TRAINING_FILE)
+        # Kept from the first start on: the output may well replace the folder that the training started from.
+        if not origin.is_file() and landed.is_file():
+            write_atomic(origin, landed.read_text())
     embeddings = list(text_encoder.get_input_embeddings().parameters())
     positions = [p for n, p in text_encoder.named_parameters() if "position_embedding" in n]
     plain = {id(p) for p in (*embeddings, *positions)}
@@ -254,7 +260,8 @@ def _load_weights(modules: dict[str, torch.nn.Module], folder: Path) -> None:
 def history(config: BaseTrainingConfig, step: int) -> dict[str, Any]:
     """How weights came about: this training so far, and what it started from."""
     part = config.unet
-    before = Path(part.start_from, TRAINING_FILE) if part.start_from else None
+    origin = loop.scratch("unet") / TRAINING_FILE
+    known = part.start_from is not None and origin.is_file()
     return {
         "prediction": part.prediction,
         "steps": step,
@@ -262,7 +269,7 @@ def history(config: BaseTrainingConfig, step: int) -> dict[str, Any]:
         "lr": part.lr,
         "things": config.things,
         "seed": config.seed,
-        "started_from": json.loads(before.read_text()) if before is not None and before.is_file() else part.start_from,
+        "started_from": json.loads(origin.read_text()) if known else part.start_from,
     }
 
 

@@ -262,9 +262,7 @@ def _unidentified(path: Path, content: bytes) -> _Refused:
         return _Refused("an HEIC photo", "JPEG or PNG", "export it as JPEG")
     sample = content[:1024]
     text = b"\0" not in sample and all(byte >= 32 or byte in b"\t\n\r\f\x1b" for byte in sample)
-    found = ("a text file" if text else "a file of an unknown kind") + (
-        f" named {path.suffix}" if path.suffix else ""
-    )
+    found = ("a text file" if text else "a file of an unknown kind") + (f" named {path.suffix}" if path.suffix else "")
     return _Refused(
         found,
         "a picture (JPEG, PNG, WebP, GIF, TIFF, BMP)",
@@ -273,9 +271,7 @@ def _unidentified(path: Path, content: bytes) -> _Refused:
 
 
 def _too_large(found: str) -> _Refused:
-    return _Refused(
-        f"too many pixels ({found})", f"at most {MAX_PIXELS // 1_000_000} megapixels", "scale it down"
-    )
+    return _Refused(f"too many pixels ({found})", f"at most {MAX_PIXELS // 1_000_000} megapixels", "scale it down")
 
 
 def _count(number: int) -> str:

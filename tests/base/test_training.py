@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_unet_training_resumes_bit_for_bit_and_loads_as_stable_diffusion(
     for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         one, two = (load_file(tmp_path / run / part / f"{name}.safetensors") for run in ("one", "two"))
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "third"))
+    further = config.unet.model_copy(update={"start_from": str(tmp_path / "two"), "lr": 1e-9})
+    again = config.model_copy(update={"unet": further})
+    assert unet.train(again, tmp_path / "vae", tmp_path / "two")  # in place, as a new version replaces the old
+    third = load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
+    start = load_file(tmp_path / "one" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.allclose(third[key], start[key], atol=1e-3) for key in third)
+    past = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert past["started_from"]["started_from"] is None
 
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "one", local_files_only=True).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
