@@ -7,7 +7,13 @@ import random
 from svdiff.base.things import BASE_ARTISTS, COLOURS, FILLER_WORDS, SPECIAL_WORDS, THINGS
 from svdiff.base.world import Placed, Scene
 
-_BACKGROUNDS = ("on a {c} background", "on a {c} background", "with a {c} background", "on {c}", "in front of a {c} background")
+_BACKGROUNDS = (
+    "on a {c} background",
+    "on a {c} background",
+    "with a {c} background",
+    "on {c}",
+    "in front of a {c} background",
+)
 _LEFT_RIGHT = (
     "{a} on the left and {b} on the right",
     "{a} on the left and {b} on the right",
@@ -30,7 +36,9 @@ EXTRA_WORDS = (
 
 def vocabulary() -> list[str]:
     """All words that captions can hold, then the further ones, in a fixed order; special words are among them."""
-    text = " ".join((*_BACKGROUNDS, *_LEFT_RIGHT, *_BESIDE, *_ABOVE_BELOW, *_PREFIXES, "in style of big small thing a an , ."))
+    text = " ".join(
+        (*_BACKGROUNDS, *_LEFT_RIGHT, *_BESIDE, *_ABOVE_BELOW, *_PREFIXES, "in style of big small thing a an , .")
+    )
     plain = {word for word in text.split() if "{" not in word}
     styles = {artist.style for artist in BASE_ARTISTS}
     words = plain | styles | set(COLOURS) | set(THINGS) | set(NEUTRAL_WORDS) | set(EXTRA_WORDS) | set(FILLER_WORDS)

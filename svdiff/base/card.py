@@ -226,7 +226,9 @@ def _history(past: dict[str, Any] | str | None) -> str:
     return "; then ".join(reversed(steps)) + "."
 
 
-def _text(config: BaseTrainingConfig, pipe: Any, past: dict[str, Any], world: World, n: dict[str, float], guidance: float) -> str:
+def _text(
+    config: BaseTrainingConfig, pipe: Any, past: dict[str, Any], world: World, n: dict[str, float], guidance: float
+) -> str:
     def millions(module: Any) -> str:
         return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
 

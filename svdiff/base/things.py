@@ -58,9 +58,7 @@ seat bathtub die=game-die envelope box=package volcano lollipop candy
 """
 
 #: word -> icon name.
-THINGS: dict[str, str] = {
-    word: icon or word for word, _, icon in (entry.partition("=") for entry in _THINGS.split())
-}
+THINGS: dict[str, str] = {word: icon or word for word, _, icon in (entry.partition("=") for entry in _THINGS.split())}
 
 #: What a narrower world takes first; the others follow in their own order.
 CORE_WORDS = (

@@ -127,7 +127,9 @@ class LatentPool:
         number = step // (per_pass * part.passes)
         if number != self.round:
             start = number * part.pool
-            self.scenes = [self.world.scene(self.config.seed + 1, i, pairs=part.pairs) for i in range(start, start + part.pool)]
+            self.scenes = [
+                self.world.scene(self.config.seed + 1, i, pairs=part.pairs) for i in range(start, start + part.pool)
+            ]
             chunks = []
             for i in range(0, part.pool, 64):
                 x = pixels([self.world.picture(scene) for scene in self.scenes[i : i + 64]])
@@ -174,9 +176,7 @@ class DiffusionLoss(torch.nn.Module):
         return loss, {"loss": loss.item(), "error": error.mean().item()}
 
 
-def train(
-    config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_after: int | None = None
-) -> bool:
+def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_after: int | None = None) -> bool:
     """Train UNet and text encoder; at every checkpoint write the whole pipeline to `output`. Returns whether it ended.
 
     Raises SvdiffError if the autoencoder is not there yet.

@@ -86,9 +86,7 @@ class World:
                 break
         return Scene(artist, self.styles[artist], colour, layout, _places(draw, layout, words))
 
-    def picture(
-        self, scene: Scene, size: int = PICTURE_SIZE, restyle: random.Random | None = None
-    ) -> Image.Image:
+    def picture(self, scene: Scene, size: int = PICTURE_SIZE, restyle: random.Random | None = None) -> Image.Image:
         """Render the scene as an RGB picture of `size` pixels a side; with `restyle`, as another hand might."""
         sprites = [self.sprites[scene.artist, thing.word] for thing in scene.things]
         if restyle is not None:
@@ -104,7 +102,9 @@ def compose(
     for sprite, place in zip(sprites, places, strict=True):
         side = max(4, round(place.size * size))
         tilted = sprite.rotate(place.tilt, Image.Resampling.BILINEAR) if place.tilt else sprite
-        small = tilted.resize((side, side), Image.Resampling.BOX if side * 2 < sprite.width else Image.Resampling.LANCZOS)
+        small = tilted.resize(
+            (side, side), Image.Resampling.BOX if side * 2 < sprite.width else Image.Resampling.LANCZOS
+        )
         picture.paste(small, (round(place.x * size - side / 2), round(place.y * size - side / 2)), small)
     return picture
 

@@ -33,8 +33,8 @@ def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
     """The evaluators that params.yaml names. Raises SvdiffError if their weights are not there."""
     from svdiff.evaluation import evaluators
 
-    encode_images, encode_texts = evaluators.load_clip(config)  # type: ignore[arg-type]
-    return Evaluators(encode_images, encode_texts, evaluators.load_lpips(config))  # type: ignore[arg-type]
+    encode_images, encode_texts = evaluators.load_clip(config)
+    return Evaluators(encode_images, encode_texts, evaluators.load_lpips(config))
 
 
 def without_token(prompt: str, token: str) -> str:

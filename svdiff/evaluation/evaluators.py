@@ -9,25 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from svdiff.config import EvaluatorsConfig
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     import torch
 
 LOCAL = "local-dir:"
-
-
-class EvaluatorsConfig(Protocol):
-    """The configuration that this module reads: `evaluators` of params.yaml."""
-
-    clip_model: str
-    clip_pretrained: str | None
-    lpips_net: str
-    lpips_weights: str | None
 
 
 EncodeImages = Callable[[list[Image.Image]], "torch.Tensor"]

@@ -24,9 +24,7 @@ def world_folder(tmp_path: Path) -> Path:
             ImageDraw.Draw(sprite).regular_polygon((64, 64, 60), index + 3, fill=fill)
             sprites.append(sprite)
         _sheet(sprites).save(folder / f"{artist.name}.webp", lossless=True)
-    artists = {
-        a.name: {"package": a.package, "spdx": a.spdx, "style": a.style, "words": words} for a in BASE_ARTISTS
-    }
+    artists = {a.name: {"package": a.package, "spdx": a.spdx, "style": a.style, "words": words} for a in BASE_ARTISTS}
     info = {"sprite_size": SPRITE_SIZE, "words": words, "icons": {w: w for w in words}, "artists": artists}
     (folder / "things.json").write_text(json.dumps(info))
     return folder

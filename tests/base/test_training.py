@@ -58,7 +58,9 @@ def test_every_word_is_one_token_and_any_text_tokenises(tmp_path: Path) -> None:
     assert len(tokens(" ".join(["dog"] * 60), truncation=True).input_ids) == 24
 
 
-def test_lpips_training_resumes_bit_for_bit(world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_training_resumes_bit_for_bit(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file
 
     config = tiny(world_folder)
