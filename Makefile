@@ -24,6 +24,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 repro: $(BIN)/.installed
 	dvc pull --quiet data.dvc $(shell sed -n 's/^  \(base-[a-z]*\):.*/\1/p' dvc.yaml)
 	python -m flows init
+	dvc repro $$(dvc stage list --name-only | grep -m1 '^sample@')  # the first concept's pictures, soon
 	dvc repro
 	@echo "report: $(CURDIR)/out/report/index.html"
 
