@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import yaml
 
 from svdiff.config import Config, TrainConfig
 from svdiff.errors import SvdiffError
@@ -39,14 +43,33 @@ def plan(config: Config) -> list[str]:
 
 
 def stages_to_run() -> list[str]:
-    """Names of the stages that `dvc repro` would run, in order. Raises SvdiffError if DVC cannot say."""
+    """Names of the stages that `dvc repro` would run, in order: what is stale, and what depends on it.
+
+    Not by `dvc repro --dry`, which fails where an upstream output is not there yet. Raises SvdiffError if DVC cannot say.
+    """
+    stale = set(json.loads(_dvc("status", "--json")))
+    edges = re.findall(r'"([^"]+)" -> "([^"]+)"', _dvc("dag", "--dot"))
+    upstream: dict[str, set[str]] = {stage: set() for stage in stale}
+    for before, after in edges:
+        upstream.setdefault(after, set()).add(before)
+    order = list(TopologicalSorter(upstream).static_order())
+    for stage in order:
+        if upstream.get(stage, set()) & stale:
+            stale.add(stage)
+    frozen = {
+        name for name, stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items() if "frozen" in stage
+    }
+    return [stage for stage in order if stage in stale - frozen and not stage.endswith(".dvc")]
+
+
+def _dvc(*arguments: str) -> str:
     dvc = shutil.which("dvc", path=str(Path(sys.executable).parent)) or shutil.which("dvc")
     if dvc is None:
         raise SvdiffError("the dvc command is not on PATH; activate the environment that `make` built (.venv)")
-    done = subprocess.run([dvc, "repro", "--dry"], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SvdiffError(f"`dvc repro --dry` failed:\n{done.stderr.strip()[-2000:]}")
-    return re.findall(r"^Running stage '([^']+)'", done.stdout, flags=re.MULTILINE)
+    done = subprocess.run([dvc, *arguments], capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not done.stdout.strip():
+        raise SvdiffError(f"`dvc {' '.join(arguments)}` failed:\n{done.stderr.strip()[-2000:]}")
+    return done.stdout
 
 
 def estimate(config: Config, stage: str, forward: float) -> float:
