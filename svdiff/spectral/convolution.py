@@ -82,7 +82,7 @@ def _output_size(x: Tensor, kernel: Tensor, geometry: Geometry) -> tuple[int, ..
 
 
 def _unfolding_is_cheaper(x: Tensor, kernel: Tensor, size: tuple[int, ...]) -> bool:
-    # Measured in float32: unfolding one number of the picture costs as much as reordering three of the kernel.
+    # By CPU time of one thread in float32: unfolding one number of the picture costs as much as reordering three of the kernel.
     few = 3 * len(x) * math.prod(size) < len(kernel)
     return few and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4
 
