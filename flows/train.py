@@ -92,18 +92,23 @@ def check(*concepts: str) -> Config:
 
 
 @flow(name="train-concept", flow_run_name="train-{concept}", persist_result=False)
-def train_concept(concept: str, timeout_minutes: float | None = None, prior: bool = True) -> dict[str, str]:
+def train_concept(
+    concept: str, timeout_minutes: float | None = None, prior: bool = True, analyses: bool = False
+) -> dict[str, str]:
     """Train, sample, score and register one concept; what is up to date is left as it is.
 
     Args:
         concept: name under `concepts:` in params.yaml.
         timeout_minutes: how long a stage may take; it is ended, with everything it started, after that.
         prior: make the class's prior images first, if they are missing or stale.
+        analyses: afterwards bring up to date what looks at all concepts together, which must all be trained by then.
     """
     config = check(concept)
     stages = concept_stages(config, concept)
     outcomes = {stage: dvc_stage(stage, timeout_minutes) for stage in stages[0 if prior else 1 :]}
     publish_concept(concept, Path.cwd())
+    if analyses:
+        outcomes |= {stage: dvc_stage(stage, timeout_minutes) for stage in analysis_stages(config)}
     return outcomes
 
 
