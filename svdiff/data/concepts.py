@@ -109,6 +109,21 @@ def load_concept_images(
     return pictures
 
 
+def load_picture(path: str | Path, *, min_side: int = MIN_SIDE) -> ConceptImage:
+    """One picture by its path, read as those of a concept folder are.
+
+    Raises:
+        SvdiffError: it cannot be used; the message names the file, what was found, what was expected and the fix.
+    """
+    try:
+        picture = _load(Path(path), min_side)
+    except _Refused as refusal:
+        raise SvdiffError(f"Picture {path}: {refusal} Nothing was started.") from None
+    for note in picture.notes:
+        log.warning("%s: %s", path, note)
+    return picture
+
+
 def check_concepts(config: Config, concepts: Iterable[str] | None = None) -> None:
     """Refuse bad concept folders of the configuration (all concepts, or those named) before any work.
 

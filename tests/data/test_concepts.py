@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 from svdiff.data import concepts
-from svdiff.data.concepts import check_concepts, load_concept_images, to_square
+from svdiff.data.concepts import check_concepts, load_concept_images, load_picture, to_square
 from svdiff.errors import SvdiffError
 
 
@@ -253,6 +253,15 @@ def test_damage_is_either_readable_or_refused_by_name(
     else:
         refused = "x.img: found"
     assert "x.img: found" in refused
+
+
+def test_one_picture_by_its_path(tmp_path: Path) -> None:
+    picture().save(tmp_path / "photo.png")
+    assert difference(load_picture(tmp_path / "photo.png").image, only(tmp_path).image) == 0
+    (tmp_path / "notes.png").write_text("not a picture")
+    for name, found in (("notes.png", "a text file named .png"), ("nobody.png", "No such file")):
+        with pytest.raises(SvdiffError, match=rf"{name}: found .*{found}"):
+            load_picture(tmp_path / name)
 
 
 def test_to_square_takes_the_centre() -> None:
