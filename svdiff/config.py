@@ -135,6 +135,27 @@ class PromoteConfig(Section):
     text_margin: float = Field(0.02, ge=0, description="text alignment may be worse by at most this")
 
 
+class ReevaluateConfig(Section):
+    """When a registered champion, measured again by the same evaluators on the same prompts and seeds, has drifted.
+
+    On one machine nothing random is left, so the change is zero but for the six decimals that scores are kept with;
+    other processors and libraries round differently, which the tolerances allow for.
+    """
+
+    image_tolerance: float = Field(
+        0.005, ge=0, description="image alignment may change by this, in the mean of |change| over pictures"
+    )
+    text_tolerance: float = Field(
+        0.005, ge=0, description="text alignment may change by this, in the mean of |change| over pictures"
+    )
+    fresh_hours: float = Field(
+        12.0, ge=0, description="a result of the same measure is kept this long, so that a killed run goes on; 0: never"
+    )
+    rollback: bool = Field(
+        False, description="put the previous champion back where one drifted or broke and the previous is sound"
+    )
+
+
 class ConceptConfig(Section):
     """One concept: its pictures lie in data/concepts/<name>/."""
 
@@ -162,6 +183,7 @@ class Config(Section):
     rank: RankConfig
     tracking: TrackingConfig = TrackingConfig()
     promote: PromoteConfig = PromoteConfig()
+    reevaluate: ReevaluateConfig = ReevaluateConfig()
     base_training: BaseTrainingConfig = BaseTrainingConfig()
 
     @model_validator(mode="after")
