@@ -187,10 +187,11 @@ def captioned_grid(
     *,
     cell: float = 1.0,
 ) -> Figure:
-    """Pictures in rows, captions left of the rows and above the columns; `cell` is a side in inches."""
+    """Pictures in rows, captions (of one or more lines) left of the rows and above the columns; `cell` is in inches."""
     columns = max(len(row) for row in rows)
-    margin = 0.35 + 0.075 * max(len(label) for label in row_labels)
-    figsize = (margin + columns * cell, (0.3 if column_labels else 0.05) + len(rows) * cell)
+    margin = 0.35 + 0.075 * max(len(line) for label in row_labels for line in label.splitlines())
+    head = 0.1 + 0.2 * max(len(label.splitlines()) for label in column_labels) if column_labels else 0.05
+    figsize = (margin + columns * cell, head + len(rows) * cell)
     with _figure(*figsize, rows=len(rows), columns=columns) as (figure, axes):
         grid = np.reshape(axes, (len(rows), columns))
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr,call-arg]

@@ -64,40 +64,41 @@ def invert(pipe: StableDiffusionPipeline, latents: Tensor, prompts: Sequence[str
     return latents
 
 
-@torch.no_grad()
+def reconstruct(pipe: StableDiffusionPipeline, inverted: Tensor, prompts: Sequence[str], *, steps: int) -> list[Image]:
+    """Pictures that z_T leads back to, with nothing random and at guidance 1: what inversion alone keeps.
+
+    `inverted` is z_T of `invert` for the same prompts and steps; with more steps the pictures come nearer to the inverted ones.
+    """
+    return decode(pipe, denoise(pipe, inverted, prompts, steps=steps, guidance=1.0))
+
+
 def edit_image(
     pipe: StableDiffusionPipeline,
-    image: Image,
+    inverted: Tensor,
     target: str,
     seeds: Sequence[int],
     *,
     steps: int,
     guidance: float,
-    inversion: bool = True,
     eta: float = 0.5,
     alpha: float = 0.0,
 ) -> list[Image]:
-    """Pictures of `target` from a model fine-tuned on `image`, one a seed (Sec. 3.4).
+    """Pictures of `target` from a model fine-tuned on one picture, one a seed (Sec. 3.4).
 
-    With inversion sampling starts from slerp(α, z_T, ε) (Eq. 6 and 7) with DDIM's η: 0.5 and α = 0 for small edits, 0.9 and
-    0.9 for structural ones (supplement C). Without, it starts from random noise, and η is 0 in the paper.
+    Sampling starts from slerp(α, z_T, ε) (Eq. 7) and injects noise by DDIM's η: (η, α) is (0.5, 0) for small edits,
+    (0.9, 0.9) for structural ones (supplement C). α = 1 starts from random noise, without inversion; the paper's η is 0 then.
 
     Args:
         pipe: the fine-tuned pipeline.
-        image: the picture that was trained on, in the pipeline's native size.
+        inverted: z_T, (1, C, h, w): the picture inverted under `target` in as many steps (`invert`).
         target: the edited prompt.
-        seeds: of the noise; at η = 0 and α = 0 an inverted start leaves nothing random.
-        steps, guidance: of sampling; inversion takes as many steps.
-        inversion: whether to start from the inverted picture.
+        seeds: of the noise; η = 0 and α = 0 leave nothing random.
+        steps, guidance: of sampling.
         eta: η of DDIM.
-        alpha: α of Eq. 7; ignored without inversion.
+        alpha: α of Eq. 7.
     """
     generators = seeded_generators(seeds)
-    start = draw_noise(pipe, generators)
-    if inversion:
-        inverted = invert(pipe, encode_images(pipe, [image]), [target], steps=steps)
-        start = slerp(alpha, inverted.expand_as(start), start)
-    latents = denoise(
-        pipe, start, [target] * len(seeds), steps=steps, guidance=guidance, eta=eta, generators=generators
-    )
-    return decode(pipe, latents)
+    noise = draw_noise(pipe, generators)
+    start = slerp(alpha, inverted.expand_as(noise), noise)
+    prompts = [target] * len(seeds)
+    return decode(pipe, denoise(pipe, start, prompts, steps=steps, guidance=guidance, eta=eta, generators=generators))

@@ -223,16 +223,16 @@ def test_editing_without_randomness_is_inversion_then_sampling(tiny_pipe) -> Non
     image = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
     noise = invert(tiny_pipe, encode_images(tiny_pipe, [image]), ["a red house"], steps=4)
     [expected] = decode(tiny_pipe, denoise(tiny_pipe, noise, ["a red house"], steps=4, guidance=3.0))
-    edits = edit_image(tiny_pipe, image, "a red house", [0, 1], steps=4, guidance=3.0, eta=0.0)
+    edits = edit_image(tiny_pipe, noise, "a red house", [0, 1], steps=4, guidance=3.0, eta=0.0)
     for edit in edits:
         assert np.abs(as_array([edit]) - as_array([expected])).max() <= 1
-    one, other = as_array(edit_image(tiny_pipe, image, "a red house", [0, 1], steps=4, guidance=3.0, alpha=0.9))
+    one, other = as_array(edit_image(tiny_pipe, noise, "a red house", [0, 1], steps=4, guidance=3.0, alpha=0.9))
     assert np.abs(one - other).max() > 1
 
 
 def test_editing_without_inversion_is_plain_sampling(tiny_pipe) -> None:
-    image = Image.new("RGB", (16, 16), "red")
-    edits = edit_image(tiny_pipe, image, "a car", [3, 4], steps=4, guidance=3.0, inversion=False, eta=0.0)
+    inverted = normal(1, 4, 8, 8, dtype=torch.float32)
+    edits = edit_image(tiny_pipe, inverted, "a car", [3, 4], steps=4, guidance=3.0, eta=0.0, alpha=1.0)
     plain = sample_images(tiny_pipe, [Job("a car", 3), Job("a car", 4)], steps=4, guidance=3.0)
     assert np.array_equal(as_array(edits), as_array(plain))
 
