@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+from mlflow import MlflowClient
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -92,6 +93,18 @@ def write_results(
     write_train(root, concept, value=value, base_hash=base_hash, train_key=train_key)
     write_sample(root, concept)
     write_score(root, concept, image=image, text=text, evaluators=evaluators)
+
+
+def mlflow_client(root: Path) -> MlflowClient:
+    """The store of the project at `root`. Without its name the registry would be the one this process used last."""
+    uri = f"sqlite:///{root}/mlruns/mlflow.db"
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def registered(root: Path, concept: str) -> list[int]:
+    """Version numbers of `concept` in the project's registry."""
+    found = mlflow_client(root).search_model_versions(f"name = '{concept}'")
+    return sorted(int(version.version) for version in found)
 
 
 class Project:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from miniature import write_params
-from mlflow import MlflowClient
+from miniature import mlflow_client, registered, write_params
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
@@ -31,11 +30,6 @@ def dvc_status(root: Path) -> str:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
-def registered(root: Path, concept: str) -> list[int]:
-    client = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db")
-    return sorted(int(v.version) for v in client.search_model_versions(f"name = '{concept}'"))
-
-
 def messages(fragment: str) -> list[str]:
     with get_client(sync_client=True) as client:
         return [log.message for log in client.read_logs(limit=200) if fragment in log.message]
@@ -52,7 +46,7 @@ def test_train_concept_from_pictures_to_registry(dvc_project: Path) -> None:
     assert not [stage for stage in outcomes if f'"{stage}"' in stale]
 
     record = json.loads((dvc_project / "out/register/dog.json").read_text())
-    client = MlflowClient(f"sqlite:///{dvc_project}/mlruns/mlflow.db")
+    client = mlflow_client(dvc_project)
     with get_client(sync_client=True) as prefect:
         linked = prefect.read_flow_run(client.get_run(record["run_id"]).data.tags["prefect.flow_run_id"])
         assert linked.name == "train-dog"

@@ -58,7 +58,7 @@ def tiny_project(project: Project, tiny_base: Path, tiny_pipe) -> Project:
 
 
 def predict(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | environment
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")} | environment
     return subprocess.run(
         [sys.executable, "-c", PREDICT], cwd=root, env=variables, capture_output=True, text=True, check=False
     )
