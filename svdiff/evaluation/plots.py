@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    import pandas as pd
     from PIL.Image import Image
 
 INK, QUIET, GRID, BLANK = "#1f2430", "#6b7280", "#e5e7eb", "#f1f2f4"
@@ -177,6 +177,39 @@ def rank_curve(ranks: pd.DataFrame) -> Figure:
             axis.set_ylabel(title)
             axis.margins(x=0.1, y=0.25)
         axes[0].legend(loc="best", fontsize=8)
+    return figure
+
+
+def edit_curves(curves: pd.DataFrame) -> Figure:
+    """Edit score against reconstruction (Sec. 4.3): a panel a start and kind of edit, a line a method from the base on.
+
+    `curves` has a row a `structural`, `start`, `method` and `steps`, with `reconstruction`, `edit` and, for the lines
+    across, `input_edit` and `answer_edit`; the rows with 0 steps are the untrained base.
+    """
+    kinds, starts = curves["structural"].unique(), curves["start"].unique()
+    with _figure(3.2 * len(starts), 2.9 * len(kinds), rows=len(kinds), columns=len(starts)) as (figure, axes):
+        panels = np.reshape(axes, (len(kinds), len(starts)))
+        for (structural, start), rows in curves.groupby(["structural", "start"], sort=False):
+            axis = panels[list(kinds).index(structural), list(starts).index(start)]
+            base = rows[rows["steps"] == 0]
+            for (method, line), colour in zip(
+                rows[rows["steps"] > 0].groupby("method", sort=False), HUES, strict=False
+            ):
+                points = pd.concat([base, line.sort_values("steps")])
+                axis.plot(points["reconstruction"], points["edit"], "o-", color=colour, markersize=4, label=str(method))
+                for _, point in line.iterrows():
+                    where = (point["reconstruction"], point["edit"])
+                    axis.annotate(
+                        str(point["steps"]), where, xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour
+                    )
+            axis.plot(base["reconstruction"], base["edit"], "D", color=INK, markersize=5, label="base")
+            for level, dashes, words in (("answer_edit", "--", "right answer"), ("input_edit", ":", "unchanged input")):
+                axis.axhline(rows[level].mean(), color=QUIET, linestyle=dashes, linewidth=1, label=words)
+            axis.set_title(f"{start}, {'structural' if structural else 'small'} edits", fontsize=9, color=QUIET)
+            axis.set_xlabel("reconstruction: 1 − LPIPS")
+            axis.set_ylabel("edit: CLIP cosine with the target")
+            axis.margins(x=0.12, y=0.12)
+        panels[0, 0].legend(loc="best", fontsize=7)
     return figure
 
 

@@ -7,8 +7,6 @@ details of edits need more.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -19,12 +17,12 @@ from svdiff.data.concepts import concept_folder, load_concept_images, to_square
 from svdiff.data.prior import prior_folder
 from svdiff.evaluation import plots
 from svdiff.evaluation.alignment import align, load_evaluators, without_token
-from svdiff.files import atomic_dir, sha256_file, sha256_tree
+from svdiff.evaluation.kept import key
+from svdiff.files import atomic_dir, sha256_tree
 from svdiff.models import load_pipeline, scratch
 
 RANKS = Path("out/rank")
 STRIP_SEEDS = 2  # pictures a prompt and rank in the strip; all are scored
-PACKAGE = Path(__file__).parents[1]
 
 
 def rank(config: Config, concept: str) -> Path:
@@ -129,20 +127,14 @@ def _strip(config: Config, training: list[Image.Image], finished: dict[str, Path
 
 
 def _key(config: Config, concept: str) -> str:
-    """Hash of all that a finished rank depends on, so that what is kept is never taken for something else."""
-    base = Path(config.base.model)
-    evaluators = (config.evaluators.clip_model.removeprefix("local-dir:"), config.evaluators.lpips_weights)
+    """Hash of all that a finished rank depends on."""
     prior = prior_folder(config.concept(concept).class_word)
-    parts = {
-        "base": sha256_tree(base) if base.is_dir() else config.base.model_dump(),
-        "train": config.train_config(concept).model_dump(mode="json"),
-        "subject": config.concept(concept).model_dump(mode="json", exclude={"train"}),
-        "prior": [config.prior.model_dump(mode="json"), sha256_tree(prior) if prior.is_dir() else None],
-        "sample": config.sample.model_dump(mode="json", exclude={"prompts", "seeds", "batch_size"}),
-        "rank": config.rank.model_dump(mode="json", exclude={"concepts", "ranks"}),
-        "evaluators": config.evaluators.model_dump(mode="json"),
-        "evaluator_weights": [sha256_tree(path) for path in evaluators if path and Path(path).exists()],
-        "pictures": sha256_tree(concept_folder(concept)),
-        "code": [sha256_file(path) for path in sorted(PACKAGE.rglob("*.py"))],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return key(
+        config,
+        train=config.train_config(concept).model_dump(mode="json"),
+        subject=config.concept(concept).model_dump(mode="json", exclude={"train"}),
+        prior=[config.prior.model_dump(mode="json"), sha256_tree(prior) if prior.is_dir() else None],
+        sample=config.sample.model_dump(mode="json", exclude={"prompts", "seeds", "batch_size"}),
+        rank=config.rank.model_dump(mode="json", exclude={"concepts", "ranks"}),
+        pictures=sha256_tree(concept_folder(concept)),
+    )
