@@ -6,9 +6,6 @@ opened offline.
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,6 +23,7 @@ from svdiff.data.concepts import concept_folder, load_concept_images, to_square
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.evaluation.correlation import CORRELATION, TRAINED
+from svdiff.evaluation.figures import Figure, chart, figure_file, picture_figure, read_json
 from svdiff.evaluation.rank import RANKS
 from svdiff.evaluation.score import SAMPLES, SCORES, read_samples
 from svdiff.files import atomic_dir
@@ -38,17 +36,6 @@ MEASURES = {
     "text": ("text_alignment", "Text alignment", "CLIP cosine with the prompt"),
     "clip_i": ("clip_i", "CLIP-I", "CLIP cosine with the training pictures"),
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture in the page."""
-
-    uri: str
-    alt: str
-    width: int
-    height: int
-    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,10 +84,10 @@ def report(config: Config) -> Path:
         raise SvdiffError(
             f"nothing to report: no concept of params.yaml has results in {TRAINED} yet. Fix: `dvc repro`"
         )
-    metrics = {name: values for name in config.concepts if (values := _json(SCORES / name / "metrics.json"))}
-    evaluators = next((values for name in metrics if (values := _json(SCORES / name / "evaluators.json"))), {})
-    scatter = _chart(plots.alignment_scatter(metrics), _scatter_alt(metrics)) if metrics else None
-    correlation = _json(CORRELATION / "summary.json")
+    metrics = {name: values for name in config.concepts if (values := read_json(SCORES / name / "metrics.json"))}
+    evaluators = next((values for name in metrics if (values := read_json(SCORES / name / "evaluators.json"))), {})
+    scatter = chart(plots.alignment_scatter(metrics), _scatter_alt(metrics)) if metrics else None
+    correlation = read_json(CORRELATION / "summary.json")
     html = _template().render(
         version=svdiff.__version__,
         date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
@@ -109,7 +96,7 @@ def report(config: Config) -> Path:
         pages=pages,
         scatter=scatter,
         correlation=correlation,
-        heat_map=_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
+        heat_map=figure_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
         evaluators=_flat(evaluators),
     )
     with atomic_dir(REPORT) as folder:
@@ -141,22 +128,22 @@ def _page(config: Config, name: str) -> Page:
     page = Page(name, concept.subject)
     pictures = load_concept_images(concept_folder(name))
     page.training = [
-        _figure(to_square(picture.image, THUMBNAIL), f"training picture {index} of {name}")
+        picture_figure(to_square(picture.image, THUMBNAIL), f"training picture {index} of {name}")
         for index, picture in enumerate(pictures, start=1)
     ]
     if (SAMPLES / name / "images.csv").is_file():
         samples = read_samples(SAMPLES / name)
         page.seeds = sorted(samples["seed"].unique().tolist())
         page.rows = [_row(SAMPLES / name, rows) for _, rows in samples.groupby("prompt_index")]
-    page.scores = _scores(_json(SCORES / name / "metrics.json"))
+    page.scores = _scores(read_json(SCORES / name / "metrics.json"))
     if (TRAINED / name / "curve.csv").is_file():
         curve = pd.read_csv(TRAINED / name / "curve.csv")
         alt = f"training loss of {name} over {int(curve['step'].max())} steps"
-        page.curve = _chart(plots.training_curve(curve), alt)
-        page.facts = _facts(config, name, _json(TRAINED / name / "train.json"))
+        page.curve = chart(plots.training_curve(curve), alt)
+        page.facts = _facts(config, name, read_json(TRAINED / name / "train.json"))
         page.film = _film(TRAINED / name / "validation", name)
-    page.strip = _file(RANKS / name / "strip.png", f"pictures of {name} for each rank trained with")
-    page.rank_curve = _file(RANKS / name / "curve.png", f"alignment of {name} against the rank trained with")
+    page.strip = figure_file(RANKS / name / "strip.png", f"pictures of {name} for each rank trained with")
+    page.rank_curve = figure_file(RANKS / name / "curve.png", f"alignment of {name} against the rank trained with")
     return page
 
 
@@ -167,7 +154,7 @@ def _row(folder: Path, rows: pd.DataFrame) -> tuple[str, Figure, Figure]:
     for model, words in (("trained", "the trained model"), ("base", "the untrained base")):
         files = rows[rows["model"] == model].sort_values("seed")["file"]
         pictures = [Image.open(folder / file).convert("RGB") for file in files]
-        strips.append(_figure(_side_by_side(pictures), f"{len(pictures)} pictures of “{prompt}” by {words}"))
+        strips.append(picture_figure(_side_by_side(pictures), f"{len(pictures)} pictures of “{prompt}” by {words}"))
     return prompt, strips[0], strips[1]
 
 
@@ -226,7 +213,9 @@ def _film(folder: Path, name: str) -> list[Figure]:
         step = int(path.stem.removeprefix("step-"))
         image = Image.open(path).convert("RGB")
         film.append(
-            _figure(image, f"validation pictures of {name} after {step} steps", f"step {step}", side=3 * THUMBNAIL)
+            picture_figure(
+                image, f"validation pictures of {name} after {step} steps", f"step {step}", side=3 * THUMBNAIL
+            )
         )
     return film
 
@@ -237,38 +226,6 @@ def _side_by_side(pictures: Sequence[Image.Image], gap: int = 1) -> Image.Image:
     for index, picture in enumerate(pictures):
         canvas.paste(to_square(picture, side), (index * (side + gap), 0))
     return canvas
-
-
-def _figure(image: Image.Image, alt: str, caption: str = "", side: int | None = None) -> Figure:
-    """A picture as part of the page, at most `side` pixels wide and high."""
-    if side and max(image.size) > side:
-        image = image.copy()
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return Figure(_uri(image, quality=90, use_sharp_yuv=True), alt, *image.size, caption)
-
-
-def _chart(figure: plots.Figure, alt: str) -> Figure:
-    return _half_size(Image.open(io.BytesIO(plots.to_png(figure))), alt)
-
-
-def _file(path: Path, alt: str) -> Figure | None:
-    return _half_size(Image.open(path), alt) if path.is_file() else None
-
-
-def _half_size(image: Image.Image, alt: str) -> Figure:
-    """A figure shown at half its pixels: sharp on dense screens."""
-    return Figure(_uri(image.convert("RGB"), lossless=True), alt, image.width // 2, image.height // 2)
-
-
-def _uri(image: Image.Image, **options: Any) -> str:
-    """WebP: less than half of PNG's bytes, which a page of hundreds of concepts needs."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", method=5, **options)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _scatter_alt(metrics: dict[str, Any]) -> str:
