@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Groups and commands that other modules bring, imported when one of them is named.
 ELSEWHERE = {
+    "edit": ("svdiff.editing.cli", "Edit a picture: train on it, then sample other prompts (Sec. 3.4)."),
+    "edit-curves": ("svdiff.editing.cli", "Edit score against reconstruction, for methods and lengths of training."),
     "base": ("svdiff.base.cli", "The embedded base: its picture world, its training, its card."),
     "subsets": ("svdiff.spectral.cli", "Table 1 for any base: tensors, shifts and bytes of each subset."),
     "delta": ("svdiff.spectral.cli", "Show, combine and compare delta files."),
@@ -50,6 +52,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, cls=LazyGroup, pretty_exceptions_enable=False, help=__doc__
 )
 Concept = Annotated[str, typer.Option("--concept", "-c", help="name under `concepts:` in params.yaml")]
+Name = Annotated[str | None, typer.Argument(help="name of a concept, pair or edit in params.yaml", show_default=False)]
+NamedConcept = Annotated[str | None, typer.Option("--concept", "-c", help="the same as NAME")]
+Pair = Annotated[str, typer.Argument(help="name under `pairs:` in params.yaml")]
 Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
 PARAMS = Path("params.yaml")
 
@@ -58,6 +63,13 @@ def _config(path: Path) -> Config:
     from svdiff.config import load_config
 
     return load_config(path)
+
+
+def _name(name: str | None, concept: str | None) -> str:
+    """The one name that was given. Raises SvdiffError for none or two."""
+    if (name is None) == (concept is None):
+        raise SvdiffError("give one name of a concept, pair or edit in params.yaml, such as `svdiff train teapot`")
+    return str(name or concept)
 
 
 @app.command()
@@ -72,52 +84,96 @@ def prior(
 
 
 @app.command()
-def train(concept: Concept, params: Params = PARAMS) -> None:
-    """Stage: train a concept; resumes by itself."""
+def mix(pair: Pair, params: Params = PARAMS) -> None:
+    """Stage: the Cut-Mix-Unmix dataset of a pair (Sec. 3.3), and a contact sheet of it."""
     config = _config(params)
-    config.concept(concept)
+    from svdiff.data.mixes import make_mixes
+
+    _report(make_mixes(config, pair))
+
+
+@app.command()
+def train(name: Name = None, concept: NamedConcept = None, params: Params = PARAMS) -> None:
+    """Stage: train a concept or a pair; resumes by itself."""
+    config, name = _config(params), _name(name, concept)
+    config.entry(name)
     from svdiff.training import train as run
 
-    _report(run(config, concept))
+    _report(run(config, name))
 
 
 @app.command()
 def sample(
-    concept: Concept,
+    name: Name = None,
+    concept: NamedConcept = None,
+    delta: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="instead of NAME: an entry or delta file and its weight, teapot:0.7; several add up (Eq. 4, 5)"
+        ),
+    ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="a picture now: '{subject}' or the token stands for the concept")
+        list[str] | None,
+        typer.Option(help="a picture now: {subject}, or {first} and {second}, stand for what NAME has learned"),
     ] = None,
     seed: Annotated[
         list[int] | None, typer.Option(help="with --prompt: one picture a prompt and seed (default 0)")
     ] = None,
-    scale: Annotated[float, typer.Option(help="with --prompt: strength s of the shifts (Fig. 26)")] = 1.0,
+    scale: Annotated[float, typer.Option(help="with --prompt: strength s of NAME's shifts (Fig. 26)")] = 1.0,
     guidance: Annotated[float | None, typer.Option(help="with --prompt: scale s of Eq. 9")] = None,
     steps: Annotated[int | None, typer.Option(help="with --prompt: DDIM steps")] = None,
+    negative: Annotated[
+        list[str] | None, typer.Option(help="with --prompt: c^neg of Eq. 10 (default: NAME's prior prompts)")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="with --prompt: β of Eq. 10; 1 is plain guidance, below it negatives count")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="with --prompt: folder for the pictures")] = Path(
         "pictures"
     ),
     params: Params = PARAMS,
 ) -> None:
-    """Stage: the evaluation pictures of a concept. With --prompt: pictures of your own."""
+    """Stage: the evaluation pictures of a concept or a pair. With --prompt: pictures of your own."""
     config = _config(params)
-    config.concept(concept)
-    from svdiff.sampling.stage import sample_concept, sample_prompts
+    if delta and not prompt:
+        raise SvdiffError("--delta without --prompt: say what to draw, as in --prompt 'a sks dog'")
+    if not delta:
+        name = _name(name, concept)
+        entry = config.entry(name)
+    elif name or concept:
+        raise SvdiffError(f"give either NAME or --delta; NAME adds up as well, as --delta {name or concept}:1")
+    from svdiff.sampling.stage import default_negatives, delta_path, find_delta, sample_entry, sample_prompts
 
     if not prompt:
-        _report(sample_concept(config, concept))
+        _report(sample_entry(config, str(name)))
         return
+    given = {"guidance": guidance, "steps": steps, "beta": beta, "negatives": negative}
+    settings = config.sample.replaced({key: value for key, value in given.items() if value is not None})
+    if negative and settings.beta == 1:
+        raise SvdiffError("--negative needs --beta below 1: how much of the empty prompt is left in Eq. 10, e.g. 0.5")
+    if delta:
+        deltas, prompts, negatives = [find_delta(text) for text in delta], prompt, []
+    else:
+        deltas = [(delta_path(str(name)), scale)]
+        prompts, negatives = entry.prompts(prompt), default_negatives(config, entry)
     for path in sample_prompts(
-        config, concept, prompt, seed or [0], output=output, scale=scale, guidance=guidance, steps=steps
+        config, deltas, prompts, seed or [0], output=output, settings=settings, negatives=negatives
     ):
         _report(path)
 
 
 @app.command()
-def score(concept: Concept, params: Params = PARAMS) -> None:
-    """Stage: text and image alignment (Fig. 9b), beside the untrained base."""
+def score(name: Name = None, concept: NamedConcept = None, params: Params = PARAMS) -> None:
+    """Stage: text and image alignment (Fig. 9b), beside the untrained base; for a pair also how well it is kept apart."""
+    config, name = _config(params), _name(name, concept)
+    if config.entry(name).kind == "pair":
+        from svdiff.evaluation.pairs import score_pair
+
+        _report(score_pair(config, name))
+        return
     from svdiff.evaluation.score import score as run
 
-    _report(run(_config(params), concept))
+    _report(run(config, name))
 
 
 @app.command()

@@ -78,6 +78,24 @@ def image_size(pipe: StableDiffusionPipeline) -> int:
     return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
 
 
+def native_size(base: BaseModelConfig) -> int:
+    """Side of a base's native pictures in pixels, from its configuration alone.
+
+    Raises SvdiffError for another architecture or a missing folder.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    folder = Path(base.model)
+    if folder.is_dir():
+        check_layout(folder)
+    try:
+        unet = UNet2DConditionModel.load_config(base.model, subfolder="unet", revision=base.revision)
+        vae = AutoencoderKL.load_config(base.model, subfolder="vae", revision=base.revision)
+    except (OSError, ValueError) as error:
+        raise SvdiffError(f"base.model '{base.model}' cannot be read: {error}") from error
+    return int(unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1))
+
+
 def scratch() -> Path:
     """Folder for what is not a result: resume states, decompositions, caches. SVDIFF_HOME overrides .svdiff/."""
     return Path(os.environ.get("SVDIFF_HOME", ".svdiff"))

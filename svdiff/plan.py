@@ -14,12 +14,12 @@ from pathlib import Path
 
 import yaml
 
-from svdiff.config import Config, TrainConfig
+from svdiff.config import Config
 from svdiff.errors import SvdiffError
 
 START_UP = 12.0  # seconds of imports and loading, a stage
 TRAIN_STEP = 6.0  # a training step against a forward pass of as many pictures: measured 6 on the embedded base at 2 + 2
-OTHERS = {"score": 15.0, "register": 10.0, "correlate": 5.0, "report": 8.0}
+OTHERS = {"mix": 5.0, "score": 15.0, "register": 10.0, "correlate": 5.0, "report": 8.0}
 
 
 def plan(config: Config) -> list[str]:
@@ -75,26 +75,29 @@ def _dvc(*arguments: str) -> str:
 def estimate(config: Config, stage: str, forward: float) -> float:
     """Seconds of a stage, `forward` being those of one picture's pass through the UNet."""
     kind, _, name = stage.partition("@")
+    kind = kind.removesuffix("-pair")
     guided = 2 * forward
     sampled = config.sample.steps * guided
     work = OTHERS.get(kind, 0.0)
     if kind == "prior":
         work = config.prior.images * config.prior.steps * guided
     elif kind == "train":
-        work = _training(config, config.train_config(name), forward)
+        work = _training(config, name, {}, forward)
     elif kind == "sample":
-        work = 2 * len(config.sample.prompts) * len(config.sample.seeds) * sampled
+        work = 2 * len(config.sample_prompts(name)) * len(config.sample.seeds) * sampled
     elif kind == "rank":
-        once = _training(config, config.train_config(name, {"steps": config.rank.steps}), forward)
+        once = _training(config, name, {"steps": config.rank.steps}, forward)
         once += len(config.rank.prompts) * len(config.rank.seeds) * sampled
         work = (len(config.rank.ranks) + 1) * once
     return START_UP + work
 
 
-def _training(config: Config, settings: TrainConfig, forward: float) -> float:
+def _training(config: Config, name: str, overrides: dict[str, int], forward: float) -> float:
+    settings = config.train_config(name, overrides)
     pictures = settings.batch_size * (2 if settings.prior_weight > 0 else 1) * settings.accumulation
     validations = 1 + settings.steps // settings.validate_every
-    drawn = len(settings.validation_prompts) * len(settings.validation_seeds)
+    prompts = config.entry(name).prompts(settings.validation_prompts)
+    drawn = len(prompts) * len(settings.validation_seeds)
     return settings.steps * pictures * TRAIN_STEP * forward + validations * drawn * config.sample.steps * 2 * forward
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from svdiff.errors import SvdiffError
+from svdiff.sections import Fit, Layout
 
-Layout = Literal["left-right", "up-down"]
-Fit = Literal["cover", "contain"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PROBABILITY = 0.6  # Sec. 4.2
 # In the words of each layout: with positions, with positions in the other order, without.
@@ -90,16 +89,19 @@ def make_mix(
     seam = round(split * size)
     if not 0 < seam < size:
         raise SvdiffError(f"split is {split}, which leaves nothing of one picture at {size} pixels; expected about 0.5")
-    at = seam / size
-    if layout == "left-right":
-        regions = Region(0.0, 0.0, at, 1.0), Region(at, 0.0, 1.0, 1.0)
-    else:
-        regions = Region(0.0, 0.0, 1.0, at), Region(0.0, at, 1.0, 1.0)
+    regions = split_regions(layout, seam / size)
     mixed = Image.new("RGB", (size, size))
     for picture, region in zip((first, second), regions, strict=True):
         left, top, right, bottom = region.pixels(size, size)
         mixed.paste(_fitted(picture.convert("RGB"), (right - left, bottom - top), fit), (left, top))
     return Mix(mixed, regions)
+
+
+def split_regions(layout: Layout, at: float) -> tuple[Region, Region]:
+    """The two parts of a picture that is split at the fraction `at` of its width (left-right) or height (up-down)."""
+    if layout == "left-right":
+        return Region(0.0, 0.0, at, 1.0), Region(at, 0.0, 1.0, 1.0)
+    return Region(0.0, 0.0, 1.0, at), Region(0.0, at, 1.0, 1.0)
 
 
 def _fitted(picture: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:

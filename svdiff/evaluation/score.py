@@ -9,6 +9,7 @@ score says which model, weights and transform made it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,14 @@ def read_samples(folder: Path) -> pd.DataFrame:
     return samples
 
 
-def summarise(scored: pd.DataFrame, *, resamples: int, seed: int) -> dict[str, float]:
+def summarise(
+    scored: pd.DataFrame, *, resamples: int, seed: int, measures: Sequence[str] = MEASURES
+) -> dict[str, float]:
     """Flat numbers of metrics.json from the scored pictures of both models."""
     trained, base = (scored[scored["model"] == model].set_index(PAIR).sort_index() for model in ("trained", "base"))
-    metrics: dict[str, float] = {measure: trained[measure].mean() for measure in MEASURES}
-    metrics |= {f"base_{measure}": base[measure].mean() for measure in MEASURES}
-    for measure in MEASURES:
+    metrics: dict[str, float] = {measure: trained[measure].mean() for measure in measures}
+    metrics |= {f"base_{measure}": base[measure].mean() for measure in measures}
+    for measure in measures:
         name = f"{measure.removesuffix('_alignment')}_gain"
         gain = paired_gain(trained[measure], base[measure], resamples=resamples, seed=seed)
         metrics |= {name: gain.mean, f"{name}_low": gain.low, f"{name}_high": gain.high}

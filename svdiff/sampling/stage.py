@@ -1,28 +1,52 @@
-"""Stage `sample`: the evaluation pictures of a concept, and pictures for anyone who wants one now."""
+"""Stage `sample`: the evaluation pictures of an entry, and pictures for anyone who wants one now."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
 
-from svdiff.config import Config
+from svdiff.catalogue import Entry
+from svdiff.config import Config, SampleConfig
+from svdiff.data.cutmix import prior_mix_prompts
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import load_pipeline, scratch
+from svdiff.sampling.guidance import sample_guided
 from svdiff.sampling.images import Job, sample_images
-from svdiff.spectral import SpectralPipeline
-from svdiff.training.methods.weights_delta import is_weights_delta, load_weights_delta
+from svdiff.spectral import SpectralDelta, SpectralPipeline
+from svdiff.training.methods.weights_delta import is_weights_delta, load_weights_deltas
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
+
+Part = tuple[Path | SpectralDelta, float]  # a delta and its weight
 
 
-def delta_path(concept: str) -> Path:
-    """Where a trained concept's delta lies."""
-    return Path("out/train") / concept / "delta.safetensors"
+def delta_path(name: str) -> Path:
+    """Where the delta of a trained entry lies."""
+    return Path("out/train") / name / "delta.safetensors"
+
+
+def find_delta(text: str) -> tuple[Path, float]:
+    """A delta and its weight from words such as 'teapot', 'teapot:0.7' or 'some/file.safetensors:-1'.
+
+    Raises SvdiffError if neither a file nor a trained entry is called so, or the weight is not a number.
+    """
+    name, colon, weight = text.rpartition(":")
+    if not colon:
+        name, weight = text, "1"
+    path = Path(name) if name.endswith(".safetensors") else delta_path(name)
+    if not path.is_file():
+        raise SvdiffError(f"{path} not found; expected a delta file, or the name of an entry that is trained")
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise SvdiffError(f"'{text}': after the colon a weight is expected, as in {name}:0.5") from None
 
 
 class Personalised(Protocol):
@@ -38,40 +62,92 @@ def personalise(pipe: StableDiffusionPipeline, path: Path, scale: float = 1.0) -
 
     Raises SvdiffError for a missing file, or one that was trained on another base.
     """
-    if not path.is_file():
-        raise SvdiffError(f"{path} not found; train the concept first, with `dvc repro train@{path.parent.name}`")
-    if is_weights_delta(path):
-        return load_weights_delta(pipe, path, scale)
+    return personalise_with(pipe, [(path, scale)])
+
+
+def personalise_with(pipe: StableDiffusionPipeline, parts: Sequence[Part]) -> Personalised:
+    """Put a weighted sum of deltas on `pipe`: σ + Σ wᵢδᵢ (Eq. 4, 5), or W₀ + Σ wᵢΔWᵢ for the baselines' (Fig. 8).
+
+    Raises SvdiffError for a missing file, one that was trained on another base, or shifts and weights together.
+    """
+    for delta, _ in parts:
+        if isinstance(delta, Path) and not delta.is_file():
+            raise SvdiffError(f"{delta} not found; train it first, with `svdiff train {delta.parent.name}`")
+    weights = [(delta, weight) for delta, weight in parts if isinstance(delta, Path) and is_weights_delta(delta)]
+    if weights and len(weights) == len(parts):
+        return load_weights_deltas(pipe, weights)
+    if weights:
+        raise SvdiffError(
+            f"{weights[0][0]} changes weights, others shift singular values: they do not add up; give deltas of one kind"
+        )
     spectral = SpectralPipeline(pipe, cache=scratch() / "bases")
-    spectral.load_delta(path, "concept")
-    spectral.set_deltas({"concept": scale})
+    for place, (delta, _) in enumerate(parts):
+        spectral.load_delta(delta, str(place))
+    spectral.set_deltas({str(place): weight for place, (_, weight) in enumerate(parts)})
     return spectral
 
 
-def sample_concept(config: Config, concept: str) -> Path:
+def default_negatives(config: Config, entry: Entry) -> list[str]:
+    """The prior prompts, which serve as negatives of Eq. 10 (supplement D): of mixes for a pair, else of the class."""
+    classes = [concept.class_word for concept in entry.concepts.values()]
+    if len(classes) == 1:
+        return [config.prior.prompt.format(subject=classes[0])]
+    pairs = combinations(classes, 2)
+    return [prompt for pair in pairs for prompt in prior_mix_prompts(*pair, template=config.prior.prompt)]
+
+
+def draw_pictures(
+    pipe: StableDiffusionPipeline,
+    jobs: Sequence[Job],
+    settings: SampleConfig,
+    negatives: Sequence[str] = (),
+    progress: str | None = None,
+) -> list[Image]:
+    """Pictures as `settings` say; with β below 1 under the negative prompts of Eq. 10, those of `settings` first.
+
+    Raises SvdiffError if β is below 1 and there are no negatives at all.
+    """
+    if settings.beta == 1:
+        return sample_images(
+            pipe,
+            jobs,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            eta=settings.eta,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+    return sample_guided(
+        pipe,
+        jobs,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        beta=settings.beta,
+        negatives=settings.negatives or list(negatives),
+        eta=settings.eta,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+
+
+def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: Path | None = None) -> Path:
     """Every evaluation prompt at every seed, from the trained model and from the untouched base.
 
-    Writes images.csv (file, model, prompt, prompt_index, seed) and trained/*.png, base/*.png to out/sample/<concept>/.
+    Writes images.csv (file, model, prompt, prompt_index, seed) and trained/*.png, base/*.png to out/sample/<name>/, or
+    for `delta` in the place of the trained one to `out_dir`.
     """
-    settings, subject = config.sample, config.concept(concept).subject
-    prompts = [prompt.format(subject=subject) for prompt in settings.prompts]
+    settings, entry = config.sample, config.entry(name)
+    out_dir = out_dir or Path("out/sample") / name
+    prompts = config.sample_prompts(name)
     jobs = [Job(prompt, seed) for prompt in prompts for seed in settings.seeds]
     pipe = load_pipeline(config.base)
-    personal = personalise(pipe, delta_path(concept))
+    personal = personalise(pipe, delta or delta_path(name))
     rows = []
-    with atomic_dir(Path("out/sample") / concept) as folder:
+    with atomic_dir(out_dir) as folder:
         for model in ("trained", "base"):
             if model == "base":
                 personal.unload()
-            images = sample_images(
-                pipe,
-                jobs,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                eta=settings.eta,
-                batch_size=settings.batch_size,
-                progress=f"sample {concept} ({model})",
-            )
+            images = draw_pictures(pipe, jobs, settings, default_negatives(config, entry), f"sample {name} ({model})")
             (folder / model).mkdir()
             for job, image in zip(jobs, images, strict=True):
                 index = prompts.index(job.prompt)
@@ -81,32 +157,24 @@ def sample_concept(config: Config, concept: str) -> Path:
                     {"file": file, "model": model, "prompt": job.prompt, "prompt_index": index, "seed": job.seed}
                 )
         pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
-    return Path("out/sample") / concept
+    return out_dir
 
 
 def sample_prompts(
     config: Config,
-    concept: str,
+    deltas: Sequence[Part],
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
     output: Path,
-    scale: float = 1.0,
-    guidance: float | None = None,
-    steps: int | None = None,
+    settings: SampleConfig,
+    negatives: Sequence[str] = (),
 ) -> list[Path]:
-    """Pictures of a trained concept for any prompts; '{subject}' in a prompt becomes '<token> <class word>'."""
-    subject = config.concept(concept).subject
-    jobs = [Job(prompt.replace("{subject}", subject), seed) for prompt in prompts for seed in seeds]
+    """Pictures of any prompts under a weighted sum of deltas, a file each in `output`."""
+    jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
     pipe = load_pipeline(config.base)
-    personalise(pipe, delta_path(concept), scale)
-    images = sample_images(
-        pipe,
-        jobs,
-        steps=steps or config.sample.steps,
-        guidance=config.sample.guidance if guidance is None else guidance,
-        progress=f"sample {concept}",
-    )
+    personalise_with(pipe, deltas)
+    images = draw_pictures(pipe, jobs, settings, negatives, "sample")
     paths = []
     for job, image in zip(jobs, images, strict=True):
         name = "-".join(job.prompt.split())[:80]

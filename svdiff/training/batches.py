@@ -7,12 +7,14 @@ So a resumed run needs no sampler position and no random-generator state to be b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from svdiff.data.cutmix import Region
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -68,3 +70,65 @@ class LatentImages:
         """Latents z ~ q(z|x) of the pictures at `indices`: (len(indices), C, h, w)."""
         noise = torch.randn(len(indices), *self.mean.shape[1:], generator=random).to(self.mean.device)
         return self.mean[indices] + self.deviation[indices] * noise
+
+
+WHOLE = Region(0.0, 0.0, 1.0, 1.0)
+
+
+class Shown(NamedTuple):
+    """A subject in a picture: its special token, its class word, and where it is."""
+
+    token: str
+    class_word: str
+    region: Region = WHOLE
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded pictures, the prompt of each, and the subjects in each (two in a mix, none in a prior image)."""
+
+    latents: LatentImages
+    prompts: list[str]
+    shown: list[tuple[Shown, ...]]
+
+    @classmethod
+    def alike(cls, latents: LatentImages, prompt: str, *shown: Shown) -> Examples:
+        """Pictures that one prompt describes."""
+        return cls(latents, [prompt] * len(latents), [shown] * len(latents))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a training is shown: concepts, pairs and edits differ in nothing else.
+
+    `order(n)` says which instance picture and which prior picture sample n shows; it is a pure function, so that a batch
+    can be asked for again. `watched` are the instance pictures of the loss at fixed noise.
+    """
+
+    instance: Examples
+    prior: Examples | None
+    order: Callable[[int], tuple[int, int]]
+    watched: list[int]
+
+
+class Batch(NamedTuple):
+    """Samples of one pass of the network: the first `instances` show what is learned, the rest are prior samples."""
+
+    latents: Tensor
+    prompts: list[str]
+    shown: list[tuple[Shown, ...]]
+    instances: int
+
+
+def draw_batch(source: Source, number: int, size: int, random: torch.Generator) -> Batch:
+    """Batch `number`: `size` instance samples, and as many prior samples where the source has any."""
+    places = [source.order(position) for position in range(number * size, (number + 1) * size)]
+    chosen: list[tuple[Examples, list[int]]] = [(source.instance, [instance for instance, _ in places])]
+    if source.prior is not None:
+        chosen.append((source.prior, [prior for _, prior in places]))
+    return Batch(
+        torch.cat([examples.latents.draw(indices, random) for examples, indices in chosen]),
+        [examples.prompts[i] for examples, indices in chosen for i in indices],
+        [examples.shown[i] for examples, indices in chosen for i in indices],
+        size,
+    )

@@ -1,10 +1,9 @@
-"""The training loop: one concept, from its pictures to its delta."""
+"""The training loop: from examples to a delta, whatever they show."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +12,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from svdiff.config import TrainConfig
-from svdiff.training.batches import LatentImages, draw_indices, generator
+from svdiff.training.batches import Source, draw_batch, generator
 from svdiff.training.losses import Loss, denoising_loss, denoising_target, prior_preservation_loss
 from svdiff.training.methods import Method
+from svdiff.training.regularisers import Regularisers
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -23,28 +23,23 @@ if TYPE_CHECKING:
 VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss is taken
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Encoded pictures with the prompt that describes all of them."""
-
-    latents: LatentImages
-    prompt: str
-
-
 class Trainer:
-    """Optimiser steps on Eq. 3. Step n is a pure function of (seed, n) and of the state after step n − 1."""
+    """Optimiser steps on Eq. 3, and on what regularises it where asked.
+
+    Step n is a pure function of (seed, n) and of the state after step n − 1.
+    """
 
     def __init__(
         self,
         pipe: StableDiffusionPipeline,
         method: Method,
         config: TrainConfig,
-        instance: Examples,
-        prior: Examples | None,
+        source: Source,
         accelerator: Accelerator,
     ) -> None:
         self.pipe, self.method, self.config, self.accelerator = pipe, method, config, accelerator
-        self.instance, self.prior = instance, prior
+        self.source = source
+        self.regularisers = Regularisers(pipe, config)
         groups = [
             {"params": parameters, "lr": getattr(config, name), "name": name}
             for name, parameters in method.parameters().items()
@@ -61,7 +56,7 @@ class Trainer:
         self.step = 0
         self._contexts: dict[str, Tensor] = {}
         # Asked of the result: spectral shifts are not among the text encoder's own parameters.
-        self._text_encoder_trains = self._encode([instance.prompt]).requires_grad
+        self._text_encoder_trains = self._encode([source.instance.prompts[0]]).requires_grad
         if config.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
             pipe.unet.train()  # diffusers checkpoints in training mode only
@@ -90,11 +85,12 @@ class Trainer:
         """Train to the end, yielding the row of the curve after every step."""
         while self.step < self.config.steps:
             started = time.perf_counter()
-            parts = torch.zeros(3)
+            parts: dict[str, float] = {}
             for micro in range(self.config.accumulation):
                 loss = self._loss(self.step * self.config.accumulation + micro)
                 self.accelerator.backward(loss.total / self.config.accumulation)
-                parts += torch.stack(loss).detach().cpu() / self.config.accumulation
+                for name, part in _named_parts(loss).items():
+                    parts[name] = parts.get(name, 0.0) + part / self.config.accumulation
             rate = self.schedule.get_last_lr()[0]
             trainable = [p for parameters in self.method.parameters().values() for p in parameters]
             self.accelerator.clip_grad_norm_(trainable, self.config.max_grad_norm)
@@ -102,33 +98,20 @@ class Trainer:
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-            total, instance, prior = (float(part) for part in parts)
-            yield {
-                "step": self.step,
-                "loss": total,
-                "loss_instance": instance,
-                "loss_prior": prior,
-                "lr": rate,
-                "seconds": time.perf_counter() - started,
-            }
+            yield {"step": self.step, **parts, "lr": rate, "seconds": time.perf_counter() - started}
 
-    def _loss(self, batch: int) -> Loss:
-        """Eq. 3 on batch number `batch`."""
+    def _loss(self, number: int) -> Loss:
+        """Eq. 3 on batch `number`, and the regularisers in force."""
         config = self.config
-        random = generator(config.seed, "batch", batch)
-        drawn, prompts = [], []
-        for name, examples in (("instance", self.instance), ("prior", self.prior)):
-            if examples is not None:
-                position = batch * config.batch_size
-                indices = draw_indices(len(examples.latents), position, config.batch_size, config.seed, name)
-                drawn.append(examples.latents.draw(indices, random))
-                prompts += [examples.prompt] * config.batch_size
-        latents = torch.cat(drawn)
-        noise = torch.randn(latents.shape, generator=random).to(latents.device)
+        random = generator(config.seed, "batch", number)
+        batch = draw_batch(self.source, number, config.batch_size, random)
+        noise = torch.randn(batch.latents.shape, generator=random).to(batch.latents.device)
         levels = self.pipe.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, levels, (len(latents),), generator=random).to(latents.device)
-        predicted, target = self._predict(latents, noise, timesteps, prompts)
-        return prior_preservation_loss(predicted, target, config.batch_size, config.prior_weight)
+        timesteps = torch.randint(0, levels, (len(noise),), generator=random).to(noise.device)
+        with self.regularisers.recording():
+            predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
+        loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight)
+        return self.regularisers.add_to(loss, batch)
 
     def _predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         scheduler = self.pipe.scheduler
@@ -156,17 +139,25 @@ class Trainer:
 
     @torch.no_grad()
     def fixed_noise_loss(self) -> float:
-        """Eq. 1 on all concept pictures at fixed noise and evenly spread timesteps.
+        """Eq. 1 on the watched pictures at fixed noise and evenly spread timesteps.
 
         The training loss jumps with its random timesteps; this one can be compared from step to step.
         """
-        mean = self.instance.latents.mean
+        instance, watched = self.source.instance, self.source.watched
+        mean, prompts = instance.latents.mean[watched], [instance.prompts[i] for i in watched]
         levels = self.pipe.scheduler.config.num_train_timesteps
         losses = []
         for level in range(VALIDATION_LEVELS):
             noise = torch.randn(mean.shape, generator=generator("fixed noise", level)).to(mean.device)
             timestep = int((level + 0.5) / VALIDATION_LEVELS * levels)
             timesteps = torch.full((len(mean),), timestep, device=mean.device)
-            predicted, target = self._predict(mean, noise, timesteps, [self.instance.prompt] * len(mean))
+            predicted, target = self._predict(mean, noise, timesteps, prompts)
             losses.append(denoising_loss(predicted, target))
         return float(torch.stack(losses).mean())
+
+
+def _named_parts(loss: Loss) -> dict[str, float]:
+    """Columns of the curve."""
+    parts = {"loss": loss.total, "loss_instance": loss.instance, "loss_prior": loss.prior}
+    parts |= {f"loss_{name}": part for name, part in loss.extra.items()}
+    return {name: float(part.detach()) for name, part in parts.items()}

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """What a step minimises, and its two parts."""
+    """What a step minimises, and its parts: Eq. 3's two, and those of `regularisers`, each before its weight."""
 
     total: Tensor
     instance: Tensor
     prior: Tensor
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
 
 
 def denoising_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def test_maps_are_the_softmax_of_queries_and_keys(tiny_pipe) -> None:
 
 @pytest.mark.parametrize("method", ["svdiff", "lora"])
 def test_recording_changes_no_output_and_leaves_no_trace(tiny_pipe, method: str) -> None:
-    apply_method(tiny_pipe, TrainConfig(method=method), "sks")
+    apply_method(tiny_pipe, TrainConfig(method=method), ["sks"])
     before, processors = predict(tiny_pipe), tiny_pipe.unet.attn_processors
     with AttentionRecorder(tiny_pipe.unet) as recorder:
         assert tiny_pipe.unet.attn_processors != processors
@@ -105,7 +105,7 @@ def test_layers_and_resolutions_can_be_chosen(tiny_pipe) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_the_shifts_through_the_maps(tiny_pipe, checkpointing: bool) -> None:
-    method = apply_method(tiny_pipe, TrainConfig(subset="UNet-CA-KV"), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(subset="UNet-CA-KV"), ["sks"])
     if checkpointing:
         tiny_pipe.unet.enable_gradient_checkpointing()
         tiny_pipe.unet.train()
@@ -211,7 +211,7 @@ def test_eq_8_stops_the_gradient_of_the_masked_map() -> None:
 
 def test_a_step_on_eq_8_moves_attention_off_the_background(tiny_pipe) -> None:
     """Through the whole network: the special token's leak shrinks under gradient steps on the regularisation alone."""
-    method = apply_method(tiny_pipe, TrainConfig(), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(), ["sks"])
     optimizer = torch.optim.Adam([p for group in method.parameters().values() for p in group], lr=1e-2)
     leaks = []
     for _ in range(8):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from svdiff.config import BaseModelConfig, TrainConfig
 from svdiff.models import load_pipeline
-from svdiff.training.batches import LatentImages, draw_indices, generator
+from svdiff.training.batches import Examples, LatentImages, Shown, Source, draw_indices, generator
 from svdiff.training.checkpoint import load_state, save_state
-from svdiff.training.loop import Examples, Trainer
+from svdiff.training.loop import Trainer
 from svdiff.training.methods import apply_method
 
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
@@ -28,12 +28,22 @@ def _own_scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("SVDIFF_HOME", str(tmp_path_factory.getbasetemp() / "scratch"))
 
 
-def examples(prompt: str, count: int, seed: int) -> Examples:
+def examples(prompt: str, count: int, seed: int, *shown: Shown) -> Examples:
     random = torch.Generator().manual_seed(seed)
-    return Examples(
-        LatentImages(torch.randn(count, 4, 8, 8, generator=random), 0.1 * torch.rand(count, 4, 8, 8, generator=random)),
-        prompt,
-    )
+    mean, deviation = (draw(count, 4, 8, 8, generator=random) for draw in (torch.randn, torch.rand))
+    return Examples.alike(LatentImages(mean, 0.1 * deviation), prompt, *shown)
+
+
+def source(config: TrainConfig) -> Source:
+    """Three pictures of a dog, and five prior images of its class where the training wants any."""
+
+    def order(sample: int) -> tuple[int, int]:
+        return tuple(
+            draw_indices(count, sample, 1, config.seed, name)[0] for name, count in (("instance", 3), ("prior", 5))
+        )
+
+    prior = examples("a dog", 5, 2) if config.prior_weight > 0 else None
+    return Source(examples("a sks dog", 3, 1, Shown("sks", "dog")), prior, order, [0, 1, 2])
 
 
 def trainer_on(base: Path, scaler: torch.amp.GradScaler | None = None, **settings: object) -> Trainer:
@@ -47,9 +57,7 @@ def trainer_on(base: Path, scaler: torch.amp.GradScaler | None = None, **setting
     accelerator = Accelerator(mixed_precision=config.precision, cpu=True)
     if scaler is not None:  # as `Accelerator` prepares itself for fp16 on a GPU
         accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
-    method = apply_method(pipe, config, "sks")
-    prior = examples("a dog", 5, 2) if config.prior_weight > 0 else None
-    return Trainer(pipe, method, config, examples("a sks dog", 3, 1), prior, accelerator)
+    return Trainer(pipe, apply_method(pipe, config, ["sks"]), config, source(config), accelerator)
 
 
 def run(trainer: Trainer, until: int = STEPS) -> list[dict[str, float]]:

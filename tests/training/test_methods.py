@@ -57,7 +57,7 @@ def take_steps(pipe, method: Method, steps: int = 2) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_step_zero_is_the_base_and_detach_restores_its_bits(tiny_pipe, name: str) -> None:
     before, prediction = weights_of(tiny_pipe), noise_prediction(tiny_pipe)
-    method = apply_method(tiny_pipe, TrainConfig(method=name), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method=name), ["sks"])
     torch.testing.assert_close(noise_prediction(tiny_pipe), prediction, rtol=1e-4, atol=1e-5)
     take_steps(tiny_pipe, method)
     assert (noise_prediction(tiny_pipe) - prediction).abs().max() > 1e-4
@@ -72,7 +72,7 @@ def test_step_zero_is_the_base_and_detach_restores_its_bits(tiny_pipe, name: str
 def test_parameters_are_float32_and_all_receive_gradients(tiny_pipe, name: str, text_encoder: bool) -> None:
     if name == "custom-diffusion" and text_encoder:
         pytest.skip("refused, see below")
-    method = apply_method(tiny_pipe, TrainConfig(method=name, text_encoder=text_encoder), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method=name, text_encoder=text_encoder), ["sks"])
     take_steps(tiny_pipe, method, steps=1)  # LoRA's A has no gradient while B is zero
     noise_prediction(tiny_pipe).square().mean().backward()
     trainable = [p for group in method.parameters().values() for p in group]
@@ -86,7 +86,7 @@ def test_parameters_are_float32_and_all_receive_gradients(tiny_pipe, name: str, 
 
 def test_full_trains_every_weight_and_bias_of_the_unet_only(tiny_pipe) -> None:
     before = weights_of(tiny_pipe)
-    method = apply_method(tiny_pipe, TrainConfig(method="full"), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method="full"), ["sks"])
     groups = method.parameters()
     assert all(p.ndim > 1 for p in groups["lr"])
     assert all(p.ndim == 1 for p in groups["lr_1d"])
@@ -97,7 +97,7 @@ def test_full_trains_every_weight_and_bias_of_the_unet_only(tiny_pipe) -> None:
 
 def test_custom_diffusion_trains_keys_values_and_one_row(tiny_pipe) -> None:
     before = weights_of(tiny_pipe)
-    method = apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), ["sks"])
     before_other = noise_prediction(tiny_pipe, "a panda")
     take_steps(tiny_pipe, method)
     after = weights_of(tiny_pipe)
@@ -117,7 +117,7 @@ def test_custom_diffusion_trains_keys_values_and_one_row(tiny_pipe) -> None:
 def test_lora_is_rank_one_on_every_matrix_and_trains_norms(tiny_pipe) -> None:
     before = weights_of(tiny_pipe)
     layers = {n for n, m in tiny_pipe.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    method = apply_method(tiny_pipe, TrainConfig(method="lora"), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method="lora"), ["sks"])
     take_steps(tiny_pipe, method, steps=3)
     state = method.state()
     for name in layers:
@@ -134,7 +134,7 @@ def test_lora_start_follows_from_the_seed_alone(tiny_pipe) -> None:
     states = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(states))
-        method = apply_method(tiny_pipe, TrainConfig(method="lora", seed=seed), "sks")
+        method = apply_method(tiny_pipe, TrainConfig(method="lora", seed=seed), ["sks"])
         states.append(method.state())
         method.detach()
     assert same_bits(states[0], states[1])
@@ -143,7 +143,7 @@ def test_lora_start_follows_from_the_seed_alone(tiny_pipe) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_state_is_a_copy_that_can_be_restored(tiny_pipe, name: str) -> None:
-    method = apply_method(tiny_pipe, TrainConfig(method=name), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method=name), ["sks"])
     take_steps(tiny_pipe, method)
     state, prediction = method.state(), noise_prediction(tiny_pipe)
     kept = {key: value.clone() for key, value in state.items()}
@@ -161,7 +161,7 @@ def test_learning_does_not_depend_on_half_precision_bases(tiny_pipe, name: str) 
     """Trainables are float32 even where the base is not, and the base comes back in its own type."""
     tiny_pipe.unet.to(torch.bfloat16)
     before = weights_of(tiny_pipe)
-    method = apply_method(tiny_pipe, TrainConfig(method=name), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method=name), ["sks"])
     assert all(p.dtype == torch.float32 for group in method.parameters().values() for p in group)
     method.detach()
     assert same_bits(weights_of(tiny_pipe), before)
@@ -173,7 +173,7 @@ def test_saved_delta_reproduces_training_at_any_scale(tiny_pipe, tmp_path: Path,
     if name == "custom-diffusion" and text_encoder:
         pytest.skip("refused")
     base, base_prediction = weights_of(tiny_pipe), noise_prediction(tiny_pipe)
-    method = apply_method(tiny_pipe, TrainConfig(method=name, text_encoder=text_encoder), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method=name, text_encoder=text_encoder), ["sks"])
     take_steps(tiny_pipe, method, steps=4)
     trained = noise_prediction(tiny_pipe)
     assert (trained - base_prediction).abs().max() > 1e-3
@@ -198,7 +198,7 @@ def test_saved_delta_reproduces_training_at_any_scale(tiny_pipe, tmp_path: Path,
 
 
 def test_sampling_with_a_loaded_baseline(tiny_pipe, tmp_path: Path) -> None:
-    method = apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), ["sks"])
     take_steps(tiny_pipe, method, steps=4)
     jobs = [Job("a sks dog", 0), Job("a cat", 1)]
     trained = sample_images(tiny_pipe, jobs, steps=2, guidance=2.0)
@@ -212,7 +212,7 @@ def test_sampling_with_a_loaded_baseline(tiny_pipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_delta_files_have_equal_bytes_for_equal_content(tiny_pipe, tmp_path: Path, name: str) -> None:
-    method = apply_method(tiny_pipe, TrainConfig(method=name), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method=name), ["sks"])
     hashes = set()
     for i in range(3):
         path = tmp_path / f"{i}.safetensors"
@@ -224,7 +224,7 @@ def test_delta_files_have_equal_bytes_for_equal_content(tiny_pipe, tmp_path: Pat
 
 
 def test_delta_of_another_base_is_refused(tiny_pipe, tmp_path: Path) -> None:
-    method = apply_method(tiny_pipe, TrainConfig(method="lora"), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method="lora"), ["sks"])
     method.save(tmp_path / "delta.safetensors", {"base_model": "models/base"})
     method.detach()
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_delta_of_another_base_is_refused(tiny_pipe, tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tiny_pipe, tmp_path: Path) -> None:
-    method = apply_method(tiny_pipe, TrainConfig(method="svdiff"), "sks")
+    method = apply_method(tiny_pipe, TrainConfig(method="svdiff"), ["sks"])
     method.save(tmp_path / "shifts.safetensors", {})
     method.detach()
     (tmp_path / "text.safetensors").write_text("not a delta")
@@ -247,6 +247,6 @@ def test_other_files_are_refused(tiny_pipe, tmp_path: Path) -> None:
 
 def test_custom_diffusion_refuses_what_it_cannot_do(tiny_pipe) -> None:
     with pytest.raises(SvdiffError, match="text_encoder: false"):
-        apply_method(tiny_pipe, TrainConfig(method="custom-diffusion", text_encoder=True), "sks")
+        apply_method(tiny_pipe, TrainConfig(method="custom-diffusion", text_encoder=True), ["sks"])
     with pytest.raises(SvdiffError, match="not one token"):
-        apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), "xyzzy")
+        apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), ["xyzzy"])

@@ -5,6 +5,7 @@ A method changes the pipeline's networks in place so that some parameters are tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -46,8 +47,8 @@ class Method(Protocol):
         ...
 
 
-def apply_method(pipe: StableDiffusionPipeline, config: TrainConfig, token: str) -> Method:
-    """Make `pipe` trainable by `config.method`. `token` is the special token, which Custom Diffusion trains as well."""
+def apply_method(pipe: StableDiffusionPipeline, config: TrainConfig, tokens: Sequence[str]) -> Method:
+    """Make `pipe` trainable by `config.method`. `tokens` are the special tokens, which Custom Diffusion trains as well."""
     if config.method == "svdiff":
         from svdiff.training.methods.spectral import SpectralMethod
 
@@ -58,4 +59,4 @@ def apply_method(pipe: StableDiffusionPipeline, config: TrainConfig, token: str)
         return LoraMethod(pipe, config)
     from svdiff.training.methods.weights import WeightsMethod
 
-    return WeightsMethod(pipe, config, token)
+    return WeightsMethod(pipe, config, tokens)

@@ -6,7 +6,7 @@ What they learn is saved as differences, W − W₀, so that W₀ + sΔW (Fig. 2
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,10 +54,11 @@ class TokenRow:
 
     def __init__(self, embedding: nn.Embedding, token_id: int) -> None:
         self.embedding, self.token_id = embedding, token_id
+        self._name = f"{TOKEN_ROW}_{token_id}"
         self.base = embedding.weight.data[token_id].float().clone()
         self.row = Parameter(self.base.clone())
         # Registered, so that whoever asks finds that the text encoder trains.
-        embedding.register_parameter(TOKEN_ROW, self.row)
+        embedding.register_parameter(self._name, self.row)
         self._hook = embedding.register_forward_hook(self._insert)
 
     def _insert(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -71,22 +72,22 @@ class TokenRow:
     def close(self) -> None:
         """The base's row again."""
         self._hook.remove()
-        del self.embedding._parameters[TOKEN_ROW]
+        del self.embedding._parameters[self._name]
 
 
 class WeightsMethod:
-    """Full fine-tuning: every weight and bias. Custom Diffusion: `attn2.to_k`, `attn2.to_v` and the special token."""
+    """Full fine-tuning: every weight and bias. Custom Diffusion: `attn2.to_k`, `attn2.to_v` and the special tokens."""
 
-    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig, token: str) -> None:
+    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig, tokens: Sequence[str]) -> None:
         custom = config.method == "custom-diffusion"
         if custom and config.text_encoder:
             raise SvdiffError(
-                "train.text_encoder is true with method custom-diffusion, which trains W^K, W^V and the token's "
-                "embedding and nothing else; set text_encoder: false, or choose method full"
+                "train.text_encoder is true with method custom-diffusion, which trains W^K, W^V and the tokens' "
+                "embeddings and nothing else; set text_encoder: false, or choose method full"
             )
         self.networks = ["unet", "text_encoder"] if custom or config.text_encoder else ["unet"]
         self.base_hashes = base_hashes(pipe, self.networks)
-        self.token_row: TokenRow | None = None
+        self.token_rows: list[TokenRow] = []
         chosen: dict[str, Parameter] = {}
         for network in ["unet"] if custom else self.networks:
             for name, parameter in getattr(pipe, network).named_parameters():
@@ -95,8 +96,8 @@ class WeightsMethod:
         if not chosen:
             raise SvdiffError("the UNet has no attn2.to_k or attn2.to_v for Custom Diffusion; choose another method")
         if custom:
-            token_id = special_token_id(pipe, token)
-            self.token_row = TokenRow(pipe.text_encoder.get_input_embeddings(), token_id)
+            embedding = pipe.text_encoder.get_input_embeddings()
+            self.token_rows = [TokenRow(embedding, special_token_id(pipe, token)) for token in tokens]
         self.weights = OpenWeights(chosen)
 
     @property
@@ -105,11 +106,10 @@ class WeightsMethod:
         return "+".join(self.base_hashes.values())
 
     def _named(self) -> dict[str, Parameter]:
-        row = {} if self.token_row is None else {row_name(self.token_row.token_id): self.token_row.row}
-        return self.weights.parameters | row
+        return self.weights.parameters | {row_name(row.token_id): row.row for row in self.token_rows}
 
     def parameters(self) -> dict[str, list[Parameter]]:
-        """Trainable float32 parameters: 1-D ones (norms, biases) learn at 'lr_1d', the rest and the token at 'lr'."""
+        """Trainable float32 parameters: 1-D ones (norms, biases) learn at 'lr_1d', the rest and the tokens at 'lr'."""
         one_dimensional = [p for p in self.weights.parameters.values() if p.ndim == 1]
         others = [p for name, p in self._named().items() if p.ndim != 1 or name not in self.weights.parameters]
         return {"lr": others, "lr_1d": one_dimensional}
@@ -124,17 +124,14 @@ class WeightsMethod:
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the changes W − W₀ as safetensors."""
-        tensors = self.weights.deltas()
-        if self.token_row is not None:
-            tensors[row_name(self.token_row.token_id)] = self.token_row.delta()
-        save_weights_delta(path, tensors, metadata | self.base_hashes)
+        rows = {row_name(row.token_id): row.delta() for row in self.token_rows}
+        save_weights_delta(path, self.weights.deltas() | rows, metadata | self.base_hashes)
 
     def detach(self) -> None:
         """Give the pipeline its base weights back, bit for bit."""
         self.weights.close()
-        if self.token_row is not None:
-            self.token_row.close()
-            self.token_row = None
+        while self.token_rows:
+            self.token_rows.pop().close()
 
 
 def special_token_id(pipe: StableDiffusionPipeline, token: str) -> int:

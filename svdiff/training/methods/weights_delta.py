@@ -83,12 +83,13 @@ class LoadedWeights:
 
     def set_scale(self, scale: float) -> None:
         """Use W₀ + `scale`·ΔW; 0 is the base, 1 what was trained."""
+        for (parameter, _, _), base in zip(self._changes, self._base, strict=True):
+            parameter.data = base.clone()
+        if scale == 0:  # so that 0 leaves even negative zeros alone
+            return
         for (parameter, change, row), base in zip(self._changes, self._base, strict=True):
             where: Any = slice(None) if row is None else row
-            merged = base.clone()
-            if scale != 0:  # so that 0 leaves even negative zeros alone
-                merged[where] = (base[where].float() + scale * change.to(base.device)).to(base.dtype)
-            parameter.data = merged
+            parameter.data[where] = (base[where].float() + scale * change.to(base.device)).to(base.dtype)
 
     def unload(self) -> None:
         """The base's own tensors again."""
@@ -110,16 +111,23 @@ def load_weights_delta(pipe: StableDiffusionPipeline, path: str | Path, scale: f
     Raises:
         SvdiffError: another kind of file, another base, or weights that the pipeline does not have.
     """
-    tensors, metadata = read_weights_delta(path)
-    networks = [name for name in ("unet", "text_encoder") if f"{name}.base_hash".removeprefix("unet.") in metadata]
-    for key, found in base_hashes(pipe, networks).items():
-        if found != metadata[key]:
-            raise SvdiffError(
-                f"{path} was trained on another base ({metadata.get('base_model', 'unknown')}, {key} "
-                f"{metadata[key][:12]}) than the one loaded ({found[:12]}); load that base, or train again"
-            )
+    loaded = load_weights_deltas(pipe, [(path, 1.0)])
+    if scale != 1:
+        loaded.set_scale(scale)
+    return loaded
+
+
+def load_weights_deltas(pipe: StableDiffusionPipeline, parts: Sequence[tuple[str | Path, float]]) -> LoadedWeights:
+    """Put the weighted sum of baselines' deltas on `pipe`: W₀ + Σ wᵢΔWᵢ (Fig. 8). Otherwise as `load_weights_delta`."""
+    total: dict[str, Tensor] = {}
+    for path, weight in parts:
+        tensors, metadata = read_weights_delta(path)
+        _check_base(pipe, path, metadata)
+        for name, change in _products(tensors).items():
+            scaled = change.float() if weight == 1 else weight * change.float()
+            total[name] = total[name] + scaled if name in total else scaled
     changes: list[tuple[Parameter, Tensor, int | None]] = []
-    for name, tensor in _products(tensors).items():
+    for name, tensor in total.items():
         network, _, weight = name.partition(".")
         module: nn.Module = getattr(pipe, network)
         row = None
@@ -130,8 +138,19 @@ def load_weights_delta(pipe: StableDiffusionPipeline, path: str | Path, scale: f
             parameter = module.get_parameter(weight)
         changes.append((parameter, tensor.reshape(parameter.shape if row is None else parameter.shape[1:]), row))
     loaded = LoadedWeights(changes, metadata)
-    loaded.set_scale(scale)
+    loaded.set_scale(1.0)
     return loaded
+
+
+def _check_base(pipe: StableDiffusionPipeline, path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Raise SvdiffError unless the file was trained on the weights that `pipe` has."""
+    networks = [name for name in ("unet", "text_encoder") if f"{name}.base_hash".removeprefix("unet.") in metadata]
+    for key, found in base_hashes(pipe, networks).items():
+        if found != metadata[key]:
+            raise SvdiffError(
+                f"{path} was trained on another base ({metadata.get('base_model', 'unknown')}, {key} "
+                f"{metadata[key][:12]}) than the one loaded ({found[:12]}); load that base, or train again"
+            )
 
 
 def _products(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,290 @@
+"""The sections of params.yaml, one class each; `config` puts them together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from svdiff.errors import SvdiffError
+
+Layout = Literal["left-right", "up-down"]
+Fit = Literal["cover", "contain"]
+
+
+class Section(BaseModel):
+    """A part of params.yaml. Unknown keys are errors: a typo must not train something else for an hour."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def checked(cls, values: dict[str, Any], prefix: str = "") -> Self:
+        """The section that `values` make. Raises SvdiffError that names each bad key, its value and what is allowed."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SvdiffError(readable(error, cls, prefix)) from None
+
+    def replaced(self, values: dict[str, Any]) -> Self:
+        """A copy with some values changed, validated again."""
+        return self.checked(self.model_dump() | values)
+
+
+class BaseModelConfig(Section):
+    """The model that is personalised."""
+
+    model: str = Field("models/base", description="diffusers folder or Hub id with a Stable Diffusion layout")
+    revision: str | None = Field(None, description="Hub revision; only for a Hub id")
+
+
+class EvaluatorsConfig(Section):
+    """Who scores the pictures."""
+
+    clip_model: str = Field("local-dir:models/clip", description="open_clip model name, or local-dir:<folder>")
+    clip_pretrained: str | None = Field(None, description="open_clip weights tag, e.g. laion2b_s34b_b79k")
+    lpips_net: Literal["alex", "vgg", "squeeze"] = Field("alex", description="backbone of the LPIPS distance")
+    lpips_weights: str | None = Field(
+        "models/lpips/backbone.safetensors",
+        description="weights of the backbone, used without learned heads; null: the lpips package's own",
+    )
+
+
+class PriorConfig(Section):
+    """Prior images (Sec. 3.2): the base model's own pictures of a class word."""
+
+    images: int = Field(64, ge=1, le=10_000, description="pictures a class")
+    prompt: str = Field("a {subject}", description="prompt; {subject} becomes the class word")
+    steps: int = Field(25, ge=1, le=1000, description="DDIM steps")
+    guidance: float = Field(3.0, ge=0, le=50, description="classifier-free guidance scale s of Eq. 9; 1 is none")
+    seed: int = Field(0, ge=0, description="first seed; picture i uses seed + i")
+
+
+class TrainConfig(Section):
+    """Fine-tuning of a concept (Eq. 1, 3); pairs and edits as well, but for what `mix` and `edit` set differently."""
+
+    method: Literal["svdiff", "full", "lora", "custom-diffusion"] = Field(
+        "svdiff", description="spectral shifts, full weights (DreamBooth), LoRA or Custom Diffusion"
+    )
+    subset: str = Field("UNet", description="subset of Table 1 (`svdiff subsets`), or a pattern of weight names")
+    text_encoder: bool = Field(False, description="train the text encoder as well")
+    rank: int | None = Field(None, ge=1, description="keep only the leading k shifts of a weight (Fig. 25)")
+    prompt: str = Field("a {subject}", description="instance prompt; {subject} becomes '<token> <class word>'")
+    steps: int = Field(400, ge=1, le=1_000_000, description="optimiser steps")
+    batch_size: int = Field(1, ge=1, le=256, description="concept pictures a step; as many prior pictures beside")
+    accumulation: int = Field(1, ge=1, le=1024, description="batches whose gradients make one step")
+    lr: float = Field(1e-3, gt=0, le=10, description="learning rate of 2-D and 4-D weights")
+    lr_1d: float = Field(1e-6, ge=0, le=10, description="learning rate of 1-D weights (norms)")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="learning-rate schedule")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    prior_weight: float = Field(1.0, ge=0, description="λ of Eq. 3; 0 trains without prior preservation")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; shifts stay fp32")
+    gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    seed: int = Field(0, ge=0, description="everything random in the training follows from it")
+    save_every: int = Field(50, ge=1, description="steps between resume states; never changes the result")
+    validate_every: int = Field(100, ge=1, description="steps between validation pictures; step 0 is the base")
+    validation_prompts: list[str] = Field(["a {subject}"], min_length=1, description="rows of the validation grid")
+    validation_seeds: list[int] = Field([0, 1], min_length=1, description="columns of the validation grid")
+    mix_probability: float = Field(0.6, ge=0, le=1, description="pairs: share of samples that are Cut-Mix-Unmix mixes")
+    unmix_weight: float = Field(0.0, ge=0, description="pairs: weight of the unmix loss on attention maps of mixes")
+    single_subject_weight: float = Field(0.0, ge=0, description="weight of Eq. 8 on samples that show one subject")
+    attention_layers: str = Field(
+        "", description="regular expression: cross-attention layers of both losses; '' is all"
+    )
+    attention_sides: list[int] | None = Field(None, description="side of their maps, e.g. [16, 8]; null is all")
+
+
+class SampleConfig(Section):
+    """Pictures for scoring: every prompt at every seed."""
+
+    prompts: list[str] = Field(min_length=1, description="evaluation prompts with {subject}, unseen in training")
+    seeds: list[int] = Field([0, 1, 2, 3], min_length=1, description="one picture a prompt and seed")
+    steps: int = Field(25, ge=1, le=1000, description="DDIM steps")
+    guidance: float = Field(3.0, ge=0, le=50, description="classifier-free guidance scale s of Eq. 9; 1 is none")
+    eta: float = Field(0.0, ge=0, le=1, description="η of DDIM; 0 is deterministic")
+    beta: float = Field(1.0, ge=0, le=1, description="β of Eq. 10; 1 is plain guidance, below it negatives count")
+    negatives: list[str] = Field([], description="negative prompts of Eq. 10; none given: the prior prompts")
+    batch_size: int = Field(8, ge=1, le=256, description="pictures sampled together")
+
+
+class ScoreConfig(Section):
+    """Text and image alignment (Fig. 9b)."""
+
+    bootstrap: int = Field(2000, ge=100, le=1_000_000, description="resamples behind the 95 % intervals")
+    seed: int = Field(0, ge=0, description="seed of the resampling")
+
+
+class RankConfig(Section):
+    """Rank analysis (Fig. 25)."""
+
+    concepts: list[str] = Field(min_length=1, description="concepts that are trained once a rank")
+    ranks: list[int] = Field([1, 4, 16], description="ranks; the full rank is trained as well")
+    steps: int = Field(200, ge=1, description="training steps a rank")
+    prompts: dict[Literal["reconstruction", "edit"], str] = Field(
+        {"reconstruction": "a {subject}", "edit": "a {subject} on a blue background"},
+        description="the training prompt and an edited one",
+    )
+    seeds: list[int] = Field([0, 1, 2, 3], min_length=1, description="pictures a prompt")
+
+    @field_validator("ranks")
+    @classmethod
+    def _positive(cls, ranks: list[int]) -> list[int]:
+        if any(rank < 1 for rank in ranks):
+            raise ValueError("ranks are whole numbers from 1")
+        return ranks
+
+
+class TrackingConfig(Section):
+    """Where numbers and registered versions go."""
+
+    uri: str = Field("sqlite:///mlruns/mlflow.db", description="MLflow tracking URI; MLFLOW_TRACKING_URI overrides it")
+    experiment: str = Field("svdiff", description="MLflow experiment")
+    live: Literal["mlflow", "none"] = Field("mlflow", description="where the loss curve can be watched live")
+
+
+class PromoteConfig(Section):
+    """When a challenger becomes champion: both margins must hold, on the same prompts and seeds."""
+
+    image_margin: float = Field(0.0, ge=0, description="image alignment must be better by more than this")
+    text_margin: float = Field(0.02, ge=0, description="text alignment may be worse by at most this")
+
+
+class ReevaluateConfig(Section):
+    """When a registered champion, measured again by the same evaluators on the same prompts and seeds, has drifted.
+
+    On one machine nothing random is left, so the change is zero but for the six decimals that scores are kept with;
+    other processors and libraries round differently, which the tolerances allow for.
+    """
+
+    image_tolerance: float = Field(
+        0.005, ge=0, description="image alignment may change by this, in the mean of |change| over pictures"
+    )
+    text_tolerance: float = Field(
+        0.005, ge=0, description="text alignment may change by this, in the mean of |change| over pictures"
+    )
+    fresh_hours: float = Field(
+        12.0, ge=0, description="a result of the same measure is kept this long, so that a killed run goes on; 0: never"
+    )
+    rollback: bool = Field(
+        False, description="put the previous champion back where one drifted or broke and the previous is sound"
+    )
+
+
+class ConceptConfig(Section):
+    """One concept: its pictures lie in data/concepts/<name>/."""
+
+    class_word: str = Field(description="coarse class, e.g. dog; one of `classes`")
+    token: str = Field("sks", description="special token [V]: a rare word of the base's vocabulary")
+    train: dict[str, Any] = Field({}, description="keys of `train` that this concept sets differently")
+
+    @property
+    def subject(self) -> str:
+        """The concept in words: '[V] class' (Sec. 3.3)."""
+        return f"{self.token} {self.class_word}"
+
+
+class MixConfig(Section):
+    """Cut-Mix-Unmix (Sec. 3.3): what pairs are trained on and sampled with."""
+
+    mixes: int = Field(48, ge=1, le=100_000, description="mixed pictures a pair; each has a prior counterpart")
+    layouts: list[Layout] = Field(["left-right"], min_length=1, description="drawn for each mix: left-right, up-down")
+    split: Literal["even", "random"] = Field("even", description="halves, or a seam anywhere in the middle 40 %")
+    fit: Fit = Field("cover", description="cover cuts the middle out of a picture, contain shrinks the whole picture")
+    seed: int = Field(0, ge=0, description="everything random in the mixes follows from it")
+    prompts: list[str] = Field(
+        ["a {first} beside a {second}", "a {first} sitting beside a {second}"],
+        min_length=1,
+        description="evaluation prompts of pairs, in other words than the mixes' own; {first} and {second} become "
+        "every two of the subjects",
+    )
+    validation_prompts: list[str] = Field(
+        ["a {subject}", "a {first} beside a {second}"],
+        min_length=1,
+        description="rows of a pair's validation grid; {subject} becomes each subject",
+    )
+    train: dict[str, Any] = Field({}, description="keys of `train` that pairs set differently")
+
+    @field_validator("prompts")
+    @classmethod
+    def _names_two(cls, prompts: list[str]) -> list[str]:
+        for prompt in prompts:
+            if "{first}" not in prompt or "{second}" not in prompt:
+                raise ValueError(
+                    f"'{prompt}' lacks {{first}} or {{second}}: evaluation prompts of pairs name two subjects"
+                )
+        return prompts
+
+
+class PairConfig(Section):
+    """Two or three concepts learned together."""
+
+    concepts: list[str] = Field(min_length=2, max_length=3, description="names under `concepts`")
+    train: dict[str, Any] = Field({}, description="keys of `train` that this pair sets differently")
+
+
+class StartConfig(Section):
+    """Where the sampling of an edit starts, and how much noise it is given on the way (Sec. 3.4)."""
+
+    eta: float = Field(ge=0, le=1, description="η of DDIM; 0 injects nothing")
+    alpha: float = Field(ge=0, le=1, description="α of Eq. 7: 0 is the inverted picture, 1 random noise: no inversion")
+
+
+class EditingConfig(Section):
+    """Editing of single pictures (Sec. 3.4): what all edits have in common."""
+
+    train: dict[str, Any] = Field({"steps": 120}, description="keys of `train` that edits set differently")
+    methods: dict[Literal["svdiff", "full", "lora"], dict[str, Any]] = Field(
+        {}, description="keys of `train` by method: shifts want larger rates than weights"
+    )
+    starts: dict[str, StartConfig] = Field(
+        {
+            "noise": StartConfig(eta=0.0, alpha=1.0),
+            "inversion": StartConfig(eta=0.5, alpha=0.0),
+            "structural": StartConfig(eta=0.9, alpha=0.9),
+        },
+        min_length=1,
+        description="each is sampled from; by default the paper's (supplement C): without inversion, with it, and with "
+        "more noise for edits that move things",
+    )
+    seeds: list[int] = Field([0, 1], min_length=1, description="one picture a prompt, start and seed")
+    steps: int = Field(50, ge=1, le=1000, description="DDIM steps, of inversion and of sampling")
+    guidance: float = Field(3.0, ge=0, le=50, description="scale s of Eq. 9 in sampling; inversion has none")
+
+
+class EditConfig(Section):
+    """One picture and what it shall become."""
+
+    image: str = Field(description="the picture")
+    prompt: str = Field(min_length=1, description="what it shows, without a special token")
+    targets: list[str] = Field(min_length=1, description="the prompt as it shall be, once an edit")
+    train: dict[str, Any] = Field({}, description="keys of `train` that this edit sets differently")
+
+    @model_validator(mode="after")
+    def _edited(self) -> EditConfig:
+        for text in (self.prompt, *self.targets):
+            if not text.strip() or "{" in text:
+                raise ValueError(f"prompt '{text}' says nothing, or has a {{placeholder}}; expected plain words")
+        if self.prompt in self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets must differ from each other and from the prompt '{self.prompt}': {self.targets}")
+        return self
+
+
+def readable(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line a mistake in values for `model`: the key, what is wrong with it, what was found."""
+    lines = []
+    for problem in error.errors():
+        where = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            section: Any = model
+            for part in problem["loc"][:-1]:
+                field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+                if field is not None:  # else `part` is a name in a dictionary of sections
+                    section = (get_args(field.annotation) or (field.annotation,))[-1]
+            known = ", ".join(section.model_fields) if hasattr(section, "model_fields") else ""
+            lines.append(f"{where}: unknown key" + (f"; known here: {known}" if known else ""))
+        elif problem["type"] == "value_error":
+            lines.append((f"{where}: " if where else "") + problem["msg"].removeprefix("Value error, "))
+        else:
+            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
+            lines.append(f"{where}: {problem['msg']}{found}")
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+"""What distinguishes one training from another: its pictures and prompts. Everything else is the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from svdiff.catalogue import Entry
+from svdiff.config import Config, TrainConfig
+from svdiff.data.concepts import concept_folder, load_concept_images, load_picture, to_square
+from svdiff.data.cutmix import choose
+from svdiff.data.mixes import load_mixes, mix_folder
+from svdiff.data.prior import load_prior_images, prior_folder
+from svdiff.files import sha256_file, sha256_tree
+from svdiff.models import image_size
+from svdiff.training.batches import Examples, LatentImages, Shown, Source, draw_indices
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
+
+WATCHED_MIXES = 4  # mixes among the pictures of the fixed-noise loss
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an entry is trained on, read and checked before the base is loaded.
+
+    `encode` makes the examples with the base's autoencoder; `reads` says what they depend on, for the resume state's key.
+    """
+
+    encode: Callable[[StableDiffusionPipeline], Source]
+    reads: dict[str, object]
+    validation_prompts: list[str]
+
+
+def read_material(config: Config, entry: Entry, settings: TrainConfig) -> Material:
+    """The material of an entry. Raises SvdiffError for pictures that are missing or cannot be read."""
+    return {"concept": _concept, "pair": _pair, "edit": _edit}[entry.kind](config, entry, settings)
+
+
+def _concept(config: Config, entry: Entry, settings: TrainConfig) -> Material:
+    """The concept's pictures under one prompt, and the prior images of its class."""
+    [(name, concept)] = entry.concepts.items()
+    pictures = [picture.image for picture in load_concept_images(concept_folder(name))]
+    priors = load_prior_images(concept.class_word) if settings.prior_weight > 0 else []
+
+    def encode(pipe: StableDiffusionPipeline) -> Source:
+        shown = Shown(concept.token, concept.class_word)
+        instance = Examples.alike(_encoded(pipe, pictures), settings.prompt.format(subject=concept.subject), shown)
+        prior = None
+        if priors:
+            prior = Examples.alike(_encoded(pipe, priors), config.prior.prompt.format(subject=concept.class_word))
+        return Source(instance, prior, _in_turn(settings.seed, len(pictures), len(priors)), list(range(len(pictures))))
+
+    reads: dict[str, object] = {
+        "pictures": sha256_tree(concept_folder(name)),
+        "priors": sha256_tree(prior_folder(concept.class_word)) if priors else None,
+    }
+    return Material(encode, reads, entry.prompts(settings.validation_prompts))
+
+
+def _in_turn(seed: int, pictures: int, priors: int) -> Callable[[int], tuple[int, int]]:
+    """Every picture once an epoch, and every prior image once in theirs."""
+
+    def order(sample: int) -> tuple[int, int]:
+        prior = draw_indices(priors, sample, 1, seed, "prior")[0] if priors else 0
+        return draw_indices(pictures, sample, 1, seed, "instance")[0], prior
+
+    return order
+
+
+def _pair(config: Config, entry: Entry, settings: TrainConfig) -> Material:
+    """Mixes and single pictures of the pair's dataset: each sample is a mix with `mix_probability`, else one concept alone.
+
+    Mixes come first in the examples, then the concepts one after another; the prior pictures have the same order.
+    """
+    data = load_mixes(entry)
+    mixes = data.mixes if settings.mix_probability > 0 else []
+    singles = [(entry.concepts[name], pictures) for name, pictures in data.singles.items()]
+    priors = [(entry.concepts[name], pictures) for name, pictures in data.priors.items()]
+
+    def encode(pipe: StableDiffusionPipeline) -> Source:
+        instance = Examples(
+            _encoded(pipe, [mix.image for mix in mixes] + [image for _, images in singles for image in images]),
+            [mix.prompt for mix in mixes]
+            + [settings.prompt.format(subject=concept.subject) for concept, images in singles for _ in images],
+            [
+                tuple(
+                    Shown(entry.concepts[name].token, entry.concepts[name].class_word, region)
+                    for name, region in mix.regions.items()
+                )
+                for mix in mixes
+            ]
+            + [(Shown(concept.token, concept.class_word),) for concept, images in singles for _ in images],
+        )
+        prior = None
+        if settings.prior_weight > 0:
+            images = [mix.prior_image for mix in mixes] + [image for _, images in priors for image in images]
+            prior = Examples(
+                _encoded(pipe, images),
+                [mix.prior_prompt for mix in mixes]
+                + [
+                    config.prior.prompt.format(subject=concept.class_word) for concept, images in priors for _ in images
+                ],
+                [()] * len(images),
+            )
+        counts = [[len(images) for _, images in part] for part in (singles, priors)]
+        order = _mixed(settings, len(mixes), *counts)
+        last = len(instance.prompts)
+        watched = [*range(min(WATCHED_MIXES, len(mixes))), *range(len(mixes), last)]
+        return Source(instance, prior, order, watched)
+
+    reads: dict[str, object] = {"mixes": sha256_tree(mix_folder(entry.name))}
+    return Material(encode, reads, entry.prompts(settings.validation_prompts))
+
+
+def _mixed(
+    settings: TrainConfig, mixes: int, singles: list[int], priors: list[int]
+) -> Callable[[int], tuple[int, int]]:
+    """Cut-Mix-Unmix (Sec. 4.2): a mix and its own prior counterpart, or a concept at random and a prior of its class."""
+
+    def order(sample: int) -> tuple[int, int]:
+        choice = choose(settings.seed, sample, subjects=len(singles), mixes=mixes, probability=settings.mix_probability)
+        if choice.mixed:
+            return choice.number, choice.number
+
+        def alone(counts: list[int], part: str) -> int:
+            start = mixes + sum(counts[: choice.number])
+            return start + draw_indices(counts[choice.number], sample, 1, settings.seed, part, choice.number)[0]
+
+        return alone(singles, "instance"), alone(priors, "prior")
+
+    return order
+
+
+def _edit(config: Config, entry: Entry, settings: TrainConfig) -> Material:
+    """One picture under one prompt, which has no special token; no prior (Sec. 3.4)."""
+    edit = config.edit_of(entry.name)
+    picture = load_picture(edit.image).image
+
+    def encode(pipe: StableDiffusionPipeline) -> Source:
+        return Source(Examples.alike(_encoded(pipe, [picture]), edit.prompt), None, lambda sample: (0, 0), [0])
+
+    return Material(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt}, [edit.prompt])
+
+
+def _encoded(pipe: StableDiffusionPipeline, images: list[Image]) -> LatentImages:
+    size = image_size(pipe)
+    return LatentImages.encode(pipe.vae, [to_square(image, size) for image in images])
