@@ -8,13 +8,20 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pandas as pd
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 
 from flows.results import Results
 from flows.runs import sample_grids
 
+PERCENT = re.compile(r"(\d+)%\|")  # as tqdm writes it
 MEASURES = ("image_alignment", "text_alignment", "clip_i")
 
 
@@ -22,9 +29,31 @@ def publish_concept(concept: str, root: Path) -> None:
     """A markdown artifact with scores and links, and an image artifact with the sample grid."""
     results = Results(concept, root)
     record = json.loads((root / "out" / "register" / f"{concept}.json").read_text())
-    key = re.sub(r"[^a-z0-9]+", "-", concept.lower())
-    create_markdown_artifact(summary(results, record), key=f"concept-{key}", description=f"Scores of {concept}")
-    create_image_artifact(_data_uri(results), key=f"samples-{key}", description=f"{concept}: prompts by seeds")
+    create_markdown_artifact(summary(results, record), key=_key("concept", concept), description=f"Scores of {concept}")
+    create_image_artifact(_data_uri(results), key=_key("samples", concept), description=f"{concept}: prompts by seeds")
+
+
+class Progress:
+    """A progress artifact that follows the bar of one stage; there is none for a stage that shows no bar."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.artifact: UUID | None = None
+
+    def show(self, bar: str) -> None:
+        """Set the artifact to what `bar`, a line of tqdm, says."""
+        found = PERCENT.search(bar)
+        if found is None:
+            return
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(float(found[1]), key=_key("progress", self.stage), description=bar)
+        else:
+            update_progress_artifact(self.artifact, float(found[1]), description=bar)
+
+
+def _key(*parts: str) -> str:
+    """An artifact's key: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower())
 
 
 def summary(results: Results, record: dict[str, Any]) -> str:

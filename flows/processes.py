@@ -1,11 +1,18 @@
-"""Processes known by a mark in their environment: a tree stays whole even when parents die before their children."""
+"""Processes known by a mark in their environment: a tree stays whole even when parents die before their children.
+
+`python -m flows.processes MARK` is the guard of a tree: it kills what carries the mark once its own input ends.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
@@ -44,6 +51,27 @@ def kill(mark: str, patience: float = 10) -> None:
     wait_gone(mark, patience)
 
 
+@contextmanager
+def guarded(mark: str) -> Iterator[None]:
+    """Kill all bearers at the end, and should this process be killed before: an orphan would run on unrecorded.
+
+    The guard reads from a pipe that only this process writes to, so the kernel tells it of any death.
+    """
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "flows.processes", mark],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        guard.stdin.close()
+        guard.wait()
+
+
 def wait_gone(mark: str, patience: float) -> bool:
     """Whether no bearer is left within `patience` seconds."""
     until = time.monotonic() + patience
@@ -65,3 +93,8 @@ def alive(process: psutil.Process) -> bool:
 def _signal(process: psutil.Process, what: str) -> None:
     with suppress(psutil.NoSuchProcess):
         getattr(process, what)()
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    kill(sys.argv[1])

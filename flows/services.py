@@ -1,7 +1,9 @@
-"""The local Prefect: server, work pool, deployments and worker, brought up by one command and taken down by another.
+"""Prefect's server, work pool, automations, deployments and workers, brought up by one command and down by another.
 
 State lies in .prefect/ of the checkout: Prefect's own files, and for each service that was started here a log and a note
-of its process. A server elsewhere (PREFECT_API_URL) is used as it is and never started or stopped.
+of its process. A server elsewhere (PREFECT_API_URL) is used as it is and never started or stopped. The server that is
+started here keeps its records in SQLite, or where PREFECT_SERVER_DATABASE_CONNECTION_URL says
+(postgresql+asyncpg://user:password@host/database).
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import yaml
+
 from flows.processes import bearers, kill, marked, new_mark, wait_gone
 from svdiff.errors import SvdiffError
 
 API_URL = "http://127.0.0.1:4200/api"
 MLFLOW_URL = "http://127.0.0.1:5000"
 POOL = "local"
+SHARE = "SVDIFF_SHARE"  # a worker with a clone of its own: stages go through the DVC remote (flows/tasks.py)
+CHECKOUT = "PROJECT_ROOT"  # where the runs of a worker work; the deployments' pull step reads it
 START_PATIENCE = 180.0  # seconds; a server's first start makes its database
 STOP_PATIENCE = 30.0
 
@@ -107,13 +113,13 @@ def answers(url: str) -> bool:
 
 def settings(root: Path) -> dict[str, str]:
     """Environment of everything started here; what is set already stays."""
-    ours = {"PREFECT_API_URL": API_URL, "PREFECT_HOME": str(root / ".prefect"), "PROJECT_ROOT": str(root)}
+    ours = {"PREFECT_API_URL": API_URL, "PREFECT_HOME": str(root / ".prefect")}
     folder = str(Path(sys.executable).parent)
     path = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
-    return {name: os.environ.get(name, value) for name, value in ours.items()} | {"PATH": path}
+    return {name: os.environ.get(name, value) for name, value in ours.items()} | {CHECKOUT: str(root), "PATH": path}
 
 
-def up(root: Path, worker_limit: int = 4, mlflow_ui: bool = False) -> Iterator[str]:
+def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bool = False) -> Iterator[str]:
     """Start what is missing, in order, saying of each step what was done. Safe to repeat.
 
     Raises SvdiffError if `root` is no checkout, or a server does not answer.
@@ -129,27 +135,81 @@ def up(root: Path, worker_limit: int = 4, mlflow_ui: bool = False) -> Iterator[s
     else:
         _check(_prefect(environment, root, "work-pool", "create", POOL, "--type", "process"))
         yield f"work pool '{POOL}' made"
-    _check(_prefect(environment, root, "deploy", "--all"))
-    yield f"deployments of prefect.yaml brought up to date, working in {environment['PROJECT_ROOT']}"
+
+    from flows import automations
+
+    yield from automations.install(gpus)
+    # Where a run works is for its worker to say: without the variable the deployments keep its name.
+    _check(_prefect({k: v for k, v in environment.items() if k != CHECKOUT}, root, "deploy", "--all"))
+    yield "deployments of prefect.yaml brought up to date"
 
     worker = Service("worker", home)
-    if worker.mark:
+    if not worker_limit:
+        yield "no worker here; `python -m flows worker` in a clone is one"
+    elif worker.mark:
         yield f"worker is running already (log: {worker.log})"
     else:
-        name = f"{socket.gethostname()}-{root.name}"
-        command = ["prefect", "worker", "start", "--pool", POOL, "--limit", str(worker_limit), "--name", name]
+        command, name = worker_command(root, worker_limit)
         worker.start(*command, environment=environment, cwd=root)
-        yield f"worker '{name}' started, {worker_limit} flow runs at once (log: {worker.log})"
+        yield f"worker '{name}' started in {root}, {worker_limit} flow runs at once (log: {worker.log})"
     if mlflow_ui:
         yield _mlflow(home, environment, root)
     yield f"UI: {url.removesuffix('/api')}"
     yield "try: prefect deployment run train-concept/train-concept --param concept=NAME --watch"
 
 
-def down(root: Path) -> Iterator[str]:
-    """Stop what `up` started from this checkout: worker first, so that no run starts meanwhile."""
+def down(root: Path, remove: bool = False) -> Iterator[str]:
+    """Stop what `up` started from this checkout: worker first, so that no run starts meanwhile.
+
+    With `remove`, first take what `up` made away from the server: deployments, automations, limit and work pool.
+    """
+    if remove:
+        from flows import automations
+
+        environment = settings(root)
+        yield from automations.remove()
+        for name in yaml.safe_load((root / "prefect.yaml").read_text())["deployments"]:
+            gone = _prefect(environment, root, "deployment", "delete", f"{name['name']}/{name['name']}")
+            yield f"deployment {name['name']} {'removed' if gone.returncode == 0 else 'was not there'}"
+        gone = _prefect(environment, root, "work-pool", "delete", POOL)
+        yield f"work pool '{POOL}' {'removed' if gone.returncode == 0 else 'was not there'}"
     for name in ("worker", "server", "mlflow"):
         yield f"{name} {'stopped' if Service(name, root / '.prefect').stop() else 'was not running'}"
+
+
+def worker_command(root: Path, limit: int) -> tuple[list[str], str]:
+    """`python -m …` of a worker in the checkout `root`, and its name."""
+    name = f"{socket.gethostname()}-{root.name}"
+    return ["prefect", "worker", "start", "--pool", POOL, "--limit", str(limit), "--name", name], name
+
+
+def worker(root: Path, limit: int) -> Iterator[str]:
+    """Become a worker in a clone of its own, which shares stages with others through the DVC remote.
+
+    Pulls data and base first. Does not return: the process becomes the worker, and a service manager can hold it.
+    Raises SvdiffError if the server does not answer or the inputs cannot be pulled.
+    """
+    environment = settings(root) | {SHARE: "1"}
+    url = environment["PREFECT_API_URL"]
+    if not answers(f"{url}/health"):
+        raise SvdiffError(f"no Prefect server answers at {url}; set PREFECT_API_URL to the team's")
+    if targets := inputs(root):
+        yield f"pulling from the DVC remote: {', '.join(targets)}"
+        pull = [sys.executable, "-m", "dvc", "--wait-for-lock", "pull", *targets]
+        if subprocess.run(pull, cwd=root).returncode:
+            raise SvdiffError("inputs cannot be pulled; see above, and `dvc remote list` for where they are sought")
+    command, name = worker_command(root, limit)
+    yield f"worker '{name}' in {root}, {limit} flow runs at once; server {url}"
+    sys.stdout.flush()
+    os.chdir(root)
+    os.execve(sys.executable, [sys.executable, "-m", *command], os.environ | environment)
+
+
+def inputs(root: Path) -> list[str]:
+    """What the default pipeline starts from: data under DVC, and frozen stages, which nobody reruns by the way."""
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    frozen = [name for name, stage in stages.items() if stage.get("frozen")]
+    return [*sorted(path.name for path in root.glob("*.dvc") if path.is_file()), *frozen]
 
 
 def _server(url: str, home: Path, environment: dict[str, str], root: Path) -> str:
@@ -188,7 +248,7 @@ def _prefect(environment: dict[str, str], root: Path, *command: str) -> subproce
     return subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", *command],
         cwd=root,
-        env=os.environ | environment,
+        env={k: v for k, v in os.environ.items() if k != CHECKOUT} | environment,
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,7 @@
 """One DVC stage as a child process: streamed, limited in time, and ended with everything that it started.
 
-Knows nothing of Prefect. DVC decides what is stale and records results; here is only how a stage is run.
+Knows nothing of Prefect. DVC decides what is stale and records results; here is only how a stage is run, and how its
+inputs come from the DVC remote and its outputs go there where several clones work together.
 """
 
 from __future__ import annotations
@@ -17,28 +18,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flows.processes import kill, marked, new_mark
+from flows.processes import guarded, kill, marked, new_mark
 
 TAIL = 30  # lines that a failure carries
 POLL = 0.5  # seconds between looks at the process
 PROGRESS_EVERY = 10.0  # seconds between progress bars passed on
-BUSY = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|lock is held by", re.IGNORECASE)
+BEGUN = re.compile(r"Running stage '")  # from here on the stage itself speaks
 
 
 class StageFailed(RuntimeError):
-    """A stage ended badly; carries its name, exit status and last lines."""
+    """A stage ended badly; carries its name, what went wrong, and its last lines."""
 
     def __init__(self, stage: str, problem: str, tail: list[str]) -> None:
         self.stage, self.problem, self.tail = stage, problem, tail
         super().__init__("\n".join([f"stage {stage} {problem}; its last lines:", *(f"  {line}" for line in tail)]))
 
 
-class StageBusy(StageFailed):
-    """Another DVC command is at work on the same files: wait and try again."""
-
-
 class StageTimeout(StageFailed, TimeoutError):
     """The stage ran longer than allowed and was ended."""
+
+
+class StageWaits(StageFailed):
+    """Something that the stage needs is not to be had now: wait and try again. What was finished is kept."""
+
+
+class StageBusy(StageWaits):
+    """Another DVC command is at work on the same files."""
+
+    signs = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|lock is held by", re.IGNORECASE)
+
+
+class TrackingAway(StageWaits):
+    """The MLflow server does not answer."""
+
+    signs = re.compile(r"MLflow at http\S+ cannot be used|API request to http\S+ failed with exception")
+
+
+class RemoteAway(StageWaits):
+    """The DVC remote does not answer, or cannot be written."""
+
+    signs = re.compile(r"remote|connect|timed? ?out|permission|forbidden|\[Errno", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ def run_stage(
     on_progress: Callable[[str], None] | None = None,
     timeout: float | None = None,
     environment: Mapping[str, str] | None = None,
+    pull: bool = False,
 ) -> StageRun:
     """Bring `stage` of the project at `root` up to date: `dvc --wait-for-lock repro --single-item <stage>`.
 
@@ -71,50 +91,118 @@ def run_stage(
         on_progress: called with a progress bar every PROGRESS_EVERY seconds; default `on_line`.
         timeout: seconds the stage may take.
         environment: variables for the stage, over those of this process.
+        pull: take missing inputs, and outputs that another clone has made, from the DVC remote.
 
     Raises:
         StageBusy: other DVC commands use the same files; nothing was done.
+        TrackingAway, RemoteAway: a server that the stage needs does not answer.
         StageTimeout: it took too long.
         StageFailed: anything else.
     """
+    started, outcome = time.monotonic(), "restored"
+
+    def heed(line: str) -> None:
+        nonlocal outcome
+        if BEGUN.match(line):
+            outcome = "ran"
+        elif outcome != "ran" and "didn't change, skipping" in line:
+            outcome = "unchanged"
+        on_line(line)
+
+    try:
+        _run_dvc(
+            ["repro", "--single-item", *(["--pull"] if pull else []), stage],
+            stage,
+            root=root,
+            on_line=heed,
+            on_progress=on_progress or heed,
+            timeout=timeout,
+            environment=environment or {},
+        )
+    except (StageWaits, StageTimeout):
+        raise
+    except StageFailed as error:
+        said = "\n".join(error.tail)
+        if outcome == "ran" and TrackingAway.signs.search(said):
+            raise TrackingAway(stage, "cannot reach MLflow", error.tail) from None
+        if outcome != "ran" and pull and RemoteAway.signs.search(said):
+            raise RemoteAway(stage, "cannot read the DVC remote", error.tail) from None
+        raise
+    return StageRun(stage, outcome, time.monotonic() - started)
+
+
+def push_stage(stage: str, *, root: Path, on_line: Callable[[str], None]) -> None:
+    """Copy the outputs of `stage` and the run cache to the DVC remote, whichever of them it lacks.
+
+    Raises:
+        StageBusy: other DVC commands use the same files.
+        RemoteAway: it could not be done; the outputs stay in this clone's cache, and pushing again completes it.
+    """
+    try:
+        _run_dvc(["push", "--run-cache", stage], stage, root=root, on_line=on_line, on_progress=on_line)
+    except StageWaits:
+        raise
+    except StageFailed as error:
+        kept = "cannot push to the DVC remote; what it made is safe in this clone and is pushed when it runs again"
+        raise RemoteAway(stage, kept, error.tail) from None
+
+
+def _run_dvc(
+    command: list[str],
+    stage: str,
+    *,
+    root: Path,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[str], None],
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run a DVC command to its end and pass on what it says. Raises StageBusy, StageTimeout or StageFailed."""
     mark = new_mark()
-    started, tail, outcome = time.monotonic(), deque[str](maxlen=TAIL), "ran"
+    with guarded(mark):
+        tail, timed_out, status = _follow(command, mark, root, on_line, on_progress, timeout, environment or {})
+    if timed_out:
+        raise StageTimeout(stage, f"took longer than {timeout:g} s and was ended", tail)
+    if status:
+        busy = any(StageBusy.signs.search(line) for line in tail)
+        raise (StageBusy if busy else StageFailed)(stage, _ending(status), tail)
+
+
+def _follow(
+    command: list[str],
+    mark: str,
+    root: Path,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[str], None],
+    timeout: float | None,
+    environment: Mapping[str, str],
+) -> tuple[list[str], bool, int]:
+    """Last lines, whether time ran out, and exit status."""
+    tail, shown = deque[str](maxlen=TAIL), 0.0
     # No session of its own: whoever ends our process group (Prefect on cancel) reaches the stage as well.
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        [sys.executable, "-m", "dvc", "--wait-for-lock", *command],
         cwd=root,
-        env=_environment(environment or {}) | marked(mark),
+        env=_environment(environment) | marked(mark),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     assert process.stdout is not None
     watch = _Watch(process, mark, timeout)
-    shown = 0.0
     try:
         for line, is_progress in _lines(process.stdout):
-            if is_progress:
-                if time.monotonic() - shown >= PROGRESS_EVERY:
-                    shown = time.monotonic()
-                    (on_progress or on_line)(line)
-                continue
-            tail.append(line)
-            on_line(line)
-            if "didn't change, skipping" in line:
-                outcome = "unchanged"
-            elif "is cached - skipping run" in line:
-                outcome = "restored"
+            if not is_progress:
+                tail.append(line)
+                on_line(line)
+            elif time.monotonic() - shown >= PROGRESS_EVERY:
+                shown = time.monotonic()
+                on_progress(line)
         process.wait()
     finally:
         watch.end()
         process.stdout.close()
-    lines = list(tail)
-    if watch.timed_out:
-        raise StageTimeout(stage, f"took longer than {timeout:g} s and was ended", lines)
-    if process.returncode:
-        busy = any(BUSY.search(line) for line in lines)
-        raise (StageBusy if busy else StageFailed)(stage, _ending(process.returncode), lines)
-    return StageRun(stage, outcome, time.monotonic() - started)
+    return list(tail), watch.timed_out, process.returncode
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

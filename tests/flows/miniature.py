@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import yaml
-from mlflow import MlflowClient
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -17,6 +17,9 @@ from flows.results import Results, read_results
 from flows.tracking import Tracking, connect
 from svdiff.config import Config, load_config
 from svdiff.files import sort_safetensors_metadata
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 BASE_HASH = "b" * 64
 PROMPTS = ["a sks dog on a blue background", "a sks dog on a red background"]
@@ -97,6 +100,8 @@ def write_results(
 
 def mlflow_client(root: Path) -> MlflowClient:
     """The store of the project at `root`. Without its name the registry would be the one this process used last."""
+    from mlflow import MlflowClient
+
     uri = f"sqlite:///{root}/mlruns/mlflow.db"
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
@@ -133,6 +138,7 @@ stages:
     foreach: ${classes}
     do:
       cmd: python stage.py prior ${item}
+      deps: [stage.py]
       outs: ["out/prior/${item}"]
   train:
     foreach: ${concepts}
@@ -169,6 +175,7 @@ stages:
     foreach: ${rank.concepts}
     do:
       cmd: python stage.py rank ${item}
+      deps: [stage.py]
       outs: ["out/rank/${item}"]
   report:
     cmd: python stage.py report all
@@ -176,7 +183,7 @@ stages:
     outs: [out/report]
 """
 
-# Marks in a concept's folder make its training fail, hang with a child of its own, or show a progress bar.
+# Marks make a stage fail, wait until the mark is taken away, or hang with a child of its own.
 STAGE_PY = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -187,6 +194,8 @@ marks = Path(".marks")
 if (marks / f"{{stage}}-{{name}}-fail").exists():
     print(f"cannot {{stage}} {{name}}: the moon is wrong")
     sys.exit(3)
+while (marks / f"{{stage}}-{{name}}-wait").exists():
+    time.sleep(0.1)
 if (marks / f"{{stage}}-{{name}}-hang").exists():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (marks / "pids").write_text(f"{{os.getpid()}} {{child.pid}}")
