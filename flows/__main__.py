@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from flows import commands
+from flows.commands import PARAMS, Params, connected
 from svdiff.errors import SvdiffError
-
-if TYPE_CHECKING:
-    from flows.tracking import Tracking
-    from svdiff.config import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Concept = Annotated[str, typer.Option("--concept", "-c", help="name under `concepts:` in params.yaml")]
-Name = Annotated[str, typer.Argument(help="registered concept")]
-Reason = Annotated[str, typer.Option("--reason", "-m", help="why; stays with the version")]
-Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
-PARAMS = Path("params.yaml")
-
-
-def _connected(params: Path) -> tuple[Config, Tracking]:
-    from flows.tracking import connect
-    from svdiff.config import load_config
-
-    config = load_config(params)
-    return config, connect(config.tracking, params.resolve().parent)
+app.add_typer(commands.app)
 
 
 @app.command()
 def init(params: Params = PARAMS) -> None:
     """Make the MLflow database and experiment, if they are not there."""
-    _, tracking = _connected(params)
+    _, tracking = connected(params)
     typer.echo(f"MLflow: {tracking.uri}, experiment '{tracking.experiment}' ({tracking.experiment_id})")
 
 
@@ -51,7 +37,7 @@ def register(concept: Concept, params: Params = PARAMS) -> None:
     results = read_results(load_config(params), concept, root)
     from flows.registry import register as run
 
-    config, tracking = _connected(params)
+    config, tracking = connected(params)
     done = run(tracking, config, results)
     record = {"concept": concept, "version": done.version, "run_id": done.run_id}
     record |= {"run_url": tracking.run_url(done.run_id)}
@@ -65,64 +51,35 @@ def register(concept: Concept, params: Params = PARAMS) -> None:
 
 
 @app.command()
-def promote(
-    concept: Name,
-    reason: Reason,
-    version: Annotated[int | None, typer.Option(help="default: the challenger")] = None,
-    params: Params = PARAMS,
-) -> None:
-    """Make a version the champion, whatever the rule said."""
-    from flows.promotion import promote_by_hand
-
-    number = promote_by_hand(_connected(params)[1], concept, version, reason)
-    typer.echo(f"{concept}: champion is version {number} now")
-
-
-@app.command()
-def rollback(concept: Name, reason: Reason, params: Params = PARAMS) -> None:
-    """Put the previous champion back; the present one is not promoted again by itself."""
-    from flows.promotion import rollback as run
-
-    was, now = run(_connected(params)[1], concept, reason)
-    typer.echo(f"{concept}: champion was version {was}, is version {now} now")
-
-
-@app.command("list")
-def list_registered(
-    params: Params = PARAMS, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
-) -> None:
-    """Registered concepts: champion, challenger, scores, and why the champion is one."""
-    from flows.registry import list_concepts
-
-    entries = list_concepts(_connected(params)[1])
-    if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
-        return
-    row = "{:<24} {:>8} {:>10} {:>7} {:>7}  {}".format
-    typer.echo(row("concept", "champion", "challenger", "image", "text", "reason"))
-    for e in entries:
-        scores = ["-" if value is None else f"{value:.4f}" for value in (e.image_alignment, e.text_alignment)]
-        typer.echo(row(e.concept, e.champion or "-", e.challenger or "-", *scores, e.reason))
-
-
-@app.command()
 def up(
-    workers: Annotated[int, typer.Option(help="flow runs that the worker takes at once")] = 4,
+    workers: Annotated[int, typer.Option(min=0, help="flow runs that the worker here takes at once; 0: none")] = 4,
+    gpus: Annotated[int | None, typer.Option(min=1, help="stages at once, on all workers, that need a GPU")] = None,
     mlflow: Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="start the MLflow UI as well")] = False,
 ) -> None:
-    """Start what is not running: Prefect server, work pool, deployments, worker. `down` stops it."""
+    """Set up what is missing: Prefect server, work pool, automations, deployments, worker. `down` stops it."""
     from flows.services import up as run
 
-    for line in run(Path.cwd(), worker_limit=workers, mlflow_ui=mlflow):
+    for line in run(Path.cwd(), worker_limit=workers, gpus=gpus, mlflow_ui=mlflow):
         typer.echo(line)
 
 
 @app.command()
-def down() -> None:
-    """Stop what `up` started here; the history stays."""
+def worker(limit: Annotated[int, typer.Option(help="flow runs that it takes at once")] = 2) -> None:
+    """Work for a team's server in this clone: stages are shared with other clones through the DVC remote."""
+    from flows.services import worker as run
+
+    for line in run(Path.cwd(), limit):
+        typer.echo(line)
+
+
+@app.command()
+def down(
+    remove: Annotated[bool, typer.Option("--remove", help="also take deployments, automations and pool away")] = False,
+) -> None:
+    """Stop what `up` started here; the history stays, and runs in work go on when a worker is up again."""
     from flows.services import down as run
 
-    for line in run(Path.cwd()):
+    for line in run(Path.cwd(), remove):
         typer.echo(line)
 
 

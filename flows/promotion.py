@@ -2,37 +2,39 @@
 
 The rule (`promote` in params.yaml), in the order in which it is asked:
 
-1. There is no champion: the version becomes champion.
-2. The version was rolled back by hand: it stays what it is until somebody promotes it by hand.
-3. The champion belongs to another base than the version: the version becomes champion, the old one no longer runs.
-4. Both were scored by the same evaluators, on pictures in common: the version becomes champion if, paired picture
+1. The version or its concept is retired: it gets no alias.
+2. There is no champion: the version becomes champion.
+3. The version was rolled back: it stays challenger until somebody promotes it by hand.
+4. The champion belongs to another base than the version: the version becomes champion, the old one no longer runs.
+5. Both were scored by the same evaluators and sampler, against the same pictures of the concept, on prompts and
+   seeds in common: the version becomes champion if, paired picture
    by picture, image alignment is better by more than `image_margin` and text alignment not worse by more than
    `text_margin`.
-5. Otherwise it stays challenger, and the reason says what could not be compared.
+6. Otherwise it stays challenger, and the reason says what could not be compared.
 
 The champion of a concept has the alias `champion`; the newest version that failed to become it, `challenger`. MLflow
-keeps no history of aliases, so each champion remembers its predecessor in the tag `previous_champion`.
+keeps no history of aliases, so each champion remembers its predecessor in the tag `previous_champion`. What hands may do
+beside the rule is in `flows.life`.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.baseline import Measure, baseline_of, baseline_scores, registered_measure, set_baseline
+from flows.registered import CHALLENGER, CHAMPION, REASON, RETIRED, model_version, registered_model
 from flows.results import Results, Scores
-from flows.tracking import Tracking, locked
-from svdiff.config import PromoteConfig
-from svdiff.errors import SvdiffError
+from flows.tracking import Tracking
+from svdiff.config import Config, PromoteConfig
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION, CHALLENGER = "champion", "challenger"
-REASON, JUDGED = "promotion_reason", "judged_scores"
+JUDGED = "judged_scores"
 PREVIOUS, ROLLED_BACK = "previous_champion", "rolled_back"
+COMPARABLE = ("sampling", "pictures")  # parts of the measure; evaluators are asked and prompts paired in `judge`
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ class Verdict:
 
     promoted: bool
     reason: str
+    retired: bool = False
 
 
 def judge(challenger: Scores, champion: Scores, rule: PromoteConfig) -> Verdict:
-    """Parts 4 and 5 of the rule: compare two versions on the prompts and seeds that both have."""
+    """Parts 5 and 6 of the rule: compare two versions on the prompts and seeds that both have."""
     if challenger.evaluators != champion.evaluators:
         return Verdict(False, "not comparable: the champion was scored by other evaluators")
     both = challenger.table.join(champion.table, how="inner", rsuffix="_champion")
@@ -61,50 +64,81 @@ def judge(challenger: Scores, champion: Scores, rule: PromoteConfig) -> Verdict:
     )
 
 
-def decide(tracking: Tracking, rule: PromoteConfig, results: Results, version: ModelVersion) -> Verdict:
-    """Apply the rule to `version`, once for each scoring of it, and move the aliases."""
+def decide(tracking: Tracking, config: Config, results: Results, version: ModelVersion) -> Verdict:
+    """Apply the rule to `version`, once for each scoring of it, which becomes its baseline, and move the aliases."""
     if version.tags.get(JUDGED) == results.scores_sha256:
         return Verdict(champion_of(tracking, version.name) == int(version.version), version.tags[REASON])
     client, name, number = tracking.client, version.name, str(version.version)
-    for measure in ("image_alignment", "text_alignment"):
-        if measure in results.metrics:
-            client.set_model_version_tag(name, number, measure, f"{results.metrics[measure]:.6f}")
-    verdict = _verdict(tracking, rule, results, version)
-    if verdict.promoted:
-        promote(tracking, name, int(number), verdict.reason)
-    else:
-        client.set_model_version_tag(name, number, REASON, verdict.reason)
-        client.set_registered_model_alias(name, CHALLENGER, number)
+    for measured in ("image_alignment", "text_alignment"):
+        if measured in results.metrics:
+            client.set_model_version_tag(name, number, measured, f"{results.metrics[measured]:.6f}")
+    measure = registered_measure(config, results)
+    set_baseline(tracking, version, measure, str(version.run_id))
+    verdict = _verdict(tracking, config.promote, version, Scores.read(results.folder("score")), measure)
+    _apply(tracking, version, verdict)
     # Written last: after a crash the version is judged again, to the same end.
     client.set_model_version_tag(name, number, JUDGED, results.scores_sha256)
     return verdict
 
 
-def _verdict(tracking: Tracking, rule: PromoteConfig, results: Results, version: ModelVersion) -> Verdict:
-    number = champion_of(tracking, version.name)
+def decide_again(tracking: Tracking, rule: PromoteConfig, concept: str) -> Verdict | None:
+    """Apply the rule to the challenger of `concept` by the baselines on record; None if there is no challenger.
+
+    For when the champion was measured anew: what could not be compared perhaps can be now.
+    """
+    number = aliases_of(tracking, concept).get(CHALLENGER)
     if number is None:
-        return Verdict(True, "first version, no champion to compare with")
+        return None
+    challenger = model_version(tracking, concept, number)
+    measure = baseline_of(challenger)
+    if measure is None:
+        return None
+    verdict = _verdict(tracking, rule, challenger, baseline_scores(tracking, challenger), measure)
+    _apply(tracking, challenger, verdict)
+    return verdict
+
+
+def _apply(tracking: Tracking, version: ModelVersion, verdict: Verdict) -> None:
+    name, number = version.name, str(version.version)
+    if verdict.promoted:
+        promote(tracking, name, int(number), verdict.reason)
+        return
+    tracking.client.set_model_version_tag(name, number, REASON, verdict.reason)
+    if not verdict.retired:
+        tracking.client.set_registered_model_alias(name, CHALLENGER, number)
+
+
+def _verdict(
+    tracking: Tracking, rule: PromoteConfig, version: ModelVersion, scores: Scores, measure: Measure
+) -> Verdict:
+    model = registered_model(tracking, version.name)
+    for retired in (model.tags.get(RETIRED), version.tags.get(RETIRED)):
+        if retired is not None:
+            return Verdict(False, f"retired ({retired}); `python -m flows retire --undo` takes it back", retired=True)
+    if CHAMPION not in model.aliases:
+        return Verdict(True, "no champion to compare with")
+    number = int(model.aliases[CHAMPION])
     if number == int(version.version):
         return Verdict(True, version.tags.get(REASON, "champion already"))
     if ROLLED_BACK in version.tags:
         return Verdict(False, f"was rolled back ({version.tags[ROLLED_BACK]}); only promoted by hand")
     champion = tracking.client.get_model_version(version.name, str(number))
     base = champion.tags.get("base_hash", "unknown")
-    if base != results.base_hash:
+    if base != version.tags.get("base_hash"):
         return Verdict(True, f"champion version {number} belongs to another base ({base[:12]}…)")
+    theirs = baseline_of(champion)
+    apart = [part for part in COMPARABLE if theirs and theirs[part] != measure[part]]
+    if apart:
+        return Verdict(
+            False,
+            f"not comparable: champion version {number} was scored with other {' and '.join(apart)}; re-evaluate it",
+        )
     try:
-        scores = _logged_scores(tracking, champion)
+        of_champion = baseline_scores(tracking, champion)
     except Exception as error:  # whatever an artifact store raises: a broken champion must not stop the others
         return Verdict(False, f"not comparable: scores of champion version {number} cannot be read ({error})")
-    verdict = judge(Scores.read(results.folder("score")), scores, rule)
+    verdict = judge(scores, of_champion, rule)
     return Verdict(verdict.promoted, f"against champion version {number}: {verdict.reason}")
-
-
-def _logged_scores(tracking: Tracking, version: ModelVersion) -> Scores:
-    if version.run_id is None:
-        raise SvdiffError("it has no run")
-    with tempfile.TemporaryDirectory() as folder:
-        return Scores.read(Path(tracking.client.download_artifacts(version.run_id, "scores", folder)))
 
 
 def champion_of(tracking: Tracking, concept: str) -> int | None:
@@ -113,19 +147,8 @@ def champion_of(tracking: Tracking, concept: str) -> int | None:
 
 
 def aliases_of(tracking: Tracking, concept: str) -> dict[str, int]:
-    """Aliases of a registered concept and their version numbers."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        aliases = tracking.client.get_registered_model(concept).aliases
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise SvdiffError(
-            f"no concept '{concept}' in the registry at {tracking.uri}; `python -m flows list` shows those "
-            f"that are, `dvc repro register@{concept}` registers it"
-        ) from None
-    return {alias: int(number) for alias, number in aliases.items()}
+    """Aliases of a registered concept and their version numbers. Raises SvdiffError for an unknown concept."""
+    return {alias: int(number) for alias, number in registered_model(tracking, concept).aliases.items()}
 
 
 def promote(tracking: Tracking, concept: str, version: int, reason: str) -> None:
@@ -134,9 +157,9 @@ def promote(tracking: Tracking, concept: str, version: int, reason: str) -> None
     Raises SvdiffError if there is no such version.
     """
     client, before = tracking.client, aliases_of(tracking, concept)
-    _existing(tracking, concept, version)
+    model_version(tracking, concept, version)
     client.set_model_version_tag(concept, str(version), REASON, reason)
-    client.set_model_version_tag(concept, str(version), "promoted_at", _now())
+    client.set_model_version_tag(concept, str(version), "promoted_at", now())
     previous = before.get(CHAMPION)
     if previous is not None and previous != version:
         client.set_model_version_tag(concept, str(version), PREVIOUS, str(previous))
@@ -145,55 +168,6 @@ def promote(tracking: Tracking, concept: str, version: int, reason: str) -> None
         client.delete_registered_model_alias(concept, CHALLENGER)
 
 
-def promote_by_hand(tracking: Tracking, concept: str, version: int | None, reason: str) -> int:
-    """Promote `version`, by default the challenger, for a person's `reason`; return its number."""
-    with locked(tracking.locks / f"register-{concept}"):
-        number = version if version is not None else aliases_of(tracking, concept).get(CHALLENGER)
-        if number is None:
-            raise SvdiffError(f"'{concept}' has no challenger to promote; name a version with --version")
-        chosen = _existing(tracking, concept, number)
-        if champion_of(tracking, concept) == number:
-            raise SvdiffError(f"version {number} of '{concept}' is the champion already")
-        if ROLLED_BACK in chosen.tags:
-            tracking.client.delete_model_version_tag(concept, str(number), ROLLED_BACK)
-        promote(tracking, concept, number, f"by hand: {reason}")
-    return number
-
-
-def rollback(tracking: Tracking, concept: str, reason: str) -> tuple[int, int]:
-    """Put the previous champion back and bar the present one from automatic promotion.
-
-    Returns:
-        Version numbers of the champion that was and of the one that is now.
-
-    Raises:
-        SvdiffError: no champion, no predecessor on record, or the predecessor was deleted.
-    """
-    with locked(tracking.locks / f"register-{concept}"):
-        client, number = tracking.client, champion_of(tracking, concept)
-        if number is None:
-            raise SvdiffError(f"'{concept}' has no champion to roll back")
-        previous = client.get_model_version(concept, str(number)).tags.get(PREVIOUS)
-        if previous is None:
-            raise SvdiffError(
-                f"champion version {number} of '{concept}' has no predecessor on record; promote another by hand"
-            )
-        _existing(tracking, concept, int(previous))
-        client.set_model_version_tag(concept, str(number), ROLLED_BACK, f"{_now()}: {reason}")
-        client.set_registered_model_alias(concept, CHAMPION, str(previous))
-    return number, int(previous)
-
-
-def _existing(tracking: Tracking, concept: str, version: int) -> ModelVersion:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return tracking.client.get_model_version(concept, str(version))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise SvdiffError(f"'{concept}' has no version {version}; it was deleted, or never there") from None
-
-
-def _now() -> str:
+def now() -> str:
+    """This second, in UTC, as tags say it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

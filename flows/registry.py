@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import svdiff
 from flows import runs
 from flows.lineage import data_hash, git_state
-from flows.promotion import CHALLENGER, CHAMPION, REASON, Verdict, decide
+from flows.promotion import Verdict, decide
 from flows.results import Results
 from flows.tracking import Tracking, locked
 from svdiff.config import Config
@@ -53,10 +52,12 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
         if version is None:
             run_id = runs.training_run(tracking, config, results)
             version = _create_version(tracking, config, results, run_id)
+        else:
+            _clean_lineage(tracking, config, results, version)
         run_id = str(version.run_id)
         runs.log_scores(tracking, results, run_id, version.model_id)
         runs.link_flow_run(tracking, run_id)
-        verdict = decide(tracking, config.promote, results, version)
+        verdict = decide(tracking, config, results, version)
     return Registration(
         results.concept, int(version.version), run_id, results.delta_sha256, results.base_hash, new, verdict
     )
@@ -94,18 +95,33 @@ def settle(tracking: Tracking, same: list[ModelVersion]) -> ModelVersion | None:
 
 def version_tags(config: Config, results: Results) -> dict[str, str]:
     """Lineage of a version: enough to say what it was made from, and to find it again."""
-    concept = config.concept(results.concept)
+    entry = config.entry(results.concept)
     return {
         "delta_sha256": results.delta_sha256,
-        "base_hash": results.base_hash,
-        "data_hash": data_hash(results.root, results.concept),
+        # `base_hash` of the UNet, `text_encoder.base_hash` where that was trained as well.
+        **{key: value for key, value in results.delta_metadata.items() if key.endswith("base_hash")},
+        "data_hash": data_hash(results.root, entry.concepts),
         "subset": results.delta_metadata.get("subset", config.train_config(results.concept).subset),
-        "class_word": concept.class_word,
-        "token": concept.token,
+        "kind": entry.kind,
+        "concepts": ", ".join(entry.concepts),
+        "class_word": entry.class_word,
+        "token": entry.token,
         "train_key": str(results.training["train_key"]),
         "svdiff_version": svdiff.__version__,
         **git_state(results.root),
     }
+
+
+def _clean_lineage(tracking: Tracking, config: Config, results: Results, version: ModelVersion) -> None:
+    """Give a version that was registered from a dirty tree the commit that has been made of it since.
+
+    That this commit has the inputs of the training is DVC's to say: whoever reproduces the version asks it first.
+    """
+    state = git_state(results.root)
+    if version.tags.get("git_dirty") == "true" and state["git_dirty"] == "false":
+        runs.log_lineage(tracking, config, results, str(version.run_id))
+        for key, value in state.items():
+            tracking.client.set_model_version_tag(version.name, str(version.version), key, value)
 
 
 def _create_version(tracking: Tracking, config: Config, results: Results, run_id: str) -> ModelVersion:
@@ -152,7 +168,7 @@ def _log_model(tracking: Tracking, config: Config, results: Results, run_id: str
             python_model=str(MODEL_FILE),
             artifacts={"delta": str(results.delta), "concept": str(description)},
             signature=_signature(config),
-            input_example=pd.DataFrame({"prompt": [f"a {config.concept(results.concept).subject}"]}),
+            input_example=pd.DataFrame({"prompt": [f"a {config.entry(results.concept).subject}"]}),
             pip_requirements=_requirements(),
             tags={"delta_sha256": results.delta_sha256, "base_hash": results.base_hash},
             # Else MLflow would load the base and draw the example's picture at every registration.
@@ -177,7 +193,7 @@ def describe(config: Config, results: Results) -> dict[str, Any]:
     local = (results.root / config.base.model).resolve()
     return {
         "concept": results.concept,
-        "subject": config.concept(results.concept).subject,
+        "subject": config.entry(results.concept).subject,
         "base_model": str(local) if local.is_dir() else config.base.model,
         "base_revision": config.base.revision,
         "base_hash": results.base_hash,
@@ -211,52 +227,3 @@ def _requirements() -> list[str]:
     from importlib.metadata import version
 
     return [f"{name}=={version(name)}" for name in REQUIREMENTS] + [f"svdiff=={svdiff.__version__}"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One registered concept as `list_concepts` shows it; numbers are None where there is none."""
-
-    concept: str
-    champion: int | None
-    challenger: int | None
-    image_alignment: float | None
-    text_alignment: float | None
-    base_hash: str
-    reason: str
-
-
-def list_concepts(tracking: Tracking) -> list[Entry]:
-    """Every registered concept with its champion's scores: two searches, however many there are."""
-    client = tracking.client
-    tags = {(v.name, int(v.version)): v.tags for v in _all(client.search_model_versions)}
-    entries = []
-    for model in _all(client.search_registered_models):
-        aliases = {alias: int(number) for alias, number in model.aliases.items()}
-        of_champion = tags.get((model.name, aliases.get(CHAMPION, -1)), {})
-        entries.append(
-            Entry(
-                model.name,
-                aliases.get(CHAMPION),
-                aliases.get(CHALLENGER),
-                _number(of_champion, "image_alignment"),
-                _number(of_champion, "text_alignment"),
-                of_champion.get("base_hash", ""),
-                of_champion.get(REASON, ""),
-            )
-        )
-    return sorted(entries, key=lambda entry: entry.concept)
-
-
-def _number(tags: dict[str, str], key: str) -> float | None:
-    return float(tags[key]) if key in tags else None
-
-
-def _all(search: Callable[..., Any]) -> list[Any]:
-    found, token = [], None
-    while True:
-        page = search(max_results=1000, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found

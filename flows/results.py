@@ -96,7 +96,7 @@ class Results:
 
 def read_results(config: Config, concept: str, root: Path = Path()) -> Results:
     """The results of `concept`. Raises SvdiffError naming the missing file and the stage that makes it."""
-    config.concept(concept)
+    config.entry(concept)
     results = Results(concept, root.resolve())
     for stage, names in REQUIRED.items():
         for name in names:

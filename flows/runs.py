@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows import lineage
 from flows.results import Results
 from flows.tracking import Tracking
 from svdiff.config import Config
@@ -120,17 +122,22 @@ def _log_training(tracking: Tracking, config: Config, results: Results, run: Run
         client.log_artifacts(run_id, str(validation), "validation")
     client.log_artifact(run_id, str(results.folder("train") / "train.json"), "train")
     client.log_artifact(run_id, str(results.folder("train") / "curve.csv"), "train")
-    for name in ("params.yaml", "dvc.lock"):
-        if (results.root / name).is_file():
-            client.log_artifact(run_id, str(results.root / name), "lineage")
+    log_lineage(tracking, config, results, run_id)
+
+
+def log_lineage(tracking: Tracking, config: Config, results: Results, run_id: str) -> None:
+    """Everything that the version needs to be made again, as files of the run."""
+    described = json.dumps(lineage.describe(config, results), indent=1) + "\n"
+    tracking.client.log_text(run_id, described, f"{lineage.FOLDER}/{lineage.FILE}")
+    tracking.client.log_artifact(run_id, str(results.root / "params.yaml"), lineage.FOLDER)
 
 
 def _parameters(config: Config, results: Results) -> dict[str, Any]:
-    concept = config.concept(results.concept)
+    entry = config.entry(results.concept)
     values = results.training.get("config") or config.train_config(results.concept).model_dump(mode="json")
     return values | {
-        "class_word": concept.class_word,
-        "token": concept.token,
+        "class_word": entry.class_word,
+        "token": entry.token,
         "base.model": config.base.model,
         "sample.steps": config.sample.steps,
         "sample.guidance": config.sample.guidance,

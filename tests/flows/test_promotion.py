@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniature import Project
 
-from flows.promotion import aliases_of, champion_of, judge, promote_by_hand, rollback
+from flows.life import promote_by_hand, rollback
+from flows.promotion import aliases_of, champion_of, judge
 from flows.results import Scores
 from svdiff.config import PromoteConfig
 from svdiff.errors import SvdiffError

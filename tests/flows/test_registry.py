@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from flows import registry
 from flows.promotion import aliases_of, champion_of
+from flows.registered import list_concepts
 from flows.results import read_results
 from flows.runs import TRAIN_KEY
 from svdiff.errors import SvdiffError
@@ -181,7 +182,7 @@ def test_list_shows_champions_and_scores(project: Project) -> None:
     project.register("dog", image=0.5)
     project.register("dog", value=0.2, image=0.4)
     project.register("dog2")
-    entries = registry.list_concepts(project.tracking)
+    entries = list_concepts(project.tracking)
     assert [(e.concept, e.champion, e.challenger) for e in entries] == [("dog", 1, 2), ("dog2", 1, None)]
     assert entries[0].image_alignment == pytest.approx(0.6)
 

@@ -1,0 +1,95 @@
+"""What scores were measured with, and the baseline that a version's later scores are held against.
+
+Scores compare only where evaluators, prompts and seeds, sampler and the concept's own pictures are the same: together they
+are the *measure*. A version remembers in tags the measure of its baseline and the run that holds the baseline's scores:
+first the run of its training, later that of the re-evaluation that met a new measure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.results import Results, Scores
+from svdiff.config import Config, SampleConfig
+from svdiff.data.concepts import concept_folder
+from svdiff.errors import SvdiffError
+from svdiff.files import sha256_tree
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+    from flows.tracking import Tracking
+
+BASELINE, BASELINE_RUN = "baseline", "baseline_run"  # tags of a version
+SCORES_FOLDER = "scores"  # artifacts of the run: images.csv and evaluators.json
+DIGITS = 16  # of each part's hash
+
+Measure = dict[str, str]  # `evaluators`, `prompts`, `sampling`, `pictures`: a short hash each
+
+
+def measure(
+    evaluators: Any,
+    shown: Iterable[tuple[str, int]],
+    settings: SampleConfig,
+    references: Sequence[Path],
+) -> Measure:
+    """The measure of scores.
+
+    Args:
+        evaluators: content of evaluators.json.
+        shown: prompt and seed of every picture.
+        settings: how they were sampled; prompts and seeds count as far as they are `shown`.
+        references: folders of the pictures that image alignment is against.
+    """
+    return {
+        "evaluators": _hash(evaluators),
+        "prompts": _hash(sorted((prompt, int(seed)) for prompt, seed in shown)),
+        "sampling": _hash(settings.model_dump(mode="json", exclude={"prompts", "seeds", "batch_size"})),
+        "pictures": _hash([sha256_tree(folder) if folder.exists() else None for folder in references]),
+    }
+
+
+def registered_measure(config: Config, results: Results) -> Measure:
+    """The measure of what the stages `sample` and `score` left."""
+    scores = Scores.read(results.folder("score"))
+    return measure(
+        scores.evaluators,
+        scores.table.index,
+        config.sample,
+        [results.root / concept_folder(name) for name in config.entry(results.concept).concepts],
+    )
+
+
+def changed(before: Measure, now: Measure) -> list[str]:
+    """Names of the parts that differ."""
+    return [part for part in now if before.get(part) != now[part]]
+
+
+def baseline_of(version: ModelVersion) -> Measure | None:
+    """The measure of a version's baseline; None for one that was registered without."""
+    return json.loads(version.tags[BASELINE]) if BASELINE in version.tags else None
+
+
+def set_baseline(tracking: Tracking, version: ModelVersion, now: Measure, run_id: str) -> None:
+    """Scores of the run `run_id`, measured by `now`, are the version's baseline from here on."""
+    client, name, number = tracking.client, version.name, str(version.version)
+    client.set_model_version_tag(name, number, BASELINE_RUN, run_id)
+    client.set_model_version_tag(name, number, BASELINE, json.dumps(now))
+
+
+def baseline_scores(tracking: Tracking, version: ModelVersion) -> Scores:
+    """Scores of the version's baseline. Raises what the artifact store raises, SvdiffError without a run."""
+    run_id = version.tags.get(BASELINE_RUN) or version.run_id
+    if not run_id:
+        raise SvdiffError("it has no run")
+    with tempfile.TemporaryDirectory() as folder:
+        return Scores.read(Path(tracking.client.download_artifacts(run_id, SCORES_FOLDER, folder)))
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:DIGITS]

@@ -1,0 +1,197 @@
+"""Measuring a registered version: its own delta out of the registry, on its own base, by the evaluators of today."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.baseline import Measure, measure
+from svdiff.catalogue import Entry
+from svdiff.config import BaseModelConfig, ConceptConfig, Config
+from svdiff.data.concepts import concept_folder, load_concept_images
+from svdiff.errors import SvdiffError
+from svdiff.files import sha256_file
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from diffusers import StableDiffusionPipeline
+    from mlflow.entities.model_registry import ModelVersion
+    from PIL.Image import Image
+
+    from flows.tracking import Tracking
+    from svdiff.evaluation.alignment import Evaluators
+    from svdiff.sampling import Job
+
+BASE_VARIABLE = "SVDIFF_BASE_MODEL"  # as in pyfunc_model.py, which must not depend on this module
+
+
+class Broken(SvdiffError):
+    """A registered version that cannot be used as it was registered."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores by (prompt, seed), and the pictures in the same order."""
+
+    table: pd.DataFrame
+    images: list[Image]
+
+
+def entry_of(version: ModelVersion) -> Entry:
+    """The concept or pair of a version in its own words, whatever params.yaml says by now."""
+    tags = version.tags
+    parts = [tags.get(key, default).split(", ") for key, default in (("concepts", version.name), ("class_word", ""))]
+    tokens = tags.get("token", "").split(", ")
+    concepts = {
+        name: ConceptConfig(class_word=word, token=token) for name, word, token in zip(*parts, tokens, strict=True)
+    }
+    return Entry(version.name, "pair" if len(concepts) > 1 else "concept", concepts)
+
+
+class Examiner:
+    """Measures versions one after another; evaluators and base are loaded once, and only when they are needed."""
+
+    def __init__(self, config: Config, root: Path) -> None:
+        self.config, self.root = config, root
+        self._loaded: tuple[BaseModelConfig, StableDiffusionPipeline, str] | None = None
+
+    def measure(self, version: ModelVersion) -> Measure:
+        """What the scores of `version` would be measured with today."""
+        entry = entry_of(version)
+        return measure(
+            self.evaluators_described,
+            self._shown(entry),
+            self.config.sample,
+            [self.root / concept_folder(name) for name in entry.concepts],
+        )
+
+    def examine(self, tracking: Tracking, version: ModelVersion) -> Measured:
+        """Sample the version's prompts at their seeds, and score them.
+
+        Raises:
+            Broken: the delta or its base is not what was registered.
+            SvdiffError: the base or the concept's pictures are not here, so nothing can be said.
+        """
+        from svdiff.sampling import Job
+        from svdiff.sampling.stage import default_negatives, draw_pictures, personalise
+
+        entry = entry_of(version)
+        jobs = [Job(prompt, seed) for prompt, seed in self._shown(entry)]
+        # Read before the work: without them nothing can be said.
+        training = [p.image for name in entry.concepts for p in load_concept_images(self.root / concept_folder(name))]
+        with tempfile.TemporaryDirectory() as folder:
+            delta, description = fetch(tracking, version, Path(folder))
+            pipe = self._pipeline(version, description)
+            try:
+                personal = personalise(pipe, delta)
+            except SvdiffError as error:
+                raise Broken(str(error)) from error
+            try:
+                images = draw_pictures(pipe, jobs, self.config.sample, default_negatives(self.config, entry))
+            finally:
+                personal.unload()
+        return Measured(self._score(entry, jobs, images, training), images)
+
+    def _shown(self, entry: Entry) -> list[tuple[str, int]]:
+        """Prompt and seed of every picture."""
+        templates = self.config.mix.prompts if entry.kind == "pair" else self.config.sample.prompts
+        return [(prompt, seed) for prompt in entry.prompts(templates) for seed in self.config.sample.seeds]
+
+    def _score(self, entry: Entry, jobs: list[Job], images: list[Image], training: list[Image]) -> pd.DataFrame:
+        import pandas as pd
+
+        from svdiff.evaluation.alignment import align, without_token
+
+        table = pd.DataFrame(jobs, columns=["prompt", "seed"])
+        if entry.kind == "pair":
+            scores = self._score_pair(entry, table, images)
+        else:
+            texts = [without_token(prompt, entry.token) for prompt in table["prompt"]]
+            scores = align(images, texts, training, self._evaluators)
+        # As many decimals as the files of the stage `score` keep.
+        return scores.select_dtypes("number").round(6).set_index(pd.MultiIndex.from_frame(table))
+
+    def _score_pair(self, entry: Entry, table: pd.DataFrame, images: list[Image]) -> pd.DataFrame:
+        """As the stage `score` does it, which reads pictures from files."""
+        from svdiff.evaluation.pairs import score_samples
+
+        files = [f"{index}.png" for index in range(len(images))]
+        with tempfile.TemporaryDirectory() as folder:
+            for file, image in zip(files, images, strict=True):
+                image.save(Path(folder) / file)
+            samples = table.assign(file=files)
+            scored = score_samples(self.config, entry, samples, Path(folder), self._evaluators)
+        return scored.drop(columns=samples.columns)
+
+    @cached_property
+    def evaluators_described(self) -> Any:
+        """Content of evaluators.json for the evaluators of today."""
+        from svdiff.evaluation.score import describe_evaluators
+
+        return json.loads(json.dumps(describe_evaluators(self.config.evaluators)))
+
+    @cached_property
+    def _evaluators(self) -> Evaluators:
+        from svdiff.evaluation.alignment import load_evaluators
+
+        return load_evaluators(self.config.evaluators)
+
+    def _pipeline(self, version: ModelVersion, description: dict[str, Any]) -> StableDiffusionPipeline:
+        from svdiff.models import load_pipeline
+        from svdiff.spectral import weights_hash
+
+        base = self._base(description)
+        if self._loaded is None or self._loaded[0] != base:
+            self._loaded = None  # before the next is loaded: two would not fit everywhere
+            pipe = load_pipeline(base)
+            self._loaded = (base, pipe, weights_hash(pipe.unet))
+        _, pipe, found = self._loaded
+        registered = version.tags.get("base_hash")
+        if found != registered:
+            raise Broken(
+                f"it was trained on a base with weights {str(registered)[:16]}…, {base.model} has {found[:16]}…; bring "
+                f"that base back, name its folder in {BASE_VARIABLE}, or train the concept again"
+            )
+        return pipe
+
+    def _base(self, description: dict[str, Any]) -> BaseModelConfig:
+        """The base that the version names; this checkout's own where that folder is on another machine."""
+        named = os.environ.get(BASE_VARIABLE)
+        if (
+            named is None
+            and Path(description["base_model"]).is_absolute()
+            and not Path(description["base_model"]).is_dir()
+        ):
+            named = str(self.root / self.config.base.model)
+        if named is not None:
+            return BaseModelConfig(model=named)
+        return BaseModelConfig(model=description["base_model"], revision=description["base_revision"])
+
+
+def fetch(tracking: Tracking, version: ModelVersion, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The delta's file, copied into `folder`, and concept.json of a version.
+
+    Raises Broken if they are gone or are not what was registered. What an unreachable store raises passes through: it
+    says nothing about the version.
+    """
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    where = f"models:/{version.name}/{version.version}"
+    stored = {Path(f.path).name for f in list_artifacts(artifact_uri=f"{where}/artifacts", tracking_uri=tracking.uri)}
+    for name in ("delta.safetensors", "concept.json"):
+        if name not in stored:
+            raise Broken(f"{name} is not among its artifacts any more")
+    local = Path(download_artifacts(artifact_uri=f"{where}/artifacts", dst_path=str(folder), tracking_uri=tracking.uri))
+    delta = local / "delta.safetensors"
+    found, registered = sha256_file(delta), version.tags.get("delta_sha256")
+    if found != registered:
+        raise Broken(
+            f"its delta has SHA-256 {found[:16]}…, {str(registered)[:16]}… was registered: the file was changed"
+        )
+    description: dict[str, Any] = json.loads((local / "concept.json").read_text())
+    return delta, description

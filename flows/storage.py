@@ -1,0 +1,108 @@
+"""What takes the disk: resume states, decompositions and other scratch, DVC's cache and remote, MLflow, Prefect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from flows.tracking import SQLITE
+from svdiff.models import scratch
+
+if TYPE_CHECKING:
+    from flows.tracking import Tracking
+
+# Folders of the scratch folder by what they hold; others are shown by their names.
+SCRATCH = {
+    "state": "resume states of trainings",
+    "bases": "decompositions of bases",
+    "prior": "prior images by base and prompt",
+    "rank": "trainings of the rank analysis",
+    "base": "training of the embedded base",
+    "reproduce": "reproductions",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One consumer: bytes of its files, each counted once however many names it has."""
+
+    what: str
+    where: str
+    bytes: int
+    files: int
+
+
+def storage(tracking: Tracking, root: Path) -> list[Usage]:
+    """What each store takes, largest first; stores on other machines are not asked."""
+    places = list(_places(tracking, root))
+    return sorted((usage(what, path) for what, path in places if path.exists()), key=lambda u: -u.bytes)
+
+
+def usage(what: str, path: Path) -> Usage:
+    """Size of a file or of all files below a folder."""
+    sizes = {}
+    for file in [path] if path.is_file() else files_below(path):
+        status = file.lstat()
+        sizes[(status.st_dev, status.st_ino)] = status.st_size
+    return Usage(what, str(path), sum(sizes.values()), len(sizes))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder; links to folders are not followed, and what vanishes meanwhile is left out."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if os.path.lexists(path := Path(parent, name)):
+                yield path
+
+
+def _places(tracking: Tracking, root: Path) -> Iterator[tuple[str, Path]]:
+    home = root / scratch()
+    for folder in sorted(home.iterdir()) if home.is_dir() else []:
+        yield SCRATCH.get(folder.name, f"scratch: {folder.name}"), folder
+    yield from dvc_places(root)
+    if tracking.uri.startswith(SQLITE):
+        yield "MLflow database", Path(tracking.uri.removeprefix(SQLITE))
+    artifacts = local_path(tracking.client.get_experiment(tracking.experiment_id).artifact_location)
+    if artifacts is not None:
+        # Everything below one folder, whichever experiment it belongs to.
+        yield "MLflow artifacts", artifacts.parent if tracking.uri.startswith(SQLITE) else artifacts
+    yield "Prefect: database, logs, services", root / ".prefect"
+
+
+def dvc_places(root: Path) -> Iterator[tuple[str, Path]]:
+    """DVC's cache, and its default remote if that is a folder."""
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        repo = Repo(str(root))
+    except NotDvcRepoError:
+        return
+    with repo:
+        yield "DVC cache", Path(repo.cache.local_cache_dir)
+        remote = repo.config["core"].get("remote")
+        url = repo.config["remote"].get(remote, {}).get("url", "")
+        if url and "://" not in url:
+            yield f"DVC remote '{remote}'", Path(url)
+
+
+def local_path(uri: str) -> Path | None:
+    """The folder behind a URI or path of this machine, None for another store."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        return None
+    return Path(unquote(parts.path))
+
+
+def human(size: int) -> str:
+    """Bytes for people, in powers of 1000."""
+    value, unit = float(size), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

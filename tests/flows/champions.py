@@ -1,0 +1,91 @@
+"""Registered concepts with real deltas on tiny bases, sampled and scored by the real stages."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from miniature import Project, write_params, write_train
+from PIL import Image
+
+from flows.registry import Registration, register
+from flows.results import read_results
+from svdiff.config import Config
+from svdiff.spectral import attach, load_basis
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluation"))  # for its small evaluators
+
+SAMPLE = {"prompts": ["a {subject}", "a {subject} on a blue background"], "seeds": [0, 1], "steps": 2, "guidance": 2.0}
+EVALUATORS = {"clip_model": "tiny", "clip_pretrained": "random", "lpips_weights": None}
+
+
+class Champions(Project):
+    """A checkout whose concepts are on a base of its own, at models/base."""
+
+    def __init__(self, root: Path, tiny_base: Path, *concepts: str) -> None:
+        self.base = root / "models" / "base"
+        shutil.copytree(tiny_base, self.base)
+        for index, name in enumerate(concepts):
+            folder = root / "data" / "concepts" / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                Image.effect_noise((32, 32), 60 + 40 * index + number).convert("RGB").save(folder / f"{number}.png")
+        self.concepts = concepts
+        self.write_params(root)
+        super().__init__(root)
+
+    def write_params(self, root: Path, **sections: dict) -> None:
+        """params.yaml, in which `sections` differ."""
+        usual = {
+            "base": {"model": "models/base"},
+            "evaluators": EVALUATORS,
+            "sample": SAMPLE,
+            "score": {"bootstrap": 100},
+        }
+        write_params(root, *self.concepts, **(usual | sections))
+
+    def change(self, **sections: dict) -> Config:
+        """The configuration with other `sections` in params.yaml."""
+        from svdiff.config import load_config
+
+        self.write_params(self.root, **sections)
+        self.config = load_config(self.root / "params.yaml")
+        return self.config
+
+    def train(self, pipe, name: str, *, seed: int = 0, strength: float = 0.3) -> Registration:
+        """A delta of random shifts in the place of a trained one, then the real stages up to the registry."""
+        from svdiff.evaluation.score import score
+        from svdiff.sampling.stage import sample_entry
+
+        write_train(self.root, name, value=float(seed), train_key=f"{name}-{seed}-{strength}")
+        shifts = attach(pipe.unet, load_basis(pipe.unet, cache=None, progress=False))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in [*shifts.parameters_spectral(), *shifts.parameters_1d()]:
+                parameter += strength * torch.randn(parameter.shape, generator=generator)
+        shifts.delta(concept=name).save(self.root / "out" / "train" / name / "delta.safetensors")
+        shifts.detach()
+        sample_entry(self.config, name)
+        score(self.config, name)
+        return register(self.tracking, self.config, read_results(self.config, name, self.root))
+
+    def version(self, name: str, number: int = 1):
+        """A version as the registry has it now."""
+        return self.tracking.client.get_model_version(name, str(number))
+
+    def delta_file(self, name: str, number: int = 1) -> Path:
+        """The registered delta's file in the artifact store."""
+        model = self.tracking.client.get_logged_model(self.version(name, number).model_id)
+        return Path(model.artifact_location.removeprefix("file://")) / "artifacts" / "delta.safetensors"
+
+
+def disturb_autoencoder(base: Path) -> None:
+    """Change a part of the base that deltas do not name: pictures differ, the UNet's hash does not."""
+    from safetensors.torch import load_file, save_file
+
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.weight"] *= 3.0
+    save_file(weights, file, metadata={"format": "pt"})
