@@ -172,12 +172,16 @@ class Config(Section):
         kind = self.entry(name).kind
         own: dict[str, Any] = self._section(kind)[name].train | (overrides or {})
         of_kind: dict[str, Any] = {}
+        by_method: dict[Any, dict[str, Any]] = {}
         if kind == "pair":
             of_kind = {"validation_prompts": self.mix.validation_prompts} | self.mix.train
+            by_method = self.mix.methods
         elif kind == "edit":
             of_kind = {"prior_weight": 0.0} | self.edit.train
-            of_kind |= self.edit.methods.get((self.train.model_dump() | of_kind | own)["method"], {})
-        settings = TrainConfig.checked(self.train.model_dump() | of_kind | own, f"{SECTIONS[kind]}.{name}.train.")
+            by_method = self.edit.methods
+        values = self.train.model_dump() | of_kind
+        values |= by_method.get((values | own)["method"], {})
+        settings = TrainConfig.checked(values | own, f"{SECTIONS[kind]}.{name}.train.")
         if kind == "edit":
             _check_editing(name, settings)
         return settings

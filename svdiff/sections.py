@@ -203,6 +203,9 @@ class MixConfig(Section):
         description="rows of a pair's validation grid; {subject} becomes each subject",
     )
     train: dict[str, Any] = Field({}, description="keys of `train` that pairs set differently")
+    methods: dict[Literal["svdiff", "full", "lora", "custom-diffusion"], dict[str, Any]] = Field(
+        {}, description="keys of `train` by method: shifts want larger rates than weights"
+    )
 
     @field_validator("prompts")
     @classmethod

@@ -1,4 +1,4 @@
-"""Stage `report`: one self-contained page that shows every concept beside its neighbours.
+"""Stage `report`: one self-contained page that shows every concept and pair beside its neighbours.
 
 Pictures and figures are part of the file, nothing is loaded from anywhere: it can be mailed, archived and
 opened offline.
@@ -20,9 +20,11 @@ from PIL import Image
 import svdiff
 from svdiff.config import Config
 from svdiff.data.concepts import concept_folder, load_concept_images, to_square
+from svdiff.data.mixes import mix_folder
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.evaluation.correlation import CORRELATION, TRAINED
+from svdiff.evaluation.edit_section import edit_parts
 from svdiff.evaluation.figures import Figure, chart, figure_file, picture_figure, read_json
 from svdiff.evaluation.rank import RANKS
 from svdiff.evaluation.score import SAMPLES, SCORES, read_samples
@@ -35,6 +37,9 @@ MEASURES = {
     "image": ("image_alignment", "Image alignment", "1 − LPIPS to the training pictures"),
     "text": ("text_alignment", "Text alignment", "CLIP cosine with the prompt"),
     "clip_i": ("clip_i", "CLIP-I", "CLIP cosine with the training pictures"),
+    # Of pairs only, whose image alignment and CLIP-I are those of the two things in a picture, each with its own subject.
+    "separation": ("separation", "Separation", "1: both subjects as themselves, 0: blended, below: twins"),
+    "apart": ("apart", "Kept apart", "share of pictures with positive separation"),
 }
 
 
@@ -58,7 +63,7 @@ class Score:
 
 @dataclass
 class Page:
-    """What the page shows of one concept; parts that were not made yet are empty."""
+    """What the page shows of one concept or pair; parts that were not made yet are empty."""
 
     name: str
     subject: str
@@ -71,6 +76,7 @@ class Page:
     film: list[Figure] = field(default_factory=list)
     strip: Figure | None = None
     rank_curve: Figure | None = None
+    mixes: Figure | None = None
 
 
 def report(config: Config) -> Path:
@@ -79,12 +85,13 @@ def report(config: Config) -> Path:
     Raises:
         SvdiffError: nothing was made yet, or an output is damaged.
     """
-    pages = [_page(config, name) for name in config.concepts]
+    names = [*config.concepts, *config.pairs]
+    pages = [_page(config, name) for name in names]
     if not any(page.rows or page.curve for page in pages):
         raise SvdiffError(
             f"nothing to report: no concept of params.yaml has results in {TRAINED} yet. Fix: `dvc repro`"
         )
-    metrics = {name: values for name in config.concepts if (values := read_json(SCORES / name / "metrics.json"))}
+    metrics = {name: values for name in names if (values := read_json(SCORES / name / "metrics.json"))}
     evaluators = next((values for name in metrics if (values := read_json(SCORES / name / "evaluators.json"))), {})
     scatter = chart(plots.alignment_scatter(metrics), _scatter_alt(metrics)) if metrics else None
     correlation = read_json(CORRELATION / "summary.json")
@@ -98,6 +105,7 @@ def report(config: Config) -> Path:
         correlation=correlation,
         heat_map=figure_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
         evaluators=_flat(evaluators),
+        edits=edit_parts(config),
     )
     with atomic_dir(REPORT) as folder:
         (folder / "index.html").write_text(html, encoding="utf-8")
@@ -124,12 +132,12 @@ def _template() -> jinja2.Template:
 
 
 def _page(config: Config, name: str) -> Page:
-    concept = config.concept(name)
-    page = Page(name, concept.subject)
-    pictures = load_concept_images(concept_folder(name))
+    entry = config.entry(name)
+    page = Page(name, entry.subject)
     page.training = [
-        picture_figure(to_square(picture.image, THUMBNAIL), f"training picture {index} of {name}")
-        for index, picture in enumerate(pictures, start=1)
+        picture_figure(to_square(picture.image, THUMBNAIL), f"training picture {index} of {concept}")
+        for concept in entry.concepts
+        for index, picture in enumerate(load_concept_images(concept_folder(concept)), start=1)
     ]
     if (SAMPLES / name / "images.csv").is_file():
         samples = read_samples(SAMPLES / name)
@@ -142,6 +150,8 @@ def _page(config: Config, name: str) -> Page:
         page.curve = chart(plots.training_curve(curve), alt)
         page.facts = _facts(config, name, read_json(TRAINED / name / "train.json"))
         page.film = _film(TRAINED / name / "validation", name)
+    if (sheet := mix_folder(name) / "sheet.png").is_file():
+        page.mixes = picture_figure(Image.open(sheet), f"mixes that {name} was trained on, priors beneath")
     page.strip = figure_file(RANKS / name / "strip.png", f"pictures of {name} for each rank trained with")
     page.rank_curve = figure_file(RANKS / name / "curve.png", f"alignment of {name} against the rank trained with")
     return page
@@ -170,6 +180,7 @@ def _scores(metrics: dict[str, Any]) -> list[Score]:
             *(metrics[f"{short}_gain{end}"] for end in ("", "_low", "_high")),
         )
         for short, (measure, label, meaning) in MEASURES.items()
+        if measure in metrics
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from svdiff.config import Config
+from svdiff.evaluation.alignment import Evaluators
 from svdiff.spectral import SpectralDelta
 
 SIDE = 64
@@ -111,3 +112,12 @@ def write_training(folder: Path, seed: int, config: Config, name: str) -> None:
     curve.to_csv(folder / "curve.csv", index=False)
     settings = config.train_config(name).model_dump(mode="json")
     (folder / "train.json").write_text(json.dumps({"config": settings, "parameters": 84, "seconds": 12.5}))
+
+
+def embed(images: list[Image.Image]) -> torch.Tensor:
+    """Unit vectors of small pictures: a plain evaluator that a test can understand."""
+    small = [np.asarray(image.convert("RGB").resize((16, 16)), np.float32).ravel() - 128 for image in images]
+    return torch.nn.functional.normalize(torch.from_numpy(np.stack(small)), dim=1)
+
+
+PLAIN = Evaluators(embed, lambda texts: torch.ones(len(texts), 768) / 768**0.5, lambda a, b: 1 - embed(a) @ embed(b).T)

@@ -9,27 +9,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from evaluation_parts import SEEDS, drawing
+from evaluation_parts import PLAIN, SEEDS, drawing
 from PIL import Image, ImageDraw
 
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.alignment import Evaluators
 from svdiff.evaluation.pairs import likeness, reference, score_pair, score_things, separation
 from svdiff.evaluation.things import cut_out, find_two, foreground
 
 ROOT = Path(__file__).parents[2]
 SIDE = 64
-
-
-def embed(images: list[Image.Image]) -> torch.Tensor:
-    """Unit vectors of small pictures: a plain evaluator that a test can understand."""
-    small = [np.asarray(image.convert("RGB").resize((16, 16)), np.float32).ravel() - 128 for image in images]
-    return torch.nn.functional.normalize(torch.from_numpy(np.stack(small)), dim=1)
-
-
-PLAIN = Evaluators(embed, lambda texts: torch.ones(len(texts), 768) / 768**0.5, lambda a, b: 1 - embed(a) @ embed(b).T)
 
 
 def beside(left: Image.Image, right: Image.Image, background: str = "white", gap: int = 2) -> Image.Image:
