@@ -1,7 +1,7 @@
 """The models that score pictures: CLIP through open_clip, the perceptual distance through lpips.
 
 Both come in two kinds under the same configuration keys: the embedded ones, trained on the picture world, and the
-published ones by their hub names. Scores of one kind do not compare with the other's: `label` says which it was.
+published ones by their hub names. Scores of one kind do not compare with the other's.
 """
 
 from __future__ import annotations
@@ -25,13 +25,6 @@ LOCAL = "local-dir:"
 EncodeImages = Callable[[list[Image.Image]], "torch.Tensor"]
 EncodeTexts = Callable[[list[str]], "torch.Tensor"]
 Distance = Callable[[list[Image.Image], list[Image.Image]], "torch.Tensor"]
-
-
-def label(config: EvaluatorsConfig) -> dict[str, str]:
-    """Which evaluators made a score, for `evaluators.json`: {"clip": ..., "lpips": ...}."""
-    clip = config.clip_model if config.clip_model.startswith(LOCAL) else f"{config.clip_model}/{config.clip_pretrained}"
-    heads = f"own backbone {config.lpips_weights}" if config.lpips_weights else "published heads"
-    return {"clip": clip, "lpips": f"{config.lpips_net}, {heads}"}
 
 
 def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:
