@@ -70,7 +70,7 @@ def _tool(name: str, fix: str) -> Finding:
 def _checkout(params: Path) -> list[Finding]:
     """params.yaml, the concept folders it names, the base and the evaluators."""
     from svdiff.config import load_config
-    from svdiff.data.concepts import concept_folder, load_concept_images
+    from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
     from svdiff.models import check_layout
 
     try:
@@ -84,6 +84,12 @@ def _checkout(params: Path) -> list[Finding]:
             findings.append(Finding(True, f"{concept_folder(name)}: {count} pictures"))
         except SvdiffError as error:
             findings.append(Finding(False, str(concept_folder(name)), f"{error} (or `dvc pull data.dvc`)"))
+    for edit in config.edits.values():
+        try:
+            load_picture(edit.image)
+            findings.append(Finding(True, edit.image))
+        except SvdiffError as error:
+            findings.append(Finding(False, edit.image, f"{error} (or `dvc pull data.dvc`)"))
     local = [config.base.model] if config.base.model.startswith("models/") else []
     if config.evaluators.clip_model.startswith("local-dir:"):
         local.append(config.evaluators.clip_model.removeprefix("local-dir:"))

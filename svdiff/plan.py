@@ -75,7 +75,7 @@ def _dvc(*arguments: str) -> str:
 def estimate(config: Config, stage: str, forward: float) -> float:
     """Seconds of a stage, `forward` being those of one picture's pass through the UNet."""
     kind, _, name = stage.partition("@")
-    kind = kind.removesuffix("-pair")
+    kind = kind.removesuffix("-pair").removesuffix("-edit")
     guided = 2 * forward
     sampled = config.sample.steps * guided
     work = OTHERS.get(kind, 0.0)
@@ -85,6 +85,9 @@ def estimate(config: Config, stage: str, forward: float) -> float:
         work = _training(config, name, {}, forward)
     elif kind == "sample":
         work = 2 * len(config.sample_prompts(name)) * len(config.sample.seeds) * sampled
+    elif kind == "edit":
+        once = len(config.edit.starts) * len(config.edit.seeds) * guided + forward  # and a step of inversion
+        work = OTHERS["score"] + (1 + len(config.edits[name].targets)) * config.edit.steps * once
     elif kind == "rank":
         once = _training(config, name, {"steps": config.rank.steps}, forward)
         once += len(config.rank.prompts) * len(config.rank.seeds) * sampled

@@ -1,0 +1,173 @@
+"""What is gained by an edit against what is kept of the picture, for methods and lengths of training (Sec. 4.3, 4.5).
+
+Longer training keeps more of the picture and, by language drift, obeys the target less. Every cell (an edit, a method, a
+number of steps) is trained, sampled from every start and scored once, and kept: after a kill the rest is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from PIL import Image
+from tqdm.auto import tqdm
+
+from svdiff.base.world import World
+from svdiff.config import Config
+from svdiff.editing.edits import edit_picture
+from svdiff.editing.scenes import SceneEdit, scene_edits
+from svdiff.editing.scores import score_edits
+from svdiff.editing.stage import with_edit
+from svdiff.errors import SvdiffError
+from svdiff.evaluation import plots
+from svdiff.evaluation.alignment import Evaluators, align, load_evaluators
+from svdiff.evaluation.kept import key
+from svdiff.files import atomic_dir, atomic_file, sha256_tree
+from svdiff.models import load_pipeline, scratch
+from svdiff.sampling.stage import personalise
+
+METHODS = ("svdiff", "full", "lora")
+LENGTHS = (50, 100, 200, 400)
+CODE = ("base/world.py", "data/*.py", "editing/*.py", "sampling/*.py", "spectral/*.py", "training/**/*.py")
+UNTRAINED = "base"  # the method of the cells with no training
+MEASURES = ["reconstruction", "edit", "answer", "reconstruction_psnr", "input_edit", "answer_edit"]
+
+
+class Cell(NamedTuple):
+    """One training and what comes of it."""
+
+    edit: SceneEdit
+    method: str
+    steps: int
+
+
+def edit_curves(
+    config: Config,
+    *,
+    names: Sequence[str] = (),
+    methods: Sequence[str] = METHODS,
+    lengths: Sequence[int] = LENGTHS,
+    output: Path,
+) -> Path:
+    """Make what is missing of every cell, then write the whole to `output`.
+
+    Args:
+        config: params.yaml; section `edit` gives starts, seeds and each method's learning rates, `base_training.world`
+            the folder of the picture world.
+        names: edits of `scenes.scene_edits`; default all.
+        methods: of training; the untrained base stands beside them.
+        lengths: steps of training.
+        output: gets cells.csv (a row an edit, method, length and start), curves.csv (their means over small and over
+            structural edits), curves.png and pictures.png.
+
+    Returns:
+        `output`.
+
+    Raises:
+        SvdiffError: an unknown edit, or no picture world.
+    """
+    world = World(config.base_training.world)
+    known = {edit.name: edit for edit in scene_edits(world)}
+    if unknown := [name for name in names if name not in known]:
+        raise SvdiffError(f"no edit '{unknown[0]}' among those of the picture world; known: {', '.join(known)}")
+    edits = [known[name] for name in names or known]
+    work = scratch() / "edit-curves" / _key(config)[:16]
+    cells = [Cell(edit, UNTRAINED, 0) for edit in edits]
+    cells += [Cell(edit, method, steps) for edit in edits for method in methods for steps in lengths]
+    evaluators = load_evaluators(config.evaluators)
+    folders = [_finished(config, world, cell, evaluators, work) for cell in tqdm(cells, desc="cells", unit="cell")]
+    table = pd.concat([pd.read_csv(folder / "scores.csv") for folder in folders], ignore_index=True)
+    curves = summarise(table)
+    with atomic_dir(output) as folder:
+        table.to_csv(folder / "cells.csv", index=False, float_format="%.6f")
+        curves.to_csv(folder / "curves.csv", index=False, float_format="%.6f")
+        plots.save(plots.edit_curves(curves), folder / "curves.png")
+        plots.save(_pictures(config, world, edits, work, methods, max(lengths)), folder / "pictures.png")
+    return output
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over edits, those that keep the structure apart from the others: a row a group, start, method and length."""
+    groups = table.groupby(["structural", "start", "method", "steps"], sort=False)
+    return groups[MEASURES].mean().assign(edits=groups.size()).reset_index()
+
+
+def _finished(config: Config, world: World, cell: Cell, evaluators: Evaluators, work: Path) -> Path:
+    """The folder of a cell: scores.csv (a row a start) and the first picture of each start; made unless it is there."""
+    edit = cell.edit
+    final = _folder(work, cell)
+    if final.is_dir():
+        return final
+    source = work / edit.name / "input.png"
+    with atomic_file(source) as temporary:
+        edit.picture(world).save(temporary)
+    own = with_edit(config, edit.name, {"image": str(source), "prompt": edit.prompt, "targets": [edit.target]})
+    delta = None
+    if cell.steps:
+        from svdiff.training import train
+
+        overrides = {"method": cell.method, "steps": cell.steps, "validate_every": cell.steps}
+        delta = train(own, edit.name, out_dir=final.with_name(f"{final.name}-train"), overrides=overrides)
+    pipe = load_pipeline(config.base)
+    if delta is not None:
+        personalise(pipe, delta)
+    edited = edit_picture(pipe, edit.picture(world), edit.prompt, [edit.target], config.edit)
+    pictures, numbers = score_edits(edited, evaluators)
+    answer = edit.answer(world)
+    # How near each edit comes to the right answer, and what that answer itself scores.
+    pictures["answer"] = align(edited.pictures, pictures["prompt"].tolist(), [answer], evaluators)["image_alignment"]
+    known = align([answer], [edit.target], [answer], evaluators)["text_alignment"].iloc[0]
+    edits = pictures[pictures["prompt_index"] == 1]
+    rows = [
+        {
+            "name": edit.name,
+            "kind": edit.kind,
+            "structural": edit.structural,
+            "method": cell.method,
+            "steps": cell.steps,
+            "start": start,
+            "reconstruction": numbers[f"{start}_reconstruction"],
+            "edit": numbers[f"{start}_edit"],
+            "answer": edits.loc[edits["start"] == start, "answer"].mean(),
+            "reconstruction_psnr": numbers["reconstruction_psnr"],
+            "input_edit": numbers["input_edit"],
+            "answer_edit": known,
+        }
+        for start in config.edit.starts
+    ]
+    with atomic_dir(final) as folder:
+        pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
+        for start, chosen in edits.groupby("start"):
+            edited.pictures[chosen.index[0]].save(folder / f"{start}.png")
+    return final
+
+
+def _folder(work: Path, cell: Cell) -> Path:
+    return work / cell.edit.name / f"{cell.method}-{cell.steps:05d}"
+
+
+def _pictures(
+    config: Config, world: World, edits: Sequence[SceneEdit], work: Path, methods: Sequence[str], steps: int
+) -> plots.Figure:
+    """A row an edit: the input, the right answer, then each method's longest training from each start."""
+    rows = []
+    for edit in edits:
+        folders = [_folder(work, Cell(edit, method, steps)) for method in methods]
+        made = [Image.open(folder / f"{start}.png") for folder in folders for start in config.edit.starts]
+        rows.append([edit.picture(world), edit.answer(world), *made])
+    columns = ["input", "answer", *(f"{method}\n{start}" for method in methods for start in config.edit.starts)]
+    return plots.captioned_grid(rows, [edit.name for edit in edits], columns)
+
+
+def _key(config: Config) -> str:
+    """Of everything that a finished cell depends on, but for what its folder's name says."""
+    return key(
+        config,
+        CODE,
+        train=config.train.model_dump(mode="json"),
+        edit=config.edit.model_dump(mode="json"),
+        world=sha256_tree(config.base_training.world),
+        sample=config.sample.model_dump(mode="json", exclude={"prompts", "seeds", "batch_size"}),
+    )

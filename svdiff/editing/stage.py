@@ -1,0 +1,147 @@
+"""Stage `edit`: a picture's edits, their sheet and scores; and an edit of any picture in one go."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svdiff.config import Config, EditConfig, EditingConfig, StartConfig
+from svdiff.data.concepts import load_picture
+from svdiff.editing import EDITS
+from svdiff.editing.edits import edit_picture, sheet
+from svdiff.editing.scores import score_edits
+from svdiff.errors import SvdiffError
+from svdiff.evaluation import plots
+from svdiff.evaluation.alignment import load_evaluators
+from svdiff.evaluation.score import describe_evaluators
+from svdiff.files import atomic_dir
+from svdiff.models import load_pipeline
+from svdiff.sampling.images import check_prompts
+from svdiff.sampling.stage import delta_path, personalise
+
+
+def edit(config: Config, name: str, *, delta: Path | None = None, output: Path | None = None) -> Path:
+    """Sample and score the edits of a picture that was trained on.
+
+    Writes to out/edit/<name>/ (or `output`): pictures/, sheet.png, images.csv (a row a picture, see `score_edits`),
+    metrics.json and evaluators.json.
+
+    Args:
+        config: all of params.yaml.
+        name: an entry of `edits:`.
+        delta: what the training wrote; default out/train/<name>/delta.safetensors.
+        output: where the results go.
+
+    Raises:
+        SvdiffError: a bad picture, a prompt too long, or nothing trained yet; before any work.
+    """
+    request, output = config.edit_of(name), output or EDITS / name
+    picture = load_picture(request.image).image
+    delta = delta or delta_path(name)
+    if not delta.is_file():
+        raise SvdiffError(f"{delta} not found; train on the picture first, with `dvc repro train-edit@{name}`")
+    pipe = load_pipeline(config.base)
+    check_prompts(pipe, [request.prompt, *request.targets])
+    personalise(pipe, delta)
+    edited = edit_picture(pipe, picture, request.prompt, request.targets, config.edit)
+    table, numbers = score_edits(edited, load_evaluators(config.evaluators))
+    with atomic_dir(output) as folder:
+        (folder / "pictures").mkdir()
+        singles = {
+            "input": edited.original,
+            "autoencoder": edited.autoencoded,
+            "reconstruction": edited.reconstruction,
+        }
+        for stem, image in singles.items():
+            image.save(folder / "pictures" / f"{stem}.png")
+        for file, image in zip(table["file"], edited.pictures, strict=True):
+            image.save(folder / "pictures" / file)
+        table.to_csv(folder / "images.csv", index=False, float_format="%.6f")
+        plots.save(sheet(edited, config.edit), folder / "sheet.png")
+        (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        (folder / "evaluators.json").write_text(json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
+    return output
+
+
+def edit_any(
+    config: Config,
+    image: Path,
+    prompt: str,
+    targets: Sequence[str],
+    *,
+    overrides: dict[str, Any] | None = None,
+    output: Path = Path("pictures"),
+) -> Path:
+    """Train on any picture, then edit it: <output>/<picture's name>/train/ and …/edit/, the sheet among them.
+
+    The same picture, prompt and settings are trained once: asking again for other targets only samples.
+
+    Args:
+        config: params.yaml; section `edit` says from where to sample.
+        image: the picture.
+        prompt: what it shows, without a special token.
+        targets: the edited prompts.
+        overrides: keys of `train` to set differently, such as method and steps.
+        output: folder for the result.
+
+    Returns:
+        The folder with the sheet.
+
+    Raises:
+        SvdiffError: as training and `edit` do, before any work.
+    """
+    from svdiff.training import train
+
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", image.stem).strip("-.") or "picture"
+    own = with_edit(config, name, {"image": str(image), "prompt": prompt, "targets": list(targets)})
+    load_picture(image)
+    own.train_config(name, overrides)
+    check_prompts(load_pipeline(own.base), [prompt, *targets])
+    delta = train(own, name, out_dir=output / name / "train", overrides=overrides)
+    return edit(own, name, delta=delta, output=output / name / "edit")
+
+
+def with_edit(config: Config, name: str, request: dict[str, Any]) -> Config:
+    """`config` with one edit and nothing else to train, and without a live curve, which nobody would follow.
+
+    Raises SvdiffError for a request that is no edit.
+    """
+    sections = {
+        "concepts": {},
+        "pairs": {},
+        "edits": {name: EditConfig.checked(request)},
+        "tracking": config.tracking.model_copy(update={"live": "none"}),
+    }
+    return config.model_copy(update=sections)
+
+
+def choose_starts(
+    editing: EditingConfig, *, inversion: bool | None = None, eta: float | None = None, alpha: float | None = None
+) -> EditingConfig:
+    """`editing` with those of its starts that are asked for.
+
+    Args:
+        editing: section `edit`.
+        inversion: only starts with inversion, or only those without; None takes both.
+        eta, alpha: make one start with inversion of these, in the place of the configured ones.
+
+    Raises:
+        SvdiffError: values out of range, α without inversion, or no start left.
+    """
+    starts = {name: start for name, start in editing.starts.items() if inversion in (None, start.alpha < 1)}
+    if inversion is False and alpha is not None:
+        raise SvdiffError(f"α = {alpha} mixes noise into the inverted picture; without inversion leave it out")
+    if eta is not None or alpha is not None:
+        values = {"eta": 0.5 if eta is None else eta, "alpha": 0.0 if alpha is None else alpha}
+        if inversion is False:
+            values["alpha"] = 1.0
+        starts = {name: start for name, start in starts.items() if start.alpha == 1 and inversion is None}
+        starts["noise" if inversion is False else "inversion"] = StartConfig.checked(values)
+    if not starts:
+        raise SvdiffError(
+            f"edit.starts has none {'with' if inversion else 'without'} inversion: {', '.join(editing.starts)}"
+        )
+    return editing.model_copy(update={"starts": starts})

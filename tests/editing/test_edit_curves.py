@@ -1,0 +1,65 @@
+"""The experiment on the tiny base: every cell once, kept through a kill, and the tables and figures at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from editing_parts import Checkout
+from PIL import Image
+
+import svdiff.training
+from svdiff.config import load_config
+from svdiff.editing.curves import MEASURES, edit_curves, summarise
+from svdiff.errors import SvdiffError
+from svdiff.evaluation import plots
+
+
+@pytest.mark.slow
+def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[tuple[str, int]] = []
+    train = svdiff.training.train
+
+    def killed_once(*args, **kwargs) -> Path:
+        overrides = kwargs["overrides"]
+        trained.append((overrides["method"], overrides["steps"]))
+        if trained[-1] == ("full", 1) and trained.count(("full", 1)) == 1:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(svdiff.training, "train", killed_once)
+    config, asked = load_config(), {"names": ["dog-background"], "methods": ["svdiff", "full"], "lengths": [1, 2]}
+    with pytest.raises(KeyboardInterrupt):
+        edit_curves(config, **asked, output=Path("curves"))
+    assert not Path("curves").exists()
+    folder = edit_curves(config, **asked, output=Path("curves"))
+    assert trained == [("svdiff", 1), ("svdiff", 2), ("full", 1), ("full", 1), ("full", 2)]
+
+    cells = pd.read_csv(folder / "cells.csv")
+    assert len(cells) == 3 * (1 + 2 * 2)  # starts, of the base and of each method and length
+    assert np.isfinite(cells[MEASURES]).all(axis=None)
+    noise = cells[cells["start"] == "noise"].set_index(["method", "steps"])
+    assert noise.loc[("svdiff", 2), "edit"] != noise.loc[("base", 0), "edit"]
+    curves = pd.read_csv(folder / "curves.csv")
+    assert (curves["edits"] == 1).all()
+    for name in ("curves.png", "pictures.png"):
+        assert min(Image.open(folder / name).size) > 200
+
+    with pytest.raises(SvdiffError, match=r"no edit 'fly'.*zoom-in-lion"):
+        edit_curves(config, names=["fly"], output=Path("curves"))
+
+
+def test_means_keep_small_and_structural_edits_apart() -> None:
+    rows = [
+        {"structural": structural, "start": "noise", "method": "svdiff", "steps": 50} | dict.fromkeys(MEASURES, value)
+        for structural, value in ((False, 0.25), (False, 0.75), (True, 1.0))
+    ]
+    base = [row | {"method": "base", "steps": 0} for row in rows]
+    curves = summarise(pd.DataFrame([*base, *rows])).set_index(["structural", "method"])
+    assert curves.loc[(False, "svdiff"), ["edit", "edits"]].tolist() == [0.5, 2]
+    assert curves.loc[(True, "svdiff"), ["edit", "edits"]].tolist() == [1.0, 1]
+    figure = plots.edit_curves(curves.reset_index())
+    assert len(figure.axes) == 2
+    assert {"base", "svdiff"} <= {text.get_text() for text in figure.axes[0].get_legend().get_texts()}

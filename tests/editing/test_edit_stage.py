@@ -1,0 +1,246 @@
+"""The stage `edit` and `svdiff edit IMAGE` on the tiny base: results, refusals before any work, death at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from editing_parts import Checkout
+from PIL import Image
+from safetensors.torch import load_file
+
+from svdiff.config import EditingConfig, load_config
+from svdiff.editing.stage import choose_starts, edit, edit_any
+from svdiff.errors import SvdiffError
+from svdiff.models import load_pipeline
+from svdiff.sampling import Job, sample_images
+from svdiff.sampling.stage import personalise
+from svdiff.training import train
+from svdiff.training.sources import read_material
+
+STAGE = import_module("svdiff.training.train")  # the package's attribute of this name is the function
+PROMPT, TARGET = "a dog on a blue background", "a dog on a red background"
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_an_edit_is_trained_on_one_picture_without_token_or_prior(checkout: Checkout) -> None:
+    config = load_config()
+    settings = config.train_config("on-red")
+    assert (settings.prior_weight, settings.steps) == (0, 6)
+    source = read_material(config, config.entry("on-red"), settings).encode(load_pipeline(config.base))
+    assert source.instance.prompts == [PROMPT]
+    assert source.instance.shown == [()]
+    assert source.prior is None
+    delta = train(config, "on-red")
+    curve = pd.read_csv(delta.with_name("curve.csv"))
+    assert len(curve) == 6
+    assert (curve["loss"] == curve["loss_instance"]).all()
+    assert json.loads(delta.with_name("train.json").read_text())["kind"] == "edit"
+
+
+def test_pictures_sheet_and_scores(checkout: Checkout) -> None:
+    config = load_config()
+    delta = train(config, "on-red")
+    folder = edit(config, "on-red")
+    assert folder == Path("out/edit/on-red")
+    table = pd.read_csv(folder / "images.csv")
+    assert len(table) == 3 * 3 * 2  # prompts, starts, seeds
+    assert set(table["start"]) == {"noise", "inversion", "structural"}
+    assert table[["faithfulness", "edit"]].apply(np.isfinite).all(axis=None)
+    pictures = folder / "pictures"
+    assert {path.name for path in pictures.iterdir()} == {
+        *table["file"],
+        *(f"{name}.png" for name in ("input", "autoencoder", "reconstruction")),
+    }
+    numbers = json.loads((folder / "metrics.json").read_text())
+    targets = table[(table["prompt_index"] > 0) & (table["start"] == "inversion")]
+    assert numbers["inversion_faithfulness"] == pytest.approx(targets["faithfulness"].mean(), abs=1e-5)
+    assert numbers["reconstruction_psnr"] <= numbers["autoencoder_psnr"] + 1
+    assert {"clip", "lpips"} <= json.loads((folder / "evaluators.json").read_text()).keys()
+    assert Image.open(folder / "sheet.png").width > 600
+
+    # Without inversion an edit is what the trained model draws of the target.
+    pipe = load_pipeline(config.base)
+    personalise(pipe, delta)
+    [drawn] = sample_images(pipe, [Job(TARGET, 1)], steps=3, guidance=config.edit.guidance)
+    file = table.query("prompt_index == 1 and start == 'noise' and seed == 1")["file"].item()
+    assert np.abs(pixels(drawn) - pixels(Image.open(pictures / file))).max() <= 1
+
+
+def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config()
+    first = edit_any(config, Path("photo.png"), PROMPT, [TARGET])
+    assert first == Path("pictures/photo/edit")
+    monkeypatch.setattr("svdiff.training.loop.Trainer._loss", lambda *_: pytest.fail("trained again"))
+    editing = choose_starts(config.edit, inversion=True, eta=0.0)
+    changed = config.model_copy(update={"edit": editing})
+    second = edit_any(changed, Path("photo.png"), PROMPT, ["a cat"])
+    table = pd.read_csv(second / "images.csv")
+    assert set(table["prompt"]) == {PROMPT, "a cat"}
+    assert set(table["start"]) == {"inversion"}
+    one, other = (Image.open(second / "pictures" / f"p01-inversion-s000{seed}.png") for seed in (0, 1))
+    assert np.array_equal(pixels(one), pixels(other)), "η = 0 and α = 0 leave nothing random"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_baselines_edit_as_well(checkout: Checkout, method: str) -> None:
+    checkout.values["edit"]["methods"] = {"full": {"lr": 1e-4}, "lora": {"lr": 3e-3, "steps": 2}}
+    checkout.write()
+    config = load_config()
+    folder = edit_any(config, Path("photo.png"), PROMPT, [TARGET], overrides={"method": method})
+    settings = json.loads((folder.parent / "train/train.json").read_text())["config"]
+    assert settings["method"] == method
+    assert (settings["lr"], settings["steps"]) == {"full": (1e-4, 6), "lora": (3e-3, 2)}[method]
+    assert (folder / "sheet.png").is_file()
+
+
+def test_an_edits_own_values_come_before_its_methods(checkout: Checkout) -> None:
+    checkout.values["edit"]["methods"] = {"svdiff": {"lr": 0.5, "lr_1d": 0.25}}
+    checkout.values["edits"]["on-red"]["train"] = {"lr": 0.125}
+    checkout.write()
+    settings = load_config().train_config("on-red", {"lr_1d": 0.0625})
+    assert (settings.lr, settings.lr_1d) == (0.125, 0.0625)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"targets": []}, ["edits.on-red.targets"]),
+        ({"targets": [PROMPT]}, ["differ", PROMPT]),
+        ({"targets": [TARGET, TARGET]}, ["differ", TARGET]),
+        ({"targets": [" "]}, ["says nothing"]),
+        ({"prompt": "a {subject}"}, ["placeholder", "{subject}"]),
+        ({"prompt": ""}, ["edits.on-red.prompt"]),
+        ({"train": {"prior_weight": 1.0}}, ["prior_weight", "no class"]),
+        ({"train": {"method": "custom-diffusion"}}, ["custom-diffusion", "token"]),
+        ({"train": {"lrr": 1.0}}, ["edits.on-red.train.lrr", "lr_1d"]),
+        ({"picture": "photo.png"}, ["edits.on-red.picture", "image"]),
+    ],
+)
+def test_an_impossible_edit_is_refused_by_name(checkout: Checkout, change: dict[str, Any], words: list[str]) -> None:
+    checkout.values["edits"]["on-red"] |= change
+    checkout.write()
+    with pytest.raises(SvdiffError) as error:
+        load_config()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_pictures_and_prompts_are_refused_before_any_work(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config()
+    monkeypatch.setattr(STAGE, "apply_method", lambda *_: pytest.fail("work has begun"))
+    with pytest.raises(SvdiffError, match="tokens long"):
+        edit_any(config, Path("photo.png"), PROMPT, ["a dog " * 20])
+    monkeypatch.setattr("svdiff.editing.stage.load_pipeline", lambda *_: pytest.fail("work has begun"))
+    Path("notes.png").write_text("not a picture")
+    with pytest.raises(SvdiffError, match=r"notes\.png"):
+        edit_any(config, Path("notes.png"), PROMPT, [TARGET])
+    with pytest.raises(SvdiffError, match="targets"):
+        edit_any(config, Path("photo.png"), PROMPT, [PROMPT])
+    with pytest.raises(SvdiffError, match=r"steps.*-1"):
+        edit_any(config, Path("photo.png"), PROMPT, [TARGET], overrides={"steps": -1})
+    with pytest.raises(SvdiffError, match="train-edit@on-red"):
+        edit(config, "on-red")
+    with pytest.raises(SvdiffError, match=r"no edit 'on-green'.*on-red"):
+        edit(config, "on-green")
+    assert not Path("pictures").exists()
+    assert not Path("out").exists()
+
+
+def test_starts_that_are_asked_for() -> None:
+    editing = EditingConfig()
+
+    def chosen(**asked: Any) -> dict[str, tuple[float, float]]:
+        starts = choose_starts(editing, **asked).starts
+        return {name: (start.eta, start.alpha) for name, start in starts.items()}
+
+    paper = {"noise": (0.0, 1.0), "inversion": (0.5, 0.0), "structural": (0.9, 0.9)}
+    assert chosen() == paper
+    assert chosen(inversion=False) == {"noise": paper["noise"]}
+    assert chosen(inversion=True) == {name: paper[name] for name in ("inversion", "structural")}
+    assert chosen(eta=0.2) == {"noise": (0.0, 1.0), "inversion": (0.2, 0.0)}
+    assert chosen(inversion=True, eta=0.9, alpha=0.7) == {"inversion": (0.9, 0.7)}
+    assert chosen(inversion=False, eta=0.3) == {"noise": (0.3, 1.0)}
+    with pytest.raises(SvdiffError, match="without inversion"):
+        chosen(inversion=False, alpha=0.2)
+    with pytest.raises(SvdiffError, match=r"eta.*1\.5"):
+        chosen(eta=1.5)
+
+
+# ---- the command ----
+
+
+def start(checkout: Checkout, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "svdiff.cli", "edit", *arguments],
+        cwd=checkout.root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_killed_in_training_and_run_again_gives_the_very_same_edit(checkout: Checkout) -> None:
+    checkout.values["edit"]["train"] = {"steps": 60}
+    checkout.values["train"] |= {"save_every": 5, "validate_every": 60}
+    checkout.write()
+    arguments = ["photo.png", "--prompt", PROMPT, "--target", TARGET]
+    straight = start(checkout, *arguments)
+    output, _ = straight.communicate()
+    assert straight.returncode == 0, output
+    assert "wrote pictures/photo/edit/sheet.png" in output
+    made, home = checkout.root / "pictures", checkout.root / "scratch"
+    made.rename(checkout.root / "straight")
+    (home / "state").rename(checkout.root / "straight-state")
+
+    killed = start(checkout, *arguments)
+    deadline = time.monotonic() + 300
+    while not list(home.glob("state/*/state.pt")):
+        assert killed.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not made.exists()
+    again = start(checkout, *arguments)
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+
+    one, other = (load_file(root / "photo/train/delta.safetensors") for root in (checkout.root / "straight", made))
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+    for path in sorted((made / "photo/edit").rglob("*.*")):
+        assert path.read_bytes() == (checkout.root / "straight" / path.relative_to(made)).read_bytes(), path
+
+
+@pytest.mark.slow
+def test_the_command_speaks_to_people(checkout: Checkout) -> None:
+    for arguments, words in (
+        (["photo.png", "--prompt", PROMPT], "--target is missing"),
+        (["on-red", "--eta", "0.5"], "--prompt is missing"),
+        (["nobody.png", "--prompt", PROMPT, "--target", TARGET], "nobody.png"),
+        (["photo.png", "--prompt", PROMPT, "--target", TARGET, "--method", "svd"], "'svdiff'"),
+    ):
+        done = start(checkout, *arguments)
+        output, _ = done.communicate()
+        assert done.returncode == 2
+        assert words in output
+        assert "Traceback" not in output
