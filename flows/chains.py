@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from svdiff.catalogue import Kind
 from svdiff.config import Config
+
+OWN: dict[Kind, list[str]] = {
+    "concept": ["train", "sample", "score", "register"],
+    "pair": ["mix", "train-pair", "sample-pair", "score-pair", "register-pair"],
+    "edit": ["train-edit", "edit"],
+}
 
 
 def prior_stages(config: Config, name: str) -> list[str]:
-    """Prior images of the classes that a concept or pair needs; other names may share them."""
+    """Prior images of the classes that a name needs; other names may share them, and an edit needs none."""
     words = dict.fromkeys(concept.class_word for concept in config.entry(name).concepts.values())
     return [f"prior@{word}" for word in words]
 
 
 def own_stages(config: Config, name: str) -> list[str]:
-    """Stages of one concept or pair alone, after its prior images. Raises SvdiffError for an unknown name."""
-    if config.entry(name).kind == "pair":
-        kinds = ["mix", "train-pair", "sample-pair", "score-pair", "register-pair"]
-    else:
-        kinds = ["train", "sample", "score", "register"]
-    return [f"{kind}@{name}" for kind in kinds]
+    """Stages of one name alone, after its prior images. Raises SvdiffError for an unknown name."""
+    return [f"{stage}@{name}" for stage in OWN[config.entry(name).kind]]
 
 
 def analysis_stages(config: Config) -> list[str]:

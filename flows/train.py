@@ -23,7 +23,7 @@ from flows.chains import analysis_stages, own_stages, prior_stages
 from flows.elsewhere import run_elsewhere
 from flows.tasks import dvc_stage
 from svdiff.config import NAME, Config, load_config
-from svdiff.data.concepts import concept_folder, load_concept_images
+from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
 from svdiff.errors import SvdiffError
 
 # What the UI checks before a run is made, and shows beside the descriptions of the docstrings.
@@ -40,6 +40,8 @@ def check(*names: str) -> Config:
     for name in names:
         for concept in config.entry(name).concepts:
             load_concept_images(concept_folder(concept))
+        if name in config.edits:
+            load_picture(config.edits[name].image)
     return config
 
 
@@ -89,12 +91,15 @@ def _train(config: Config, name: str, timeout_minutes: float | None, prior: bool
 
 @task(name="name", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def _one(name: str, kind: str, where: str, timeout_minutes: float | None) -> None:
-    """One concept or pair of `train-all`, as a flow run of its own."""
+    """One concept, pair or edit of `train-all`, as a flow run of its own."""
+    from flows.edit import edit_image
+
+    part: Any = {"concept": train_concept, "pair": train_pair, "edit": edit_image}[kind]
+    parameters = {kind: name, "timeout_minutes": timeout_minutes} | ({} if kind == "edit" else {"prior": False})
     if where == "workers":
-        parameters = {kind: name, "timeout_minutes": timeout_minutes, "prior": False}
-        run_elsewhere(f"train-{kind}", name, parameters)
+        run_elsewhere(part.name, name, parameters)
     else:
-        {"concept": train_concept, "pair": train_pair}[kind](name, timeout_minutes, prior=False)
+        part(**parameters)
 
 
 @flow(name="train-all", persist_result=False)
@@ -105,12 +110,12 @@ def train_all(
     timeout_minutes: Minutes | None = None,
     analyses: bool = True,
 ) -> None:
-    """Train, sample, score and register many concepts and pairs, then correlation, rank analysis and report.
+    """Everything in params.yaml, or what is named of it, then correlation, rank analysis and report.
 
     One that fails does not stop the others; the run says which failed, and fails at its end.
 
     Args:
-        names: names under `concepts:` and `pairs:` in params.yaml; default all.
+        names: names under `concepts:`, `pairs:` and `edits:` in params.yaml; default all.
         where: `here` trains on the worker that takes this run; `workers` makes a run of each name for any worker.
         limit: names in work at once, if `here`; workers have limits of their own.
         timeout_minutes: how long a stage may take.
@@ -118,9 +123,7 @@ def train_all(
     """
     log = get_run_logger()
     config = load_config()
-    wanted = list(dict.fromkeys(names if names is not None else [*config.concepts, *config.pairs]))
-    if limit < 1:
-        raise SvdiffError(f"limit is {limit}; expected the number of names in work at once, from 1")
+    wanted = list(dict.fromkeys(names if names is not None else [*config.concepts, *config.pairs, *config.edits]))
     check(*wanted)
     failures: dict[str, str] = {}
 
@@ -140,12 +143,12 @@ def train_all(
             if not future.state.is_completed():
                 failures[name] = future.state.message or str(future.state.type.value)
     trained = [name for name in wanted if name not in failures]
-    log.info("%d of %d names are registered", len(trained), len(wanted))
+    log.info("%d of %d are done", len(trained), len(wanted))
 
     if analyses:
         # What other clones have made comes from the DVC remote; in the clone that made it nothing happens.
-        fetched = [s for name in trained for s in own_stages(config, name)[:-1]] if where == "workers" else []
-        for stage in [*fetched, *analysis_stages(config)]:
+        made = [stage for name in trained for stage in own_stages(config, name)] if where == "workers" else []
+        for stage in [*(stage for stage in made if not stage.startswith("register")), *analysis_stages(config)]:
             _attempt(failures, stage, timeout_minutes)
     if failures:
         raise RuntimeError("\n".join(f"{name} failed: {why}" for name, why in failures.items()))

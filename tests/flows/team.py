@@ -28,7 +28,7 @@ from flows.services import answers
 REPOSITORY = Path(flows.__file__).parents[1]
 
 
-def until(condition: Callable[[], Any], patience: float = 300, what: str = "waited in vain") -> Any:
+def until(condition: Callable[[], Any], patience: float = 900, what: str = "waited in vain") -> Any:
     """The first true value of `condition`."""
     end = time.monotonic() + patience
     while not (found := condition()):
@@ -142,7 +142,7 @@ class Team:
             cwd=folder,
             env=self.env,
         )
-        until(lambda: answers(f"{self.tracking}/health"), 180, "the MLflow server did not start")
+        until(lambda: answers(f"{self.tracking}/health"), 600, "the MLflow server did not start")
 
     def close(self) -> None:
         for worker in self.workers:
@@ -191,7 +191,7 @@ class Team:
     def state(self, flow_run: str) -> str:
         return str(self.get(f"/flow_runs/{flow_run}")["state"]["name"])
 
-    def completed(self, flow_run: str, patience: float = 600) -> None:
+    def completed(self, flow_run: str, patience: float = 1500) -> None:
         """Wait until the run is completed; show its log if it ends otherwise."""
 
         def ended() -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from miniature import mlflow_client, registered, write_params
 from prefect.client.orchestration import get_client
+from prefect.exceptions import ParameterTypeError
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.train import train_all, train_concept
@@ -90,10 +91,10 @@ def test_one_failing_concept_does_not_stop_the_others(dvc_project: Path) -> None
 
 
 def test_limit_and_names_are_checked(dvc_project: Path) -> None:
-    with pytest.raises(SvdiffError, match="limit is 0"):
+    with pytest.raises(ParameterTypeError, match="limit"):
         train_all(limit=0)
     with pytest.raises(SvdiffError, match="no concept 'cow'"):
-        train_all(concepts=["dog", "cow"])
+        train_all(names=["dog", "cow"])
     write_params(dvc_project, "dog", train={"steps": -1})
     with pytest.raises(SvdiffError, match=r"train\.steps"):
         train_concept("dog")
