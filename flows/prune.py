@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.baseline import BASELINE_RUN
-from flows.registered import Registered, read_catalogue
+from flows.registered import Registered, model_id, read_catalogue
 from flows.storage import local_path, usage
 from svdiff.errors import SvdiffError
 from svdiff.models import scratch
@@ -150,7 +150,7 @@ def _mlflow(tracking: Tracking, concepts: list[Registered]) -> Found:
             f"deleted runs belong to registered versions: {', '.join(sorted(wanted))}; restore them with `mlflow runs "
             "restore --run-id …`, or delete the versions as well"
         )
-    models = _orphaned_models(tracking, {version.model_id for version in versions})
+    models = _orphaned_models(tracking, {model_id(version) for version in versions})
     found = [_removable("deleted run", run.info.run_id, run.info.artifact_uri) for run in runs]
     found += [_removable("stored model of no version", m.model_id, m.artifact_location) for m in models]
 
@@ -183,7 +183,7 @@ def _deleted_runs(tracking: Tracking) -> list[Any]:
             return runs
 
 
-def _orphaned_models(tracking: Tracking, used: set[str | None]) -> list[Any]:
+def _orphaned_models(tracking: Tracking, used: set[str]) -> list[Any]:
     found: list[Any] = []
     token = None
     while True:

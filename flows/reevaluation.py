@@ -28,7 +28,7 @@ from flows.baseline import (
 from flows.examination import Broken, Examiner, Measured
 from flows.life import predecessor, rollback
 from flows.promotion import decide_again, now
-from flows.registered import RETIRED, Registered, read_catalogue, read_concept
+from flows.registered import RETIRED, Registered, model_id, read_catalogue, read_concept
 from flows.runs import CONCEPT
 from flows.tracking import locked
 from flows.verdicts import Judgement, Verdict, compare, new_baseline
@@ -200,7 +200,9 @@ class Reevaluation:
         changes = {"image_change": judgement.image_change, "text_change": judgement.text_change}
         values |= {name: value for name, value in changes.items() if value is not None}
         at = int(time.time() * 1000)
-        client.log_batch(run_id, metrics=[Metric(k, v, at, step, model_id=version.model_id) for k, v in values.items()])
+        client.log_batch(
+            run_id, metrics=[Metric(k, v, at, step, model_id=model_id(version)) for k, v in values.items()]
+        )
         # Pictures are kept where somebody may want to see them; each night's would fill a disk in a year.
         if judgement.verdict is not Verdict.UNCHANGED:
             self._log_files(run_id, SCORES_FOLDER if fresh else f"drift-{step:04d}", measured)

@@ -96,6 +96,17 @@ def model_version(tracking: Tracking, concept: str, number: int) -> ModelVersion
         raise SvdiffError(f"'{concept}' has no version {number}; it was deleted, or never there") from None
 
 
+def model_id(version: ModelVersion) -> str:
+    """Id of the stored model behind a version: MLflow's databases keep it in the source alone.
+
+    Raises SvdiffError for a version that was not made from a stored model.
+    """
+    scheme, _, name = str(version.source).partition(":/")
+    if scheme != "models" or "/" in name:
+        raise SvdiffError(f"'{version.name}' version {version.version} comes from {version.source}, no stored model")
+    return name
+
+
 def _unknown(tracking: Tracking, concept: str) -> str:
     return (
         f"no concept '{concept}' in the registry at {tracking.uri}; `python -m flows list` shows those "

@@ -12,6 +12,7 @@ import svdiff
 from flows import runs
 from flows.lineage import data_hash, git_state
 from flows.promotion import Verdict, decide
+from flows.registered import model_id
 from flows.results import Results
 from flows.tracking import Tracking, locked
 from svdiff.config import Config
@@ -55,7 +56,7 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
         else:
             _clean_lineage(tracking, config, results, version)
         run_id = str(version.run_id)
-        runs.log_scores(tracking, results, run_id, version.model_id)
+        runs.log_scores(tracking, results, run_id, model_id(version))
         runs.link_flow_run(tracking, run_id)
         verdict = decide(tracking, config, results, version)
     return Registration(

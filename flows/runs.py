@@ -43,7 +43,7 @@ def training_run(tracking: Tracking, config: Config, results: Results) -> str:
     return str(run.info.run_id)
 
 
-def log_scores(tracking: Tracking, results: Results, run_id: str, model_id: str | None) -> None:
+def log_scores(tracking: Tracking, results: Results, run_id: str, model_id: str) -> None:
     """Log metrics.json to run and model, score files and sample grids to the run; nothing if they are there."""
     client = tracking.client
     if client.get_run(run_id).data.tags.get(SCORES) == results.scores_sha256:

@@ -10,6 +10,7 @@ import torch
 from miniature import Project, write_params, write_train
 from PIL import Image
 
+from flows.registered import model_id
 from flows.registry import Registration, register
 from flows.results import read_results
 from svdiff.config import Config
@@ -77,7 +78,7 @@ class Champions(Project):
 
     def delta_file(self, name: str, number: int = 1) -> Path:
         """The registered delta's file in the artifact store."""
-        model = self.tracking.client.get_logged_model(self.version(name, number).model_id)
+        model = self.tracking.client.get_logged_model(model_id(self.version(name, number)))
         return Path(model.artifact_location.removeprefix("file://")) / "artifacts" / "delta.safetensors"
 
 

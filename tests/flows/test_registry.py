@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from flows import registry
 from flows.promotion import aliases_of, champion_of
-from flows.registered import list_concepts
+from flows.registered import list_concepts, model_id
 from flows.results import read_results
 from flows.runs import TRAIN_KEY
 from svdiff.errors import SvdiffError
@@ -47,6 +47,8 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.001"
     assert run.data.metrics["image_alignment"] == pytest.approx(0.6)
+    stored_model = client.get_logged_model(model_id(version))
+    assert {m.key for m in stored_model.metrics} >= {"image_alignment", "text_alignment"}
     assert [m.step for m in client.get_metric_history(done.run_id, "loss")] == list(range(1, 21))
     assert [m.step for m in client.get_metric_history(done.run_id, "fixed_noise_loss")] == [20]
     files = {
