@@ -13,6 +13,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
 PARAMS = Path("params.yaml")
+PICTURES = Path("pictures")
 
 
 @app.command()
@@ -29,7 +30,7 @@ def edit(
         float | None, typer.Option(help="η of DDIM after inversion, instead of those of `edit.starts`")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="α of Eq. 7, 0 (the inverted picture) to 1 (noise)")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the result")] = Path("pictures"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the result")] = PICTURES,
     params: Params = PARAMS,
 ) -> None:
     """Edit a picture (Sec. 3.4): train on it, then sample other prompts. With a name alone: the stage.
@@ -60,7 +61,8 @@ def edit_curves(
     name: Annotated[list[str] | None, typer.Option("--edit", help="one of the eight edits; default all")] = None,
     method: Annotated[list[str] | None, typer.Option(help="training method; default svdiff, full and lora")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="a length of training; default 50, 100, 200 and 400")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for tables and figures")] = Path("edit-curves"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for tables and figures")] = PICTURES
+    / "edit-curves",
     params: Params = PARAMS,
 ) -> None:
     """Edit score against reconstruction, for methods and lengths of training, on edits whose answer is known."""

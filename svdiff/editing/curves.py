@@ -6,6 +6,8 @@ number of steps) is trained, sampled from every start and scored once, and kept:
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -141,7 +143,18 @@ def _finished(config: Config, world: World, cell: Cell, evaluators: Evaluators, 
         pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
         for start, chosen in edits.groupby("start"):
             edited.pictures[chosen.index[0]].save(folder / f"{start}.png")
+    if delta is not None:
+        _discard(delta.parent)
     return final
+
+
+def _discard(trained: Path) -> None:
+    """Remove a training and its resume state: those of full weights would fill a disk with cells that are done."""
+    from svdiff.training.train import state_folder
+
+    key = json.loads((trained / "train.json").read_text())["train_key"]
+    shutil.rmtree(state_folder(key), ignore_errors=True)
+    shutil.rmtree(trained)
 
 
 def _folder(work: Path, cell: Cell) -> Path:

@@ -79,6 +79,11 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     return out_dir / "delta.safetensors"
 
 
+def state_folder(key: str) -> Path:
+    """Where a training keeps its resume state; `key` is the train_key of its train.json."""
+    return scratch() / "state" / f"train-{key[:24]}"
+
+
 @dataclass(frozen=True)
 class _Run:
     """One training under way."""
@@ -92,7 +97,7 @@ class _Run:
 
     @property
     def state_dir(self) -> Path:
-        return scratch() / "state" / f"train-{self.key[:24]}"
+        return state_folder(self.key)
 
 
 def _train_resumably(trainer: Trainer, run: _Run) -> list[dict[str, float]]:

@@ -37,6 +37,9 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
     folder = edit_curves(config, **asked, output=Path("curves"))
     assert trained == [("svdiff", 1), ("svdiff", 2), ("full", 1), ("full", 1), ("full", 2)]
 
+    assert not list(Path("scratch").rglob("delta.safetensors")), "cells that are done keep pictures and scores only"
+    assert not list(Path("scratch").rglob("state.pt"))
+
     cells = pd.read_csv(folder / "cells.csv")
     assert len(cells) == 3 * (1 + 2 * 2)  # starts, of the base and of each method and length
     assert np.isfinite(cells[MEASURES]).all(axis=None)
