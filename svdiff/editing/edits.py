@@ -57,7 +57,8 @@ def edit_picture(
     inverted = invert(pipe, latents.expand(len(prompts), -1, -1, -1), prompts, steps=settings.steps)
     [autoencoded] = decode(pipe, latents)
     [reconstruction] = reconstruct(pipe, inverted[:1], [prompt], steps=settings.steps)
-    rows, pictures = [], []
+    rows: list[dict[str, object]] = []
+    pictures: list[Image] = []
     for index, text in enumerate(tqdm(prompts, desc="edit", unit="prompt")):
         for name, start in settings.starts.items():
             pictures += edit_image(
@@ -85,7 +86,8 @@ def edit_picture(
 
 def sheet(edited: EditedPicture, settings: EditingConfig) -> plots.Figure:
     """Side by side, a row a prompt: the input, its reconstruction, then each start at each seed (Fig. 7, 22)."""
-    rows, labels = [], []
+    rows: list[list[Image]] = []
+    labels: list[str] = []
     for _, chosen in edited.table.groupby("prompt_index"):
         rows.append([edited.original, edited.reconstruction, *(edited.pictures[place] for place in chosen.index)])
         labels.append(textwrap.fill(str(chosen["prompt"].iloc[0]), LABEL))

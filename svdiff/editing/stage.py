@@ -45,9 +45,10 @@ def edit(config: Config, name: str, *, delta: Path | None = None, output: Path |
         raise SvdiffError(f"{delta} not found; train on the picture first, with `dvc repro train-edit@{name}`")
     pipe = load_pipeline(config.base)
     check_prompts(pipe, [request.prompt, *request.targets])
+    evaluators = load_evaluators(config.evaluators)
     personalise(pipe, delta)
     edited = edit_picture(pipe, picture, request.prompt, request.targets, config.edit)
-    table, numbers = score_edits(edited, load_evaluators(config.evaluators))
+    table, numbers = score_edits(edited, evaluators)
     with atomic_dir(output) as folder:
         (folder / "pictures").mkdir()
         singles = {
@@ -109,7 +110,7 @@ def with_edit(config: Config, name: str, request: dict[str, Any]) -> Config:
 
     Raises SvdiffError for a request that is no edit.
     """
-    sections = {
+    sections: dict[str, Any] = {
         "concepts": {},
         "pairs": {},
         "edits": {name: EditConfig.checked(request)},
