@@ -15,7 +15,9 @@ from PIL import Image
 
 from svdiff.base import loop
 from svdiff.base.config import AutoencoderTraining, BaseTrainingConfig
-from svdiff.base.linear_code import encode, write_encoder
+from svdiff.base.linear_code import encode, fit, write_encoder
+from svdiff.base.muon import Muon
+from svdiff.base.widening import load_widened
 from svdiff.base.world import PICTURE_SIZE, World
 from svdiff.files import atomic_dir
 
@@ -94,10 +96,11 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     vae = build(part)
     draw = random.Random(f"autoencoder/{config.seed}")
     plain = [world.picture(world.scene(config.seed, index)) for index in range(part.pool)]
-    if part.start_from is None:
-        write_encoder(vae, shuffled_colours(pixels(plain[:2000]), draw))
-    else:  # the same latents, so that a UNet trained on them stays good
-        vae.load_state_dict(type(vae).from_pretrained(part.start_from, local_files_only=True).float().state_dict())
+    kept = None
+    if part.start_from is not None:
+        kept = type(vae).from_pretrained(part.start_from, local_files_only=True).float()
+        load_widened(vae.decoder, kept.decoder.state_dict(), part.start_from)
+    write_encoder(vae, *fit(shuffled_colours(pixels(plain[:2000]), draw), part.latent_channels, kept))
     # Half of what the decoder sees is restyled: it has to draw the outlines and tones of hands that it does not know.
     seeds = [f"autoencoder/restyle/{config.seed}/{index}" for index in range(part.pool // 2)]
     other = [
@@ -105,16 +108,20 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     ]
     pool = pixels([*other, *plain[len(other) :]])
     vae.encoder.requires_grad_(False)
-    vae.register_to_config(scaling_factor=_scaling_factor(vae, pixels(plain[:256])))
+    # The same latents in the same units, so that a UNet trained on a narrower code can go on.
+    scale = _scaling_factor(vae, pixels(plain[:256])) if kept is None else kept.config.scaling_factor
+    vae.register_to_config(scaling_factor=scale)
     if not output.exists():
         _write(vae, output)  # the encoder is final: latents can be learned while the decoder trains
-    deviation = 1 / vae.config.scaling_factor
+    deviation = 1 / scale
     trained = list(vae.decoder.parameters())
-    optimiser = torch.optim.AdamW(trained, lr=part.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    kernels = [p for p in trained if p.ndim == 4 and len(p) > 3]
+    others = [p for p in trained if not (p.ndim == 4 and len(p) > 3)]  # biases, norms, and the last layer
+    muon, adam = Muon(kernels, part.lr), torch.optim.AdamW(others, part.lr, betas=(0.9, 0.99), fused=True)
     gradients = loop.Halves(DecoderLoss(vae.decoder))
 
     def step_fn(step: int) -> dict[str, float]:
-        for group in optimiser.param_groups:
+        for group in (*muon.param_groups, *adam.param_groups):
             group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
         draw = random.Random(f"autoencoder/{config.seed}/{step}")
         x = shuffled_colours(pool[draw.sample(range(len(pool)), part.batch_size)], draw)
@@ -122,19 +129,20 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         # The decoder will see what a UNet draws: it learns to forgive a little noise.
         amount = part.latent_noise * deviation * torch.tensor([draw.random() for _ in x]).view(-1, 1, 1, 1)
         z = z + amount * torch.randn(z.shape, generator=loop.step_generator(config.seed, step))
-
         numbers = gradients(z, x)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        muon.step()
+        adam.step()
         return numbers
 
     ended = loop.run(
         "autoencoder",
         steps=part.steps,
-        state={"decoder": vae.decoder, "optimiser": optimiser},
+        state={"decoder": vae.decoder, "muon": muon, "adam": adam},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
-        identity=f"{part.model_dump_json()}/{config.seed}",
+        # The length may be changed on the way.
+        identity=f"{part.model_dump_json(exclude={'steps'})}/{config.seed}",
         on_checkpoint=lambda step: _write(vae, output),
         stop_after=stop_after,
     )

@@ -79,7 +79,7 @@ def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
         text = nouns[0]
     elif scene.layout == "above-below":
         text = draw.choice(_ABOVE_BELOW).format(a=nouns[0], b=nouns[1])
-    elif draw.random() < 0.5:
+    elif draw.random() < 0.65:
         text = draw.choice(_LEFT_RIGHT).format(a=nouns[0], b=nouns[1])
     else:  # says that both are there, side by side, not which is where
         first, second = draw.sample(nouns, 2)
@@ -92,3 +92,14 @@ def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
     if len(tail) == 2 and draw.random() < 0.5:
         tail.reverse()
     return " ".join([text, *tail])
+
+
+def full_caption(scene: Scene, *, styles: bool = False) -> str:
+    """The caption that says everything: things, their order, background, and with `styles` the hand."""
+    nouns = [with_article(f"{scene.style} {thing.word}" if styles else thing.word) for thing in scene.things]
+    background = f"on {with_article(scene.colour)} background"
+    if scene.layout == "one":
+        return f"{nouns[0]} {background}"
+    if scene.layout == "left-right":
+        return f"{nouns[0]} on the left and {nouns[1]} on the right {background}"
+    return f"{nouns[0]} above {nouns[1]} {background}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from svdiff.base import loop, tokenizer
 from svdiff.base.autoencoder import pixels
-from svdiff.base.captions import caption
+from svdiff.base.captions import caption, full_caption
 from svdiff.base.config import BaseTrainingConfig, ClipTraining
 from svdiff.base.world import PICTURE_SIZE, Scene, World
 from svdiff.files import atomic_dir
@@ -51,18 +52,50 @@ def build(settings: dict[str, Any]) -> Any:
     return open_clip.CLIP(settings["embed_dim"], settings["vision_cfg"], text)
 
 
-def evaluation_pool(world: World, seed: int, count: int) -> tuple[list[Scene], list[bool], torch.Tensor]:
+@dataclass(frozen=True)
+class Pool:
     """Scenes, whether each was restyled (every second one), and uint8 pictures N×3×64×64."""
-    scenes = [world.scene(seed, index) for index in range(count)]
-    odd = [index % 2 == 1 for index in range(count)]
+
+    scenes: list[Scene]
+    restyled: list[bool]
+    pictures: torch.Tensor
+
+
+def evaluation_pool(world: World, seed: int, scenes: list[Scene]) -> Pool:
+    """The pictures of `scenes` on which an evaluator is trained: every second one drawn as another hand might."""
+    odd = [index % 2 == 1 for index in range(len(scenes))]
     chunks = []
-    for start in range(0, count, 256):
+    for start in range(0, len(scenes), 256):
         batch = [
             world.picture(scenes[i], restyle=random.Random(f"restyle/{seed}/{i}") if odd[i] else None)
-            for i in range(start, min(count, start + 256))
+            for i in range(start, min(len(scenes), start + 256))
         ]
         chunks.append(((pixels(batch) + 1) * 127.5).round().to(torch.uint8))
-    return scenes, odd, torch.cat(chunks)
+    return Pool(scenes, odd, torch.cat(chunks))
+
+
+_ORDER_WORDS = {"left", "right", "above", "below", "top", "under"}
+
+
+def rival_captions(world: World, scene: Scene, styles: bool, draw: random.Random, rivals: int) -> list[str]:
+    """A caption of the scene, then `rivals` that differ from it in one thing, hand, colour or in the order, and are not true.
+
+    Where a change does not show in the caption (it may leave the colour out, say), the caption itself stands there.
+    """
+    seed = draw.random()
+
+    def text(of: Scene) -> str:
+        say = random.Random(seed)  # the same words for every scene
+        return full_caption(of, styles=styles) if say.random() < 0.3 else caption(of, say, styles=styles)
+
+    own = text(scene)
+    texts = [own]
+    for _ in range(rivals):
+        other = world.altered(scene, draw)
+        ordered = bool(_ORDER_WORDS & set(own.split()))
+        swapped = {t.word for t in other.things} == {t.word for t in scene.things} and other.things != scene.things
+        texts.append(own if swapped and not ordered else text(other))
+    return texts
 
 
 def normalised(pictures: torch.Tensor) -> torch.Tensor:
@@ -83,8 +116,9 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     tokens = tokenizer.load(loop.scratch("tokenizer"))
     settings = model_config(part, tokens)
     torch.manual_seed(config.seed + 2)
-    model = build(settings).train()
-    scenes, restyled, pictures = evaluation_pool(world, config.seed + 2, part.pool)
+    model = build(settings).train().to(memory_format=torch.channels_last)
+    scenes = [world.scene(config.seed + 2, index) for index in range(part.pool)]
+    pool = evaluation_pool(world, config.seed + 2, scenes)
     optimiser = torch.optim.AdamW(model.parameters(), lr=part.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
     def step_fn(step: int) -> dict[str, float]:
@@ -92,25 +126,31 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
             group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
         draw = random.Random(f"clip/{config.seed}/{step}")
         chosen = draw.sample(range(part.pool), part.batch_size)
-        texts = [caption(scenes[i], draw, styles=not restyled[i]) for i in chosen]
-        ids = tokens(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        x = normalised(pictures[chosen])
+        lists = [rival_captions(world, scenes[i], not pool.restyled[i], draw, part.rivals) for i in chosen]
+        texts = [one[0] for one in lists]
+        every = [*texts, *(text for one in lists for text in one[1:])]
+        ids = tokens(every, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        x = normalised(pool.pictures[chosen]).contiguous(memory_format=torch.channels_last)
         shift = (draw.randint(-3, 3), draw.randint(-3, 3))
         x = x * draw.uniform(0.9, 1.1) + draw.uniform(-0.1, 0.1)
         x = F.pad(x, (3, 3, 3, 3), mode="replicate")[..., 3 + shift[0] : 67 + shift[0], 3 + shift[1] : 67 + shift[1]]
         with torch.autocast("cpu", torch.bfloat16):
             image = model.encode_image(x, normalize=True).float()
             text = model.encode_text(ids, normalize=True).float()
+        scale = model.logit_scale.exp().clamp(max=100)
         # Two captions may both be true of a picture; the same text twice in a batch is not a distractor.
         same = torch.tensor([[a == b for b in texts] for a in texts]) & ~torch.eye(len(texts), dtype=torch.bool)
-        logits = (model.logit_scale.exp().clamp(max=100) * image @ text.T).masked_fill(same, -1e4)
+        logits = (scale * image @ text[: len(texts)].T).masked_fill(same, -1e4)
+        silent = torch.tensor([[rival == one[0] for rival in one[1:]] for one in lists]).view(len(texts), -1)
+        rivals = scale * torch.einsum("nd,nkd->nk", image, text[len(texts) :].view(len(texts), part.rivals, -1))
+        hard = torch.cat([logits, rivals.masked_fill(silent, -1e4)], dim=1)
         target = torch.arange(len(texts))
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = (F.cross_entropy(hard, target) + F.cross_entropy(logits.T, target)) / 2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        right = (logits.argmax(1) == target).float().mean()
+        right = (hard.argmax(1) == target).float().mean()
         return {"loss": loss.item(), "top1": right.item()}
 
     ended = loop.run(

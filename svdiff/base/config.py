@@ -20,14 +20,16 @@ class AutoencoderTraining(_Section):
 
     pool: int = Field(6000, ge=1, description="pictures composed at the start, from which the steps draw")
     steps: int = Field(2200, ge=1, description="optimiser steps of the decoder; the encoder is a linear code")
-    batch_size: int = Field(8, ge=2, description="pictures a step")
-    lr: float = Field(1.2e-3, gt=0, description="peak learning rate, after a warm-up, then a cosine to zero")
+    batch_size: int = Field(16, ge=2, description="pictures a step")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate, after a warm-up, then a cosine to zero")
     channels: tuple[int, int, int, int] = Field((16, 64, 128, 128), description="channels of the resolutions")
-    latent_channels: int = Field(16, ge=1, description="numbers a latent position")
+    latent_channels: int = Field(32, ge=1, description="numbers a latent position")
     start_from: str | None = Field(
-        None, description="autoencoder folder to go on from: its encoder stays as it is, its decoder is trained further"
+        None,
+        description="autoencoder folder to go on from: its code is kept, and widened if it has fewer latent channels; "
+        "its decoder is trained further",
     )
-    latent_noise: float = Field(0.2, ge=0, description="largest noise on the decoder's input, in deviations")
+    latent_noise: float = Field(0.05, ge=0, description="largest noise on the decoder's input, in deviations")
 
 
 class UNetTraining(_Section):
@@ -39,8 +41,11 @@ class UNetTraining(_Section):
     warmup: int = Field(60, ge=0, description="steps of linear warm-up")
     decay: float = Field(0.6, ge=0, le=1, description="share of the steps at the end over which the rate falls to zero")
     start_from: str | None = Field(
-        None, description="pipeline folder whose UNet and text encoder the training starts from; null: from nothing"
+        None,
+        description="pipeline folder whose UNet and text encoder the training starts from (with fewer latent channels, "
+        "it is widened); null: from nothing",
     )
+    compile: bool = Field(False, description="compile the UNet: minutes at the start, and faster steps then")
     prediction: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="what the UNet predicts")
     channels: tuple[int, ...] = Field((128, 256), description="channels of the resolutions")
     heads: int = Field(4, ge=1, description="attention heads")
@@ -49,7 +54,7 @@ class UNetTraining(_Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="share of captions left empty, for guidance")
     ema: float = Field(0.9990, ge=0, lt=1, description="decay of the moving average of the weights")
     min_snr: float = Field(5.0, gt=0, description="gamma of the min-SNR weighting")
-    pairs: float = Field(0.3, ge=0, le=1, description="share of pictures with two things")
+    pairs: float = Field(0.45, ge=0, le=1, description="share of pictures with two things")
     pool: int = Field(8192, ge=1, description="pictures encoded at a time")
     passes: int = Field(5, ge=1, description="passes over a pool before the next is encoded")
 
@@ -60,7 +65,10 @@ class ClipTraining(_Section):
     steps: int = Field(700, ge=1, description="optimiser steps")
     batch_size: int = Field(128, ge=2, description="pairs a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    width: int = Field(24, ge=8, description="width of the ResNet's stem")
+    width: int = Field(16, ge=8, description="width of the ResNet's stem")
+    rivals: int = Field(
+        2, ge=0, description="further captions a picture, each wrong in one thing, hand, colour or order"
+    )
     dimensions: int = Field(128, ge=8, description="of the common space")
     pool: int = Field(6000, ge=2, description="pictures composed at the start, half of them restyled")
 
@@ -68,7 +76,7 @@ class ClipTraining(_Section):
 class LpipsTraining(_Section):
     """Training of the backbone of the perceptual distance."""
 
-    net: Literal["alex", "squeeze"] = Field("alex", description="architecture, as the lpips package names it")
+    net: Literal["alex", "squeeze"] = Field("squeeze", description="architecture, as the lpips package names it")
     steps: int = Field(500, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=1, description="pictures a step")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
@@ -79,7 +87,7 @@ class BaseTrainingConfig(_Section):
     """How the embedded base and its evaluators are trained."""
 
     world: str = Field("data/world", description="folder of the picture world")
-    things: int | None = Field(24, ge=2, description="train on the first so many things of the world; null: on all")
+    things: int | None = Field(40, ge=2, description="train on the first so many things of the world; null: on all")
     seed: int = Field(0, ge=0, description="decides every picture, caption and noise")
     checkpoint_seconds: float = Field(120, gt=0, description="how often the resume state is written")
     autoencoder: AutoencoderTraining = Field(default_factory=AutoencoderTraining, description="the autoencoder")

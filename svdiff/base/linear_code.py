@@ -29,22 +29,55 @@ def patches(pictures: torch.Tensor) -> torch.Tensor:
     return pictures
 
 
-def principal_components(pictures: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Basis (count×192), deviations (count) and mean (192) of the 8×8 patches of `pictures`."""
+def principal_components(
+    pictures: torch.Tensor, count: int, known: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Basis (count×192), deviations (count) and mean (192) of the 8×8 patches of `pictures`.
+
+    With orthonormal `known` (n×192): of what remains of the patches outside its span.
+    """
     rows = patches(pictures).permute(0, 2, 3, 1).reshape(-1, 192).double()
     mean = rows.mean(0)
-    covariance = (rows - mean).T @ (rows - mean) / len(rows)
+    rows = rows - mean
+    if known is not None:
+        rows = rows - rows @ known.double().T @ known.double()
+    covariance = rows.T @ rows / len(rows)
     values, vectors = torch.linalg.eigh(covariance)
     order = values.argsort(descending=True)[:count]
     return vectors[:, order].T.float(), values[order].sqrt().float(), mean.float()
 
 
+def read_encoder(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (latents×192) and offsets (latents) of the code written into `vae`: a patch x has the code rows @ x + offsets."""
+    latents, norm = vae.config.latent_channels, vae.encoder.conv_norm_out
+    size, each = norm.num_channels // norm.num_groups, -(-latents // norm.num_groups)
+    last = vae.encoder.down_blocks[2].downsamplers[0].conv
+    plus = [(p // each) * size + 2 * (p % each) for p in range(latents)]
+    return last.weight[plus, :48, :2, :2].reshape(latents, 192), last.bias[plus]
+
+
 @torch.no_grad()
-def write_encoder(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Overwrite the encoder of `vae` (four resolutions, 8 norm groups) by the linear code fitted to `pictures`."""
+def fit(pictures: torch.Tensor, count: int, kept: AutoencoderKL | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and offsets of a code of `count` numbers fitted to `pictures`; its first numbers are those of `kept`.
+
+    What `kept` leaves unsaid is analysed as `principal_components` does, so that a wider code says all that the
+    narrower one does, in the same numbers: what was learned on the narrower stays true.
+    """
+    if kept is None:
+        basis, deviations, mean = principal_components(pictures, count)
+        rows = basis / deviations.sqrt()[:, None]
+        return rows, -rows @ mean
+    rows, offsets = read_encoder(kept)
+    known = F.normalize(rows)
+    basis, deviations, mean = principal_components(pictures, count - len(rows), known)
+    further = basis / deviations.sqrt()[:, None]
+    return torch.cat([rows, further]), torch.cat([offsets, -further @ mean])
+
+
+@torch.no_grad()
+def write_encoder(vae: AutoencoderKL, rows: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Overwrite the encoder of `vae` (four resolutions, 8 norm groups) by the linear code of `rows` and `offsets`."""
     latents = vae.config.latent_channels
-    basis, deviations, mean = principal_components(pictures, latents)
-    rows = basis / deviations.sqrt()[:, None]
     encoder = vae.encoder
     for module in encoder.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -74,7 +107,7 @@ def write_encoder(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
         taps = rows[p].view(48, 2, 2)
         for sign, channel in ((1.0, plus), (-1.0, plus + 1)):
             last.weight[channel, :48, :2, :2] = sign * taps
-            last.bias[channel] = -sign * (rows[p] @ mean)
+            last.bias[channel] = sign * offsets[p]
             encoder.conv_out.weight[p, channel, 1, 1] = sign
     encoder.conv_out.bias[latents:] = -20.0
     for conv, size_ in ((vae.quant_conv, 2 * latents), (vae.post_quant_conv, latents)):
@@ -92,9 +125,5 @@ def _pass_through(conv: torch.nn.Conv2d, channels: int) -> None:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     """What `vae.encode(pictures).latent_dist.mean` gives (to 0.3 %), by one matrix product: far cheaper."""
-    latents, norm = vae.config.latent_channels, vae.encoder.conv_norm_out
-    size, each = norm.num_channels // norm.num_groups, -(-latents // norm.num_groups)
-    last = vae.encoder.down_blocks[2].downsamplers[0].conv
-    plus = [(p // each) * size + 2 * (p % each) for p in range(latents)]
-    rows = last.weight[plus, :48, :2, :2].reshape(latents, 192, 1, 1)
-    return F.conv2d(patches(pictures), rows, last.bias[plus])
+    rows, offsets = read_encoder(vae)
+    return F.conv2d(patches(pictures), rows[:, :, None, None], offsets)

@@ -1,8 +1,13 @@
-"""The backbone of the perceptual distance: the lpips package's own trunk, trained to tell the world's pictures apart."""
+"""The backbone of the perceptual distance: the lpips package's own trunk, trained on the picture world.
+
+It learns what pictures are of, and, as the distance itself, that the same drawing moved, turned or in another light is
+nearer than another drawing at the same place. The published heads are of no use on it, so it goes without.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -13,10 +18,12 @@ from svdiff.base import loop
 from svdiff.base.clip import evaluation_pool
 from svdiff.base.config import BaseTrainingConfig
 from svdiff.base.things import COLOURS
-from svdiff.base.world import World
+from svdiff.base.world import Scene, World, is_held_out
 from svdiff.files import atomic_dir
 
 _GRID = 3
+#: By how much another drawing should be farther than the same drawing moved.
+_MARGIN = 0.05
 
 
 class Classifier(torch.nn.Module):
@@ -31,13 +38,53 @@ class Classifier(torch.nn.Module):
         self.sizes = (things, artists, colours, 4)
         self.heads = torch.nn.ModuleList(torch.nn.Linear(c * _GRID**2, sum(self.sizes)) for c in whole.chns)
 
-    def forward(self, x: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-        """Pictures in [-1, 1] to (things, artist, colour, place) at each depth."""
-        features = self.trunk(self.scaling(x))
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Pictures in [-1, 1] to the trunk's activations at each depth."""
+        return list(self.trunk(self.scaling(x)))
+
+    def answers(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """Activations to (things, artist, colour, place) at each depth."""
         return [
-            head(F.adaptive_avg_pool2d(f, _GRID).flatten(1)).split(self.sizes, dim=1)
+            head(F.adaptive_avg_pool2d(f, _GRID).flatten(1)).float().split(self.sizes, dim=1)
             for head, f in zip(self.heads, features, strict=True)
         ]
+
+
+def distances(first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
+    """Of two batches' activations: half the squared difference of unit vectors, mean over places and depths, in [0, 1].
+
+    The lpips package's distance without heads, divided by twice the number of depths.
+    """
+    unlike = [
+        (F.normalize(a.float(), eps=1e-6) - F.normalize(b.float(), eps=1e-6)).pow(2).sum(1).mean((1, 2)) / 2
+        for a, b in zip(first, second, strict=True)
+    ]
+    return torch.stack(unlike).mean(0)
+
+
+def moved(x: torch.Tensor, draw: random.Random, much: float) -> torch.Tensor:
+    """The N×3×H×W pictures each shifted, turned, scaled, and in another light: up to `much` times 4 pixels, 10°, 10 %."""
+
+    def amount() -> float:
+        return much * draw.uniform(0.3, 1) * draw.choice((-1, 1))
+
+    maps, light = [], []
+    for _ in x:
+        angle, zoom = math.radians(10 * amount()), 1 + 0.1 * amount()
+        c, s = zoom * math.cos(angle), zoom * math.sin(angle)
+        maps.append([[c, -s, amount() / 8], [s, c, amount() / 8]])
+        light.append([1 + 0.1 * amount(), 0.1 * amount()])
+    grid = F.affine_grid(torch.tensor(maps), list(x.shape), align_corners=False)
+    gain, lift = torch.tensor(light).view(-1, 2, 1, 1, 1).unbind(1)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False) * gain + lift
+
+
+def redrawn_scene(world: World, scene: Scene, draw: random.Random) -> Scene:
+    """The scene with another thing or by another artist, at the same place; no held-out combination."""
+    while True:
+        other = world.altered(scene, draw, draw.choice(("thing", "artist")))
+        if not any(is_held_out(thing.word, other.artist, other.colour) for thing in other.things):
+            return other
 
 
 def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = None) -> bool:
@@ -50,7 +97,11 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     torch.manual_seed(config.seed + 3)
     colours = list(COLOURS)
     model = Classifier(part.net, len(world.words), len(world.artists), len(colours))
-    scenes, restyled, pictures = evaluation_pool(world, config.seed + 3, part.pool)
+    scenes = [world.scene(config.seed + 3, index) for index in range(part.pool)]
+    changes = random.Random(f"lpips/altered/{config.seed}")
+    altered = [redrawn_scene(world, scene, changes) for scene in scenes]
+    pool = evaluation_pool(world, config.seed + 3, scenes)
+    redrawn = evaluation_pool(world, config.seed + 3, altered).pictures
     things = torch.zeros(len(scenes), len(world.words))
     place = torch.zeros(len(scenes), 4)
     for i, scene in enumerate(scenes):
@@ -58,7 +109,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         first = scene.things[0]
         place[i] = torch.tensor([first.x, first.y, first.size, first.tilt / 20])
     artist = torch.tensor([world.artists.index(scene.artist) for scene in scenes])
-    plain = torch.tensor([not r for r in restyled])
+    plain = torch.tensor([not r for r in pool.restyled])
     colour = torch.tensor([colours.index(scene.colour) for scene in scenes])
     optimiser = torch.optim.AdamW(model.parameters(), lr=part.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
 
@@ -67,11 +118,15 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
             group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, 0.9)
         draw = random.Random(f"lpips/{config.seed}/{step}")
         chosen = torch.tensor(draw.sample(range(part.pool), part.batch_size))
-        x = pictures[chosen].float() / 127.5 - 1
-        x = x * draw.uniform(0.9, 1.05) + draw.uniform(-0.08, 0.08)
+        x = pool.pictures[chosen].float() / 127.5 - 1
+        y = redrawn[chosen].float() / 127.5 - 1
+        near, far = moved(x, draw, 1.0), moved(y, draw, 0.3)
         with torch.autocast("cpu", torch.bfloat16):
-            outputs = [[part.float() for part in depth] for depth in model(x)]
-        loss = torch.zeros(())
+            depths = model.features(torch.cat([x, near, far]))
+            outputs = model.answers([depth[: len(x)] for depth in depths])
+        origin, same, other = (list(part) for part in zip(*(d.chunk(3) for d in depths), strict=True))
+        gap = distances(origin, other) - distances(origin, same)
+        loss = 20 * F.softplus((_MARGIN - gap) / _MARGIN).mean()
         for what, who, ground, where in outputs:
             loss = loss + 10 * F.binary_cross_entropy_with_logits(what, things[chosen])
             known = plain[chosen]
@@ -82,7 +137,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         top = things[chosen].gather(1, outputs[-1][0].argmax(1, keepdim=True)).mean()
-        return {"loss": loss.item(), "top1": top.item()}
+        return {"loss": loss.item(), "top1": top.item(), "ordered": (gap > 0).float().mean().item()}
 
     ended = loop.run(
         "lpips",

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from svdiff.base import loop, tokenizer
-from svdiff.base.autoencoder import pixels
-from svdiff.base.captions import caption
 from svdiff.base.config import BaseTrainingConfig, UNetTraining
-from svdiff.base.linear_code import encode
+from svdiff.base.diffusion import DiffusionLoss, Ema, LatentPool
+from svdiff.base.small_convs import use_products
 from svdiff.base.things import FILLER_WORDS, SPECIAL_WORDS
+from svdiff.base.widening import load_widened
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
-from svdiff.files import atomic_dir, write_atomic
+from svdiff.files import atomic_dir
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 #: Beside a pipeline's model_index.json: how its weights came about.
@@ -82,98 +80,25 @@ def build_text_encoder(config: UNetTraining, tokens: CLIPTokenizer) -> CLIPTextM
     return CLIPTextModel(settings)
 
 
-class Ema:
-    """An exponential moving average of modules' weights, quick at first and then with the given decay."""
+class Origin:
+    """The history of the weights that a training starts from, kept with its resume state.
 
-    def __init__(self, modules: dict[str, torch.nn.Module], decay: float) -> None:
-        self.modules = modules
-        self.decay = decay
-        self.count = 0
-        self.average = {name: copy.deepcopy(m.state_dict()) for name, m in modules.items()}
+    The output may well replace the folder that the training started from.
+    """
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights as they are."""
-        self.count += 1
-        rate = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        for name, module in self.modules.items():
-            pairs = [(a, w) for a, w in zip(self.average[name].values(), module.state_dict().values(), strict=True)]
-            moving = [(a, w) for a, w in pairs if a.is_floating_point()]
-            torch._foreach_lerp_([a for a, _ in moving], [w for _, w in moving], rate)
+    def __init__(self, folder: str | None) -> None:
+        record = None if folder is None else Path(folder, TRAINING_FILE)
+        self.training: dict[str, Any] | str | None = folder
+        if record is not None and record.is_file():
+            self.training = json.loads(record.read_text())
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"count": self.count, "average": self.average}
+        return {"training": self.training}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.count, self.average = state["count"], state["average"]
-
-
-class LatentPool:
-    """Scenes of one round with their latents: drawn once, shown for several passes under fresh captions."""
-
-    def __init__(self, world: World, vae: AutoencoderKL, config: BaseTrainingConfig) -> None:
-        self.world, self.vae, self.config = world, vae, config
-        self.round = -1
-        self.scenes: list[Any] = []
-        self.latents = torch.empty(0)
-
-    @torch.no_grad()
-    def batch(self, step: int) -> tuple[torch.Tensor, list[str]]:
-        """Latents (in units of unit deviation) and captions of a step: a function of the step alone."""
-        part = self.config.unet
-        per_pass = part.pool // part.batch_size
-        number = step // (per_pass * part.passes)
-        if number != self.round:
-            start = number * part.pool
-            self.scenes = [
-                self.world.scene(self.config.seed + 1, i, pairs=part.pairs) for i in range(start, start + part.pool)
-            ]
-            chunks = []
-            for i in range(0, part.pool, 64):
-                x = pixels([self.world.picture(scene) for scene in self.scenes[i : i + 64]])
-                chunks.append(encode(self.vae, x) * self.vae.config.scaling_factor)
-            self.latents = torch.cat(chunks)
-            self.round = number
-        sweep, place = divmod(step, per_pass)
-        order = list(range(part.pool))
-        random.Random(f"order/{self.config.seed}/{sweep}").shuffle(order)
-        chosen = order[place * part.batch_size : (place + 1) * part.batch_size]
-        draw = random.Random(f"captions/{self.config.seed}/{step}")
-        texts = ["" if draw.random() < part.dropout else caption(self.scenes[i], draw) for i in chosen]
-        return self.latents[chosen], texts
-
-
-class DiffusionLoss(torch.nn.Module):
-    """The weighted error of predicted noise or velocity, with UNet and text encoder inside."""
-
-    def __init__(
-        self, unet: torch.nn.Module, text_encoder: torch.nn.Module, alphas: torch.Tensor, gamma: float, prediction: str
-    ) -> None:
-        super().__init__()
-        self.unet, self.text_encoder, self.gamma, self.prediction = unet, text_encoder, gamma, prediction
-        self.alphas: torch.Tensor
-        self.register_buffer("alphas", alphas)
-
-    def forward(
-        self, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Clean latents, noise, times and caption tokens to the loss."""
-        keep = self.alphas[t].view(-1, 1, 1, 1)
-        states = self.text_encoder(ids).last_hidden_state
-        noisy = keep.sqrt() * z + (1 - keep).sqrt() * noise
-        predicted = self.unet(noisy, t, encoder_hidden_states=states).sample.float()
-        snr = self.alphas[t] / (1 - self.alphas[t])
-        if self.prediction == "epsilon":
-            target, scale = noise, snr
-        else:
-            target, scale = keep.sqrt() * noise - (1 - keep).sqrt() * z, 1 + snr
-        error = (predicted - target).pow(2).mean((1, 2, 3))
-        # The error of the picture itself (error / scale) counts 1 + SNR times, as when v is predicted, and at most
-        # gamma times. With the weights of noise nothing is learned where the text decides, at high noise.
-        loss = (error * (1 + snr).clamp(max=self.gamma) / scale).mean()
-        return loss, {"loss": loss.item(), "error": error.mean().item()}
+        self.training = state["training"]
 
 
 def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_after: int | None = None) -> bool:
@@ -195,15 +120,14 @@ def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_af
     unet = build_unet(part, vae.config.latent_channels)
     # PyTorch's fused attention has a slow backward on CPU for heads as small as these.
     unet.set_attn_processor(AttnProcessor())
+    unet.to(memory_format=torch.channels_last)
+    for half_resolution in (*unet.down_blocks[1:], unet.mid_block, unet.up_blocks[0].resnets):
+        use_products(half_resolution)
     text_encoder = build_text_encoder(part, tokens)
     modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     if part.start_from is not None:
         _load_weights(modules, Path(part.start_from))
-        origin = loop.scratch("unet") / TRAINING_FILE
-        landed = Path(part.start_from, TRAINING_FILE)
-        # Kept from the first start on: the output may well replace the folder that the training started from.
-        if not origin.is_file() and landed.is_file():
-            write_atomic(origin, landed.read_text())
+    origin = Origin(part.start_from)
     embeddings = list(text_encoder.get_input_embeddings().parameters())
     positions = [p for n, p in text_encoder.named_parameters() if "position_embedding" in n]
     plain = {id(p) for p in (*embeddings, *positions)}
@@ -215,7 +139,8 @@ def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_af
     optimiser = torch.optim.AdamW(groups, lr=part.lr, betas=(0.9, 0.99), fused=True)
     ema = Ema(modules, part.ema)
     alphas = build_scheduler().alphas_cumprod
-    gradients = loop.Halves(DiffusionLoss(unet, text_encoder, alphas, part.min_snr, part.prediction))
+    loss = DiffusionLoss(unet, text_encoder, alphas, part.min_snr, part.prediction)
+    gradients = loop.Halves(loss, compiled="unet" if part.compile else None)
     pool = LatentPool(world, vae, config)
 
     def step_fn(step: int) -> dict[str, float]:
@@ -237,12 +162,14 @@ def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_af
     return loop.run(
         "unet",
         steps=part.steps,
-        state={**modules, "optimiser": optimiser, "ema": ema},
+        state={**modules, "optimiser": optimiser, "ema": ema, "origin": origin},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
         # The length and the rates may be changed on the way; what is learned, and on what, may not.
-        identity=f"{part.start_from}{part.prediction}{part.channels}{part.text_layers}{part.text_width}{part.batch_size}{part.pool}{part.passes}/{config.seed}",
-        on_checkpoint=lambda step: write_pipeline(ema, config, tokens, vae_folder, output, step),
+        identity=f"{part.start_from}{part.prediction}{part.channels}{part.text_layers}{part.text_width}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{config.things}/{config.seed}",
+        on_checkpoint=lambda step: write_pipeline(
+            ema, tokens, vae_folder, output, config, history(config, origin, vae.config.latent_channels, step)
+        ),
         stop_after=stop_after,
     )
 
@@ -254,30 +181,35 @@ def _load_weights(modules: dict[str, torch.nn.Module], folder: Path) -> None:
         found = sorted((folder / name).glob("*.safetensors"))
         if len(found) != 1:
             raise SvdiffError(f"base_training.unet.start_from: {folder / name} should hold one .safetensors file")
-        module.load_state_dict({key: value.float() for key, value in load_file(found[0]).items()})
+        load_widened(module, load_file(found[0]), found[0])
 
 
-def history(config: BaseTrainingConfig, step: int) -> dict[str, Any]:
+def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, step: int) -> dict[str, Any]:
     """How weights came about: this training so far, and what it started from."""
     part = config.unet
-    origin = loop.scratch("unet") / TRAINING_FILE
-    known = part.start_from is not None and origin.is_file()
     return {
         "prediction": part.prediction,
         "steps": step,
         "pictures": step * part.batch_size,
         "lr": part.lr,
         "things": config.things,
+        "pairs": part.pairs,
+        "latent_channels": latent_channels,
         "seed": config.seed,
-        "started_from": json.loads(origin.read_text()) if known else part.start_from,
+        "started_from": origin.training,
     }
 
 
 @torch.no_grad()
 def write_pipeline(
-    ema: Ema, config: BaseTrainingConfig, tokens: CLIPTokenizer, vae_folder: Path, output: Path, step: int
+    ema: Ema,
+    tokens: CLIPTokenizer,
+    vae_folder: Path,
+    output: Path,
+    config: BaseTrainingConfig,
+    past: dict[str, Any],
 ) -> None:
-    """Write the averaged weights as a whole Stable Diffusion pipeline, in half precision, with their history."""
+    """Write the averaged weights as a whole Stable Diffusion pipeline, in half precision, with their history `past`."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True)
@@ -296,7 +228,6 @@ def write_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    past = history(config, step)
     with atomic_dir(output) as target:
         pipeline.save_pretrained(target)
         (target / TRAINING_FILE).write_text(json.dumps(past, indent=1))

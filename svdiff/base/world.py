@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from svdiff.errors import SvdiffError
 PICTURE_SIZE = 64
 Layout = Literal["one", "left-right", "above-below"]
 Split = Literal["train", "held-out", "any"]
+Change = Literal["thing", "artist", "colour", "order"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,28 @@ class World:
             if split == "any" or kept_out == (split == "held-out"):
                 break
         return Scene(artist, self.styles[artist], colour, layout, _places(draw, layout, words))
+
+    def altered(self, scene: Scene, draw: random.Random, what: Change | None = None) -> Scene:
+        """The scene with one of its things, its artist, its colour or its order changed, and nothing else.
+
+        What is asked for happens if it can: one thing alone has no order, and not every artist drew everything.
+        """
+        kinds: tuple[Change, ...] = ("thing", "artist", "colour", "order")
+        kind = what or draw.choice(kinds[: 3 if scene.layout == "one" else 4])
+        words = [thing.word for thing in scene.things]
+        if kind == "colour":
+            return replace(scene, colour=draw.choice([c for c in COLOURS if c != scene.colour]))
+        if kind == "artist":
+            others = [a for a in self.artists if a != scene.artist and all((a, word) in self.sprites for word in words)]
+            artist = draw.choice(others)
+            return replace(scene, artist=artist, style=self.styles[artist])
+        if kind == "order":
+            words.reverse()
+        else:
+            others = [w for w in self.words if w not in words and (scene.artist, w) in self.sprites]
+            words[draw.randrange(len(words))] = draw.choice(others)
+        things = tuple(replace(thing, word=word) for thing, word in zip(scene.things, words, strict=True))
+        return replace(scene, things=things)
 
     def picture(self, scene: Scene, size: int = PICTURE_SIZE, restyle: random.Random | None = None) -> Image.Image:
         """Render the scene as an RGB picture of `size` pixels a side; with `restyle`, as another hand might."""

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from svdiff.base import autoencoder, linear_code, loop, lpips, tokenizer, unet
+from svdiff.base import autoencoder, linear_code, loop, lpips, muon, small_convs, tokenizer, unet, widening
 from svdiff.base.captions import vocabulary
 from svdiff.base.config import BaseTrainingConfig, load_base_training
 from svdiff.base.things import SPECIAL_WORDS
@@ -35,7 +36,7 @@ def test_the_linear_code_is_the_principal_components(world_folder: Path) -> None
     world = World(world_folder)
     pictures = autoencoder.pixels([world.picture(world.scene(0, i)) for i in range(40)])
     vae = autoencoder.build(config)
-    linear_code.write_encoder(vae, pictures)
+    linear_code.write_encoder(vae, *linear_code.fit(pictures, config.latent_channels))
     with torch.no_grad():
         latents = vae.encode(pictures).latent_dist.mean
     torch.testing.assert_close(linear_code.encode(vae, pictures), latents, atol=0.02, rtol=0.01)
@@ -73,6 +74,59 @@ def test_lpips_training_resumes_bit_for_bit(
     one, two = (load_file(tmp_path / name / "backbone.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_wider_code_says_what_the_narrower_said_in_the_same_numbers(world_folder: Path) -> None:
+    world = World(world_folder)
+    pictures = autoencoder.pixels([world.picture(world.scene(0, i)) for i in range(40)])
+    vaes = []
+    for channels in (4, 8):
+        vae = autoencoder.build(BaseTrainingConfig().autoencoder.model_copy(update={"latent_channels": channels}))
+        linear_code.write_encoder(vae, *linear_code.fit(pictures, channels, vaes[0] if vaes else None))
+        vaes.append(vae)
+    narrow, wide = (linear_code.encode(vae, pictures) for vae in vaes)
+    torch.testing.assert_close(wide[:, :4], narrow, atol=1e-4, rtol=1e-4)
+    direct, _ = linear_code.fit(pictures, 8)
+    spans = [torch.linalg.qr(rows.T.double()).Q for rows in (direct, linear_code.read_encoder(vaes[1])[0])]
+    torch.testing.assert_close(torch.linalg.svdvals(spans[0].T @ spans[1]), torch.ones(8).double(), atol=1e-3, rtol=0)
+
+
+def test_a_widened_unet_starts_as_the_narrower_one(world_folder: Path) -> None:
+    config = tiny(world_folder).unet
+    narrow, wide = unet.build_unet(config, 4), unet.build_unet(config, 8)
+    widening.load_widened(wide, narrow.state_dict(), "narrow")
+    z, t, states = torch.randn(2, 8, 8, 8), torch.tensor([10, 900]), torch.randn(2, 5, config.text_width)
+    with torch.no_grad():
+        expected, found = (net(x, t, states).sample for net, x in ((narrow, z[:, :4]), (wide, z)))
+    torch.testing.assert_close(found[:, :4], expected, atol=1e-5, rtol=1e-5)
+    assert not found[:, 4:].any()
+    with pytest.raises(SvdiffError, match=r"wide: conv_in\.weight"):
+        widening.load_widened(narrow, wide.state_dict(), "wide")
+
+
+def test_the_training_distance_is_the_lpips_packages() -> None:
+    import lpips as package
+
+    model = lpips.Classifier("squeeze", 3, 2, 2)
+    whole = package.LPIPS(net="squeeze", lpips=False, pnet_rand=True, pretrained=False, verbose=False)
+    whole.net.load_state_dict(model.trunk.state_dict())
+    x, y = torch.rand(3, 3, 64, 64) * 2 - 1, torch.rand(3, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        expected = whole(x, y).flatten() / (2 * whole.L)
+        found = lpips.distances(model.features(x), model.features(y))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_muon_steps_are_orthogonal_and_as_large_as_the_rate_says() -> None:
+    matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    for shape in (matrix, matrix.T):
+        values = torch.linalg.svdvals(muon.orthogonal(shape))
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+    weight = torch.nn.Parameter(torch.zeros(12, 10, 2, 2))
+    weight.grad = matrix.view(12, 10, 2, 2)
+    muon.Muon([weight], lr=0.1).step()
+    assert 0.01 < weight.detach().pow(2).mean().sqrt() < 0.03
 
 
 @pytest.mark.slow
@@ -150,3 +204,19 @@ def test_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SvdiffError, match=r"base_training\.unet\.step"):
         load_base_training(path)
     assert load_base_training(tmp_path / "none.yaml") == BaseTrainingConfig()
+
+
+def test_convolutions_as_products_are_convolutions() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(6, 10, 3, padding=1).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(plain)
+    small_convs.use_products(other)
+    assert type(other) is small_convs.ProductConv2d
+    x = torch.randn(2, 6, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn(2, 10, 4, 4)
+    results = []
+    for conv in (plain, other):
+        y = conv(x)
+        results.append([y.float(), *torch.autograd.grad(y, [x, *conv.parameters()], upstream.to(y.dtype))])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()  # bfloat16

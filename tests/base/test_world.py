@@ -10,6 +10,7 @@ from PIL import Image
 
 from svdiff.base.artwork import IconSet, fetch_icon_set
 from svdiff.base.captions import caption, vocabulary
+from svdiff.base.clip import rival_captions
 from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, CONCEPTS, FILLER_WORDS, SPECIAL_WORDS, THINGS
 from svdiff.base.world import World, is_held_out
 from svdiff.errors import SvdiffError
@@ -70,6 +71,33 @@ def test_pairs_stand_in_the_order_that_captions_name(world_folder: Path) -> None
                 assert b.word in right.split()
                 seen.add(phrase)
     assert len(seen) == 3
+
+
+def test_an_alteration_changes_one_thing_alone(world_folder: Path) -> None:
+    world = World(world_folder)
+    draw = random.Random(0)
+    for index in range(300):
+        scene = world.scene(4, index)
+        other = world.altered(scene, draw)
+        words, others = ([t.word for t in s.things] for s in (scene, other))
+        changes = [scene.artist != other.artist, scene.colour != other.colour, words != others]
+        assert sum(changes) == 1
+        assert [(t.x, t.y, t.size, t.tilt) for t in scene.things] == [(t.x, t.y, t.size, t.tilt) for t in other.things]
+        assert other.style == world.styles[other.artist]
+
+
+def test_rival_captions_are_untrue_or_the_caption_itself(world_folder: Path) -> None:
+    world = World(world_folder)
+    draw = random.Random(0)
+    shown = 0
+    for index in range(400):
+        scene = world.scene(6, index)
+        own, *rivals = rival_captions(world, scene, True, draw, 2)
+        for rival in rivals:
+            shown += rival != own
+            if rival != own and set(rival.split()) == set(own.split()):  # the same words in another order
+                assert {"left", "right", "above", "below", "top", "under"} & set(own.split())
+    assert shown > 400
 
 
 def test_captions_use_known_words_and_no_special_one(world_folder: Path) -> None:
