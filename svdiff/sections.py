@@ -88,6 +88,12 @@ class TrainConfig(Section):
     mix_probability: float = Field(0.6, ge=0, le=1, description="pairs: share of samples that are Cut-Mix-Unmix mixes")
     unmix_weight: float = Field(0.0, ge=0, description="pairs: weight of the unmix loss on attention maps of mixes")
     single_subject_weight: float = Field(0.0, ge=0, description="weight of Eq. 8 on samples that show one subject")
+    subject_threshold: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Eq. 8: the subject is where its class word's map exceeds this share of its maximum",
+    )
     attention_layers: str = Field(
         "", description="regular expression: cross-attention layers of both losses; '' is all"
     )

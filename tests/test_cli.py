@@ -25,6 +25,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == "[]"
     for command in (
         "prior",
+        "mix",
         "train",
         "sample",
         "score",
@@ -36,6 +37,9 @@ def test_help_imports_nothing_heavy() -> None:
         "subsets",
         "delta",
         "base",
+        "attention",
+        "strip",
+        "compare-pairs",
     ):
         assert f" {command} " in done.stdout
 
@@ -45,6 +49,24 @@ def test_an_unknown_concept_is_refused_without_a_traceback() -> None:
     assert done.returncode == 2
     assert "no concept 'dragon'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_does_not_go_together_is_said_before_anything_is_loaded() -> None:
+    for arguments, words in (
+        (("train",), "give one name"),
+        (("train", "openmoji-dog", "--concept", "openmoji-dog"), "give one name"),
+        (("sample", "--delta", "openmoji-dog"), "--delta without --prompt"),
+        (("sample", "openmoji-dog", "--delta", "openmoji-dog", "--prompt", "a dog"), "either NAME or --delta"),
+        (("sample", "--delta", "nobody:0.5", "--prompt", "a dog"), "out/train/nobody/delta.safetensors not found"),
+        (("sample", "openmoji-dog", "--prompt", "a dog", "--negative", "a cat"), "--negative needs --beta"),
+        (("sample", "openmoji-dog", "--prompt", "a dog", "--beta", "3"), "beta"),
+        (("mix", "openmoji-dog"), "expected a pair"),
+        (("attention", "dog-and-cat", "--prompt", "a {subject}"), "is 2 prompts"),
+    ):
+        done = svdiff(*arguments)
+        assert done.returncode == 2, arguments
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_outside_a_checkout_it_says_so(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def shorten(values: dict[str, Any]) -> None:
     values["prior"] |= {"images": 4, "steps": 2}
     values["train"] |= {"steps": 12, "validate_every": 6, "save_every": 1, "validation_seeds": [0]}
     values["sample"] |= {"prompts": values["sample"]["prompts"][:2], "seeds": [0], "steps": 2}
+    values["mix"] |= {"mixes": 4, "prompts": values["mix"]["prompts"][:1]}
     values["score"] |= {"bootstrap": 200}
     values["rank"] |= {"concepts": list(values["concepts"])[:1], "ranks": [1], "steps": 2, "seeds": [0]}
 

@@ -28,7 +28,7 @@ from svdiff.evaluation.pairs import PAIR_MEASURES, score_samples
 from svdiff.files import atomic_dir, atomic_file, sha256_tree, write_atomic
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling.images import Job
-from svdiff.sampling.stage import draw_pictures, personalise
+from svdiff.sampling.stage import default_negatives, draw_pictures, personalise
 
 PROMPT = "a {first} sitting beside a {second}"  # the mixes' own prompts are others
 METHODS = ("svdiff", "full")
@@ -152,7 +152,8 @@ def _drawn(config: Config, cell: Cell, options: dict[str, Any], jobs: Sequence[J
         if not delta.is_file():
             train(quiet, cell.pair, out_dir=folder / "train", overrides=changes)
         personalise(pipe, delta)
-    images = draw_pictures(pipe, missing, config.sample, progress=cell.folder)
+    negatives = default_negatives(config, config.entry(cell.pair))
+    images = draw_pictures(pipe, missing, config.sample, negatives, progress=cell.folder)
     for job, image in zip(missing, images, strict=True):
         with atomic_file(_picture(folder, job)) as temporary:
             image.save(temporary)
@@ -216,7 +217,8 @@ def summarise(table: pd.DataFrame, ways: Sequence[str], *, resamples: int, seed:
 
     Returns:
         A row for each pair (and 'all' of several), method, way and measure: `against` is empty for a mean; else the row is
-        the difference to that cell ('svdiff without', 'full cut-mix-unmix'), picture by picture.
+        the difference to that cell (the first way of the same method, or an earlier method trained in the same way), picture
+        by picture.
     """
     pairs = list(table["pair"].unique())
     groups = {pair: table[table["pair"] == pair] for pair in pairs} | ({"all": table} if len(pairs) > 1 else {})
@@ -225,7 +227,8 @@ def summarise(table: pd.DataFrame, ways: Sequence[str], *, resamples: int, seed:
         cells = {(str(m), str(w)): rows for (m, w), rows in group.groupby(["method", "way"], sort=False)}
         for (method, way), own in cells.items():
             others = [(method, ways[0])] if way != ways[0] else []
-            others += [(other, way) for other, other_way in cells if other_way == way and other != method]
+            earlier = list(cells)[: list(cells).index((method, way))]
+            others += [(other, other_way) for other, other_way in earlier if other_way == way and other != method]
             for measure in PAIR_MEASURES:
                 values = _matrix(own, measure)
                 found = {"": values}

@@ -56,36 +56,33 @@ def _from_border(plain: Mask) -> Mask:
 def find_two(picture: Image.Image, side: int = 64) -> Things:
     """The two things of a picture, left or upper first; where there is only one, it stands for both.
 
-    They are told apart by the thinnest place of the foreground, looked for along the width and along the height, so that
-    things which touch are still two.
+    They are told apart by the thinnest place of the foreground, looked for across, downwards and along both diagonals, so
+    that things which touch are still two.
     """
     mask = foreground(picture)
-    seam = _seam(mask)
-    if seam is None:
+    first = _first_of_two(mask)
+    if first is None:
         whole = cut_out(picture, mask, side)
         return Things(whole, whole, 1)
-    axis, at = seam
-    masks = [mask.copy(), mask.copy()]
-    for part, gone in zip(masks, (slice(at, None), slice(None, at)), strict=True):
-        part[(slice(None), gone) if axis == 1 else gone] = False
-    return Things(cut_out(picture, masks[0], side), cut_out(picture, masks[1], side), 2)
+    return Things(cut_out(picture, mask & first, side), cut_out(picture, mask & ~first, side), 2)
 
 
-def _seam(mask: Mask) -> tuple[int, int] | None:
-    """Axis and position of the cut between two things, None if there is no place thin enough."""
+def _first_of_two(mask: Mask) -> Mask | None:
+    """The half of the picture that holds the first thing, None if no place between two things is thin enough."""
     if mask.mean() < SPECK:
         return None
-    best: tuple[float, float, int, int] | None = None
-    for axis in (1, 0):
-        profile = mask.sum(axis=1 - axis).astype(float)
+    y, x = np.indices(mask.shape)
+    places = [direction - direction.min() for direction in (x, y, x + y, x - y)]
+    seams = []
+    for number, place in enumerate(places):
+        profile = np.bincount(place[mask], minlength=int(place.max()) + 1).astype(float)
         share = np.cumsum(profile) / profile.sum()
-        for at in range(1, len(profile)):
-            if not SHARE <= share[at - 1] <= 1 - SHARE:
-                continue
+        # What lies before `at` is the first thing's.
+        for at in np.flatnonzero((share >= SHARE) & (share <= 1 - SHARE)) + 1:
             thinner = min(profile[:at].max(), profile[at:].max())
-            candidate = (profile[at] / thinner, abs(share[at - 1] - 0.5), axis, at)
-            best = candidate if best is None else min(best, candidate)
-    return None if best is None or best[0] > VALLEY else best[2:]
+            seams.append((profile[at] / thinner, abs(share[at - 1] - 0.5), number, int(at)))
+    valley, _, number, at = min(seams, default=(1.0, 0.0, 0, 0))
+    return places[number] < at if valley <= VALLEY else None
 
 
 def cut_out(picture: Image.Image, mask: Mask | None = None, side: int = 64, detail: int | None = None) -> Image.Image:

@@ -33,7 +33,7 @@ class Regularisers:
             "single_subject": (config.single_subject_weight, self._single_subject),
         }
         self.terms = {name: term for name, term in known.items() if term[0] > 0}
-        self.tokenizer = pipe.tokenizer
+        self.tokenizer, self.threshold = pipe.tokenizer, config.subject_threshold
         self.recorder: AttentionRecorder | None = None
         if self.terms:
             self.recorder = AttentionRecorder(pipe.unet, layers=config.attention_layers, sides=config.attention_sides)
@@ -73,7 +73,7 @@ class Regularisers:
             self._maps(batch, [(row, getattr(batch.shown[row][0], word)) for row in singles])
             for word in ("token", "class_word")
         )
-        return single_subject_loss(special, subject_mask(coarse))
+        return single_subject_loss(special, subject_mask(coarse, self.threshold))
 
     def _maps(self, batch: Batch, words: Words) -> Tensor:
         """Maps (len(words), side, side) of a word in each of some rows."""

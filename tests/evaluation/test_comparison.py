@@ -68,7 +68,7 @@ def test_every_cell_is_made_once_and_kept(pair_checkout: Path, monkeypatch: pyte
     assert set(pictures["way"]) == {"base", *WAYS}
     means = table[table["against"] == ""]
     assert len(means) == 7 * len(PAIR_MEASURES)
-    assert {"svdiff without", "full without", "full unmix"} <= set(table["against"])
+    assert set(table["against"]) == {"", "full without", *(f"svdiff {way}" for way in WAYS)}
     assert (table["low"] <= table["high"]).all()
     own = pictures[(pictures["method"] == "full") & (pictures["way"] == "unmix")]["separation"].mean()
     said = means[(means["method"] == "full") & (means["way"] == "unmix") & (means["measure"] == "separation")]["mean"]
@@ -128,7 +128,7 @@ def test_differences_are_taken_picture_by_picture() -> None:
     gain = rows.loc[("svdiff", "cut-mix-unmix", "svdiff without", "separation")]
     assert (gain["mean"], gain["low"], gain["high"]) == pytest.approx((0.25, 0.25, 0.25))
     assert rows.loc[("full", "without", "svdiff without", "apart")]["mean"] == pytest.approx(-0.5)
-    assert rows.loc[("svdiff", "without", "full without", "apart")]["mean"] == pytest.approx(0.5)
+    assert ("svdiff", "without", "full without", "apart") not in rows.index  # the same the other way round
     mean = rows.loc[("svdiff", "without", "", "separation")]
     assert mean["low"] < mean["mean"] < mean["high"]
     assert (mean["trainings"], mean["pictures"]) == (2, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -122,3 +123,26 @@ def test_names_and_prompts_are_escaped(checkout: Path, config: Config) -> None:
     html = report(config).read_text()
     assert "<script" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_a_pair_stands_beside_its_concepts(checkout: Path, config: Config, evaluators: None) -> None:
+    pair = Config.model_validate(config.model_dump() | {"pairs": {"both": {"concepts": ["red-dog", "green-cat"]}}})
+    folder = checkout / "out/score/both"
+    folder.mkdir(parents=True)
+    score(pair, "red-dog")
+    metrics = json.loads((checkout / "out/score/red-dog/metrics.json").read_text())
+    separated = {"separation": 0.8, "base_separation": 0.1, "separation_gain": 0.7}
+    separated |= {"separation_gain_low": 0.6, "separation_gain_high": 0.8}
+    apart = {name.replace("separation", "apart"): value for name, value in separated.items()}
+    (folder / "metrics.json").write_text(json.dumps(metrics | separated | apart))
+    (checkout / "out/mix/both").mkdir(parents=True)
+    drawing("purple").save(checkout / "out/mix/both/sheet.png")
+    page = Page(report(pair).read_text())
+    assert "concept-both" in {attributes.get("id") for attributes in page.all("section")}
+    assert page.open == []
+    assert "sks dog and a zwx cat" in page.text
+    assert "Kept apart" in page.text
+    assert "1 pair" in page.text
+    assert [image for image in page.all("img") if "mixes that both" in str(image["alt"])]
+    pictures = [str(image["alt"]) for image in page.all("img")]
+    assert sum("training picture 1 of red-dog" in alt for alt in pictures) == 2  # of itself, and of the pair

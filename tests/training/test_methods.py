@@ -14,7 +14,12 @@ from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.sampling import Job, sample_images
 from svdiff.training.methods import Method, apply_method
-from svdiff.training.methods.weights_delta import is_weights_delta, load_weights_delta, read_weights_delta
+from svdiff.training.methods.weights_delta import (
+    is_weights_delta,
+    load_weights_delta,
+    load_weights_deltas,
+    read_weights_delta,
+)
 
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 BASELINES = METHODS[1:]
@@ -208,6 +213,42 @@ def test_sampling_with_a_loaded_baseline(tiny_pipe, tmp_path: Path) -> None:
     for one, other in zip(trained, sample_images(tiny_pipe, jobs, steps=2, guidance=2.0), strict=True):
         difference = torch.tensor(list(one.tobytes())) - torch.tensor(list(other.tobytes()))
         assert difference.abs().max() <= 1
+
+
+def test_custom_diffusion_of_two_tokens_is_loaded_whole(tiny_pipe, tmp_path: Path) -> None:
+    method = apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), ["sks", "zwx"])
+    take_steps(tiny_pipe, method, steps=2)
+    optimizer = torch.optim.AdamW(method.parameters()["lr"], lr=1e-2, weight_decay=0)
+    noise_prediction(tiny_pipe, "a zwx cat").square().mean().backward()
+    optimizer.step()
+    trained = {prompt: noise_prediction(tiny_pipe, prompt) for prompt in ("a sks dog", "a zwx cat")}
+    method.save(tmp_path / "delta.safetensors", {})
+    method.detach()
+    base = weights_of(tiny_pipe)
+    loaded = load_weights_delta(tiny_pipe, tmp_path / "delta.safetensors")
+    for prompt, expected in trained.items():
+        torch.testing.assert_close(noise_prediction(tiny_pipe, prompt), expected, rtol=1e-4, atol=1e-4)
+    loaded.unload()
+    assert same_bits(weights_of(tiny_pipe), base)
+
+
+def test_changes_of_weights_add_up(tiny_pipe, tmp_path: Path) -> None:
+    """W₀ + w₁ΔW₁ + w₂ΔW₂ (Fig. 8), of full weights and LoRA together."""
+    base, changes = weights_of(tiny_pipe), []
+    for name in ("full", "lora"):
+        method = apply_method(tiny_pipe, TrainConfig(method=name), ["sks"])
+        take_steps(tiny_pipe, method, steps=2)
+        method.save(tmp_path / f"{name}.safetensors", {})
+        method.detach()
+        loaded = load_weights_delta(tiny_pipe, tmp_path / f"{name}.safetensors")
+        changes.append({key: tensor - base[key] for key, tensor in weights_of(tiny_pipe).items()})
+        loaded.unload()
+    both = load_weights_deltas(tiny_pipe, [(tmp_path / "full.safetensors", 0.5), (tmp_path / "lora.safetensors", -2.0)])
+    for key, tensor in weights_of(tiny_pipe).items():
+        expected = base[key] + 0.5 * changes[0][key] - 2 * changes[1][key]
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+    both.unload()
+    assert same_bits(weights_of(tiny_pipe), base)
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -1,0 +1,91 @@
+"""Stage `sample`: negative prompts by default and by hand, and pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from svdiff.config import Config, SampleConfig
+from svdiff.errors import SvdiffError
+from svdiff.sampling import Job, sample_images
+from svdiff.sampling.guidance import sample_guided
+from svdiff.sampling.stage import default_negatives, delta_path, draw_pictures, personalise_with, sample_entry
+from svdiff.spectral import attach, load_basis
+from svdiff.training.methods import apply_method
+
+JOBS = [Job("a sks dog beside a zwx cat", 0), Job("a cat", 1)]
+CONFIG = {
+    "classes": ["dog", "cat", "panda"],
+    "concepts": {
+        "one": {"class_word": "dog", "token": "sks"},
+        "two": {"class_word": "cat", "token": "zwx"},
+        "three": {"class_word": "panda", "token": "house"},
+    },
+    "pairs": {"both": {"concepts": ["one", "two"]}, "all": {"concepts": ["one", "two", "three"]}},
+    "prior": {"prompt": "a photo of a {subject}"},
+    "sample": {"prompts": ["a {subject}"], "seeds": [0, 1], "steps": 2},
+    "rank": {"concepts": ["one"]},
+}
+
+
+def test_the_prior_prompts_are_the_default_negatives() -> None:
+    config = Config.model_validate(CONFIG)
+    assert default_negatives(config, config.entry("one")) == ["a photo of a dog"]
+    assert default_negatives(config, config.entry("both")) == [
+        "a photo of a dog on the left and a cat on the right",
+        "a photo of a cat on the right and a dog on the left",
+        "a photo of a dog and a cat",
+    ]
+    assert len(default_negatives(config, config.entry("all"))) == 9
+
+
+def test_beta_1_is_plain_guidance_whatever_the_negatives(tiny_pipe) -> None:
+    plain = sample_images(tiny_pipe, JOBS, steps=2, guidance=3.0)
+    settings = SampleConfig(prompts=["a"], steps=2, negatives=["a cat"])
+    drawn = draw_pictures(tiny_pipe, JOBS, settings, ["a dog"])
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in plain]
+
+
+def test_beta_below_1_takes_the_negatives_of_the_settings_else_the_default(tiny_pipe) -> None:
+    for own, default, used in ((["a cat"], ["a dog"], ["a cat"]), ([], ["a dog", "a cat"], ["a dog", "a cat"])):
+        settings = SampleConfig(prompts=["a"], steps=2, beta=0.4, negatives=own)
+        drawn = draw_pictures(tiny_pipe, JOBS, settings, default)
+        expected = sample_guided(tiny_pipe, JOBS, steps=2, guidance=3.0, beta=0.4, negatives=used)
+        assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]
+    with pytest.raises(SvdiffError, match="negative prompts"):
+        draw_pictures(tiny_pipe, JOBS, SampleConfig(prompts=["a"], steps=2, beta=0.4))
+
+
+def test_pictures_of_a_pair(tiny_pipe, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))
+    config = Config.model_validate(CONFIG | {"base": {"model": str(tiny_base)}})
+    shifts = attach(tiny_pipe.unet, load_basis(tiny_pipe.unet, tmp_path / "scratch/bases"))
+    shifts.delta().map(lambda _, v: v + 0.5).save(delta_path("all"))
+    shifts.detach()
+    folder = sample_entry(config, "all")
+    table = pd.read_csv(folder / "images.csv")
+    prompts = 3 * len(config.mix.prompts)  # every two of three subjects
+    assert len(table) == 2 * 2 * prompts
+    assert "a sks dog beside a house panda" in set(table["prompt"])
+    assert all((folder / file).is_file() for file in table["file"])
+    base = sample_images(tiny_pipe, [Job(table["prompt"][0], 0)], steps=2, guidance=3.0)[0]
+    of_base = table[(table["model"] == "base") & (table["prompt_index"] == 0) & (table["seed"] == 0)]["file"].item()
+    base.save(tmp_path / "base.png")
+    assert (folder / of_base).read_bytes() == (tmp_path / "base.png").read_bytes()
+    trained = (folder / of_base.replace("base/", "trained/")).read_bytes()
+    assert trained != (folder / of_base).read_bytes()
+
+
+def test_shifts_and_weights_do_not_add_up(tiny_pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdiff.config import TrainConfig
+
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))
+    for name in ("svdiff", "full"):
+        method = apply_method(tiny_pipe, TrainConfig(method=name), ["sks"])
+        method.save(tmp_path / f"{name}.safetensors", {})
+        method.detach()
+    with pytest.raises(SvdiffError, match=r"full\.safetensors changes weights"):
+        personalise_with(tiny_pipe, [(tmp_path / f"{name}.safetensors", 1.0) for name in ("svdiff", "full")])
