@@ -249,11 +249,11 @@ class EditingConfig(Section):
         {
             "noise": StartConfig(eta=0.0, alpha=1.0),
             "inversion": StartConfig(eta=0.5, alpha=0.0),
-            "structural": StartConfig(eta=0.9, alpha=0.9),
+            "mixture": StartConfig(eta=0.9, alpha=0.9),
         },
         min_length=1,
-        description="each is sampled from; by default the paper's (supplement C): without inversion, with it, and with "
-        "more noise for edits that move things",
+        description="each is sampled from; by default the paper's (supplement C): without inversion, with it, and from a "
+        "mixture of both for edits that move things",
     )
     seeds: list[int] = Field([0, 1], min_length=1, description="one picture a prompt, start and seed")
     steps: int = Field(50, ge=1, le=1000, description="DDIM steps, of inversion and of sampling")

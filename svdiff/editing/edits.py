@@ -93,6 +93,5 @@ def sheet(edited: EditedPicture, settings: EditingConfig) -> plots.Figure:
         labels.append(textwrap.fill(str(chosen["prompt"].iloc[0]), LABEL))
     columns = ["input", "reconstruction"]
     for name, start in settings.starts.items():
-        how = "from noise" if start.alpha == 1 else "inverted"
-        columns += [f"{name}: {how}\nη {start.eta:g}, α {start.alpha:g}"] + [""] * (len(settings.seeds) - 1)
+        columns += [f"{name}\nη {start.eta:g}, α {start.alpha:g}"] + [""] * (len(settings.seeds) - 1)
     return plots.captioned_grid(rows, labels, columns, cell=1.2)

@@ -58,7 +58,7 @@ def test_pictures_sheet_and_scores(checkout: Checkout) -> None:
     assert folder == Path("out/edit/on-red")
     table = pd.read_csv(folder / "images.csv")
     assert len(table) == 3 * 3 * 2  # prompts, starts, seeds
-    assert set(table["start"]) == {"noise", "inversion", "structural"}
+    assert set(table["start"]) == {"noise", "inversion", "mixture"}
     assert table[["faithfulness", "edit"]].apply(np.isfinite).all(axis=None)
     pictures = folder / "pictures"
     assert {path.name for path in pictures.iterdir()} == {
@@ -170,10 +170,10 @@ def test_starts_that_are_asked_for() -> None:
         starts = choose_starts(editing, **asked).starts
         return {name: (start.eta, start.alpha) for name, start in starts.items()}
 
-    paper = {"noise": (0.0, 1.0), "inversion": (0.5, 0.0), "structural": (0.9, 0.9)}
+    paper = {"noise": (0.0, 1.0), "inversion": (0.5, 0.0), "mixture": (0.9, 0.9)}
     assert chosen() == paper
     assert chosen(inversion=False) == {"noise": paper["noise"]}
-    assert chosen(inversion=True) == {name: paper[name] for name in ("inversion", "structural")}
+    assert chosen(inversion=True) == {name: paper[name] for name in ("inversion", "mixture")}
     assert chosen(eta=0.2) == {"noise": (0.0, 1.0), "inversion": (0.2, 0.0)}
     assert chosen(inversion=True, eta=0.9, alpha=0.7) == {"inversion": (0.9, 0.7)}
     assert chosen(inversion=False, eta=0.3) == {"noise": (0.3, 1.0)}

@@ -38,7 +38,7 @@ from pathlib import Path
 from PIL import Image
 folder = Path("out/edit", sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
-names = [f"{s}_{m}" for s in ("noise", "inversion", "structural") for m in ("faithfulness", "edit", "reconstruction")]
+names = [f"{s}_{m}" for s in ("noise", "inversion", "mixture") for m in ("faithfulness", "edit", "reconstruction")]
 numbers = dict.fromkeys([*names, "input_edit", "reconstruction_psnr", "autoencoder_psnr"], 0.25)
 (folder / "metrics.json").write_text(json.dumps(numbers | {"inversion_edit": 0.75}))
 Image.new("RGB", (48, 16), "red").save(folder / "sheet.png")
