@@ -21,6 +21,7 @@ from svdiff.base.autoencoder import pixels
 from svdiff.base.captions import caption, full_caption
 from svdiff.base.config import BaseTrainingConfig, ClipTraining
 from svdiff.base.world import PICTURE_SIZE, Scene, World
+from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir
 
 
@@ -117,6 +118,8 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     settings = model_config(part, tokens)
     torch.manual_seed(config.seed + 2)
     model = build(settings).train().to(memory_format=torch.channels_last)
+    if part.start_from is not None:
+        _load_text_encoder(model, Path(part.start_from))
     scenes = [world.scene(config.seed + 2, index) for index in range(part.pool)]
     pool = evaluation_pool(world, config.seed + 2, scenes)
     optimiser = torch.optim.AdamW(model.parameters(), lr=part.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -165,6 +168,22 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     if ended:
         _write(model, settings, output)
     return ended
+
+
+def _load_text_encoder(model: torch.nn.Module, folder: Path) -> None:
+    """Start with the text encoder of another CLIP, so that pictures have something to be aligned to from the first step."""
+    from safetensors.torch import load_file
+
+    path = folder / "open_clip_model.safetensors"
+    if not path.is_file():
+        raise SvdiffError(f"base_training.clip.start_from: there is no {path}")
+    own = model.state_dict()
+    found = {k: v.to(own[k].dtype) for k, v in load_file(path).items() if not k.startswith(("visual.", "logit_scale"))}
+    if unlike := [k for k, v in found.items() if k not in own or own[k].shape != v.shape]:
+        raise SvdiffError(
+            f"base_training.clip.start_from: {unlike[0]} of {path} does not fit the configured text encoder"
+        )
+    model.load_state_dict(own | found)
 
 
 def _write(model: torch.nn.Module, settings: dict[str, Any], output: Path) -> None:

@@ -66,6 +66,7 @@ class ClipTraining(_Section):
     batch_size: int = Field(128, ge=2, description="pairs a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     width: int = Field(16, ge=8, description="width of the ResNet's stem")
+    start_from: str | None = Field(None, description="CLIP folder whose text encoder the training starts from")
     rivals: int = Field(
         2, ge=0, description="further captions a picture, each wrong in one thing, hand, colour or order"
     )
