@@ -87,7 +87,7 @@ def postgres() -> Iterator[str]:
     found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
     if found is None:
         pytest.skip("PostgreSQL is not installed (no initdb); `apt-get install postgresql`")
-    programs = Path(found).parent
+    programs = Path(found).resolve().parent
     as_user: list[str] = []
     folder = Path(tempfile.mkdtemp(prefix="svdiff-postgres-"))
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
@@ -108,9 +108,9 @@ def postgres() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        create = [str(programs / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "svdiff", "prefect"]
-        until(lambda: subprocess.run(create, capture_output=True).returncode == 0, 60, "PostgreSQL did not start")
-        yield f"postgresql+asyncpg://svdiff@127.0.0.1:{port}/prefect"
+        ready = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
+        until(lambda: subprocess.run(ready, capture_output=True).returncode == 0, what="PostgreSQL did not start")
+        yield f"postgresql+asyncpg://svdiff@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
