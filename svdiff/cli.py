@@ -145,22 +145,23 @@ def sample(
         entry = config.entry(name)
     elif name or concept:
         raise SvdiffError(f"give either NAME or --delta; NAME adds up as well, as --delta {name or concept}:1")
+    given = {"guidance": guidance, "steps": steps, "beta": beta, "negatives": negative}
+    settings = config.sample.replaced({key: value for key, value in given.items() if value is not None})
+    if negative and settings.beta == 1:
+        raise SvdiffError("--negative needs --beta below 1: how much of the empty prompt is left in Eq. 10, e.g. 0.5")
     from svdiff.sampling.stage import default_negatives, delta_path, find_delta, sample_entry, sample_prompts
 
     if not prompt:
         _report(sample_entry(config, str(name)))
         return
-    given = {"guidance": guidance, "steps": steps, "beta": beta, "negatives": negative}
-    settings = config.sample.replaced({key: value for key, value in given.items() if value is not None})
-    if negative and settings.beta == 1:
-        raise SvdiffError("--negative needs --beta below 1: how much of the empty prompt is left in Eq. 10, e.g. 0.5")
+    negatives: list[str] = []
     if delta:
-        deltas, prompts, negatives = [find_delta(text) for text in delta], prompt, []
+        deltas = [find_delta(text) for text in delta]
     else:
         deltas = [(delta_path(str(name)), scale)]
-        prompts, negatives = entry.prompts(prompt), default_negatives(config, entry)
+        prompt, negatives = entry.prompts(prompt), default_negatives(config, entry)
     for path in sample_prompts(
-        config, deltas, prompts, seed or [0], output=output, settings=settings, negatives=negatives
+        config, deltas, prompt, seed or [0], output=output, settings=settings, negatives=negatives
     ):
         _report(path)
 
