@@ -59,7 +59,7 @@ def stage_processes(root: Path) -> list[psutil.Process]:
     ]
 
 
-def until(condition, patience: float = 300) -> None:
+def until(condition, patience: float = 600) -> None:
     end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end, "waited in vain"
