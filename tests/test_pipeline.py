@@ -57,6 +57,7 @@ def shorten(values: dict[str, Any]) -> None:
     values["sample"] |= {"prompts": values["sample"]["prompts"][:2], "seeds": [0], "steps": 2}
     values["mix"] |= {"mixes": 4, "prompts": values["mix"]["prompts"][:1]}
     values["score"] |= {"bootstrap": 200}
+    values["edit"] |= {"train": {"steps": 4, "validate_every": 4}, "seeds": [0], "steps": 2}
     values["rank"] |= {"concepts": list(values["concepts"])[:1], "ranks": [1], "steps": 2, "seeds": [0]}
 
 
@@ -85,6 +86,8 @@ def test_everything_is_there_and_a_second_run_does_nothing(checkout: Checkout) -
         assert checkout.delta(name).is_file()
         assert (checkout.root / "out/register" / f"{name}.json").is_file()
         assert len(list((checkout.root / "out/sample" / name).rglob("*.png"))) == 4
+    for name in yaml.safe_load((checkout.root / "params.yaml").read_text())["edits"]:
+        assert (checkout.root / "out/edit" / name / "sheet.png").is_file()
     page = (checkout.root / "out/report/index.html").read_text()
     assert all(name in page for name in names)
     assert checkout.stale() == set()
