@@ -48,17 +48,17 @@ def attention(
 
     config = load_config(params)
     entry = config.entry(name)
-    [text, *others] = entry.prompts([prompt])
+    [chosen, *others] = entry.prompts([prompt])
     if others:
         raise SvdiffError(f"prompt '{prompt}' is {1 + len(others)} prompts for {name}; name the subjects themselves")
     from svdiff.evaluation.attention_maps import draw_attention
     from svdiff.sampling.stage import find_delta
 
-    shown = [entry.concepts[concept] for concept in entry.shown(text)]
+    shown = [entry.concepts[concept] for concept in entry.shown(chosen)]
     words = word or [part for concept in shown for part in (concept.token, concept.class_word)]
     deltas = {text: find_delta(text)[0] for text in (name, *(delta or []))}
     path = output or Path("pictures") / f"attention-{name}.png"
-    _report(draw_attention(config, deltas, text, words, path, seed=seed, layers=layers, sides=side))
+    _report(draw_attention(config, deltas, chosen, words, path, seed=seed, layers=layers, sides=side))
 
 
 @strip_app.command()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 PAIR_MEASURES = (*MEASURES, "separation", "apart")
+PER_SUBJECT = ("image_alignment_first", "image_alignment_second")
 
 
 class Reference(NamedTuple):
@@ -126,8 +127,8 @@ def score_pair(
 ) -> Path:
     """Score the samples of a pair into out/score/<name>: metrics.json, images.csv and evaluators.json, as of a concept.
 
-    Beside text and image alignment (the latter per subject) metrics.json has `separation` and `apart`, the share of pictures
-    in which the two are kept apart.
+    Beside text and image alignment metrics.json has the latter of each subject (`image_alignment_first`, `…_second`, in the
+    order of the pair), `separation`, and `apart`, the share of pictures in which the two are kept apart.
 
     Raises:
         SvdiffError: no samples, or a prompt that does not name two of the subjects.
@@ -136,7 +137,9 @@ def score_pair(
     samples_dir, out_dir = samples_dir or SAMPLES / name, out_dir or SCORES / name
     samples = read_samples(samples_dir)
     scored = score_samples(config, entry, samples, samples_dir, evaluators or load_evaluators(config.evaluators))
-    metrics = summarise(scored, resamples=config.score.bootstrap, seed=config.score.seed, measures=PAIR_MEASURES)
+    metrics = summarise(
+        scored, resamples=config.score.bootstrap, seed=config.score.seed, measures=(*PAIR_MEASURES, *PER_SUBJECT)
+    )
     with atomic_dir(out_dir) as folder:
         scored.to_csv(folder / "images.csv", index=False, float_format="%.6f")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -164,6 +164,8 @@ def test_scores_of_the_stage(checkout: Path, config: Config) -> None:
     assert metrics["base_apart"] < 1
     assert metrics["separation_gain"] > metrics["separation_gain_low"] > 0
     assert metrics["image_gain"] > 0
+    halves = metrics["image_alignment_first"], metrics["image_alignment_second"]
+    assert metrics["image_alignment"] == pytest.approx(sum(halves) / 2, abs=1e-5)
     table = pd.read_csv(folder / "images.csv")
     assert {"image_alignment", "text_alignment", "image_alignment_first", "separation"} <= set(table.columns)
     assert set(table["first"]) == {"red-dog"}
