@@ -208,7 +208,6 @@ class Reevaluation:
             self._log_files(run_id, SCORES_FOLDER if fresh else f"drift-{step:04d}", measured)
         client.set_tag(run_id, VERDICT, str(judgement.verdict))
         if fresh:
-            client.set_tag(run_id, OF_BASELINE, run_id)
             set_baseline(self.tracking, version, measure, run_id)
             for name in ("image_alignment", "text_alignment"):
                 client.set_model_version_tag(version.name, str(version.version), name, f"{values[name]:.6f}")
@@ -225,13 +224,19 @@ class Reevaluation:
             self.tracking.client.log_artifacts(run_id, temporary, folder)
 
     def _run(self, version: ModelVersion, baseline_run: str | None, measure: Measure) -> str:
-        """The run that measures `version` against `baseline_run`; with None, one that will be a baseline itself."""
+        """The run for measurements against `baseline_run`, which may be that run itself; with None, a baseline to be.
+
+        A baseline that a kill kept from being one is still running, and is taken up.
+        """
         client, which = self.tracking.client, f"{version.name}/{version.version}"
         measured_by = {f"svdiff.measure.{part}": value for part, value in measure.items()}
         for run in client.search_runs([self.tracking.experiment_id], f"tags.`{REEVALUATES}` = '{which}'"):
-            known = run.data.tags
-            if known.get(OF_BASELINE) == baseline_run and measured_by.items() <= known.items():
-                return str(run.info.run_id)
+            run_id, known = str(run.info.run_id), run.data.tags
+            unfinished = (
+                OF_BASELINE not in known and run.info.status == "RUNNING" and measured_by.items() <= known.items()
+            )
+            if unfinished if baseline_run is None else baseline_run in (run_id, known.get(OF_BASELINE)):
+                return run_id
         tags = {REEVALUATES: which, CONCEPT: version.name, **measured_by, **self.tags}
         if baseline_run:
             tags[OF_BASELINE] = baseline_run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -15,8 +14,6 @@ from flows.registry import Registration, register
 from flows.results import read_results
 from svdiff.config import Config
 from svdiff.spectral import attach, load_basis
-
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))  # for its small evaluators
 
 SAMPLE = {"prompts": ["a {subject}", "a {subject} on a blue background"], "seeds": [0, 1], "steps": 2, "guidance": 2.0}
 EVALUATORS = {"clip_model": "tiny", "clip_pretrained": "random", "lpips_weights": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,16 @@ def dvc_project(tmp_path: Path, empty_store: bytes, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(root)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return root
+
+
+@pytest.fixture
+def tiny_evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip and lpips, small and random, whatever the configuration names."""
+    sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
+    from evaluation_parts import TinyClip, TinyLpips
+
+    import svdiff.evaluation.evaluators as module
+
+    clip, lpips = TinyClip(), TinyLpips()
+    monkeypatch.setattr(module, "load_clip", lambda _: (clip.encode_images, clip.encode_texts))
+    monkeypatch.setattr(module, "load_lpips", lambda _: lpips)
