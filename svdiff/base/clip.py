@@ -156,18 +156,17 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         right = (hard.argmax(1) == target).float().mean()
         return {"loss": loss.item(), "top1": right.item()}
 
-    ended = loop.run(
+    return loop.run(
         "clip",
         steps=part.steps,
         state={"model": model, "optimiser": optimiser},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
-        identity=f"{part.model_dump_json()}/{config.things}/{config.seed}",
+        # The length may be changed on the way.
+        identity=f"{part.model_dump_json(exclude={'steps'})}/{config.things}/{config.seed}",
+        on_checkpoint=lambda step: _write(model, settings, output),
         stop_after=stop_after,
     )
-    if ended:
-        _write(model, settings, output)
-    return ended
 
 
 def _load_text_encoder(model: torch.nn.Module, folder: Path) -> None:
