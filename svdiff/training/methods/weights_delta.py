@@ -160,7 +160,7 @@ def _products(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".lora_A.weight"):
             path = name.removesuffix(".lora_A.weight")
             b = tensors[f"{path}.lora_B.weight"]
-            changes[f"{path}.weight"] = b.flatten(1) @ tensor.flatten(1)
+            changes[f"{path}.weight"] = (b.flatten(1) @ tensor.flatten(1)).reshape(len(b), *tensor.shape[1:])
         elif not name.endswith(".lora_B.weight"):
             changes[name] = tensor
     return changes
