@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from svdiff.base.world import World
 from svdiff.config import Config
-from svdiff.editing.edits import edit_picture
+from svdiff.editing.edits import EditedPicture, edit_picture
 from svdiff.editing.scenes import SceneEdit, scene_edits
 from svdiff.editing.scores import score_edits
 from svdiff.editing.stage import with_edit
@@ -68,12 +68,16 @@ def edit_curves(
         `output`.
 
     Raises:
-        SvdiffError: an unknown edit, or no picture world.
+        SvdiffError: an unknown edit or method, an impossible length, or no picture world; before any work.
     """
     world = World(config.base_training.world)
     known = {edit.name: edit for edit in scene_edits(world)}
     if unknown := [name for name in names if name not in known]:
         raise SvdiffError(f"no edit '{unknown[0]}' among those of the picture world; known: {', '.join(known)}")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise SvdiffError(f"no method '{unknown[0]}' to compare; known: {', '.join(METHODS)}")
+    for steps in lengths:
+        config.train.replaced({"steps": steps})
     edits = [known[name] for name in names or known]
     work = scratch() / "edit-curves" / _key(config)[:16]
     cells = [Cell(edit, UNTRAINED, 0) for edit in edits]
@@ -98,62 +102,68 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def _finished(config: Config, world: World, cell: Cell, evaluators: Evaluators, work: Path) -> Path:
     """The folder of a cell: scores.csv (a row a start) and the first picture of each start; made unless it is there."""
-    edit = cell.edit
     final = _folder(work, cell)
     if final.is_dir():
         return final
-    source = work / edit.name / "input.png"
-    with atomic_file(source) as temporary:
-        edit.picture(world).save(temporary)
-    own = with_edit(config, edit.name, {"image": str(source), "prompt": edit.prompt, "targets": [edit.target]})
-    delta = None
-    if cell.steps:
-        from svdiff.training import train
-
-        overrides = {"method": cell.method, "steps": cell.steps, "validate_every": cell.steps}
-        delta = train(own, edit.name, out_dir=final.with_name(f"{final.name}-train"), overrides=overrides)
+    delta = _train(config, world, cell, final) if cell.steps else None
     pipe = load_pipeline(config.base)
     if delta is not None:
         personalise(pipe, delta)
-    edited = edit_picture(pipe, edit.picture(world), edit.prompt, [edit.target], config.edit)
-    pictures, numbers = score_edits(edited, evaluators)
-    answer = edit.answer(world)
-    # How near each edit comes to the right answer, and what that answer itself scores.
-    pictures["answer"] = align(edited.pictures, pictures["prompt"].tolist(), [answer], evaluators)["image_alignment"]
-    known = align([answer], [edit.target], [answer], evaluators)["text_alignment"].iloc[0]
-    edits = pictures[pictures["prompt_index"] == 1]
-    rows = [
-        {
-            "name": edit.name,
-            "kind": edit.kind,
-            "structural": edit.structural,
-            "method": cell.method,
-            "steps": cell.steps,
-            "start": start,
-            "reconstruction": numbers[f"{start}_reconstruction"],
-            "edit": numbers[f"{start}_edit"],
-            "answer": edits.loc[edits["start"] == start, "answer"].mean(),
-            "reconstruction_psnr": numbers["reconstruction_psnr"],
-            "input_edit": numbers["input_edit"],
-            "answer_edit": known,
-        }
-        for start in config.edit.starts
-    ]
+    edited = edit_picture(pipe, cell.edit.picture(world), cell.edit.prompt, [cell.edit.target], config.edit)
+    rows = _score(cell, edited, cell.edit.answer(world), evaluators)
     with atomic_dir(final) as folder:
-        pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
-        for start, chosen in edits.groupby("start"):
+        rows.to_csv(folder / "scores.csv", index=False)
+        targets = edited.table[edited.table["prompt_index"] == 1]
+        for start, chosen in targets.groupby("start"):
             edited.pictures[chosen.index[0]].save(folder / f"{start}.png")
     if delta is not None:
         _discard(delta.parent)
     return final
 
 
+def _train(config: Config, world: World, cell: Cell, final: Path) -> Path:
+    """Train on the cell's picture; the delta's path."""
+    from svdiff.training import train
+
+    edit, picture = cell.edit, final.with_name("input.png")
+    with atomic_file(picture) as temporary:
+        edit.picture(world).save(temporary)
+    own = with_edit(config, edit.name, {"image": str(picture), "prompt": edit.prompt, "targets": [edit.target]})
+    overrides = {"method": cell.method, "steps": cell.steps, "validate_every": cell.steps}
+    return train(own, edit.name, out_dir=final.with_name(f"{final.name}-train"), overrides=overrides)
+
+
+def _score(cell: Cell, edited: EditedPicture, answer: Image.Image, evaluators: Evaluators) -> pd.DataFrame:
+    """A row a start: MEASURES, of which `answer` is 1 − LPIPS to the right answer and `answer_edit` what that one scores."""
+    pictures, numbers = score_edits(edited, evaluators)
+    near = align(edited.pictures, pictures["prompt"].tolist(), [answer], evaluators)["image_alignment"]
+    known = align([answer], [cell.edit.target], [answer], evaluators)["text_alignment"].iloc[0]
+    rows = [
+        {
+            "name": cell.edit.name,
+            "kind": cell.edit.kind,
+            "structural": cell.edit.structural,
+            "method": cell.method,
+            "steps": cell.steps,
+            "start": start,
+            "reconstruction": numbers[f"{start}_reconstruction"],
+            "edit": numbers[f"{start}_edit"],
+            "answer": near[(pictures["prompt_index"] == 1) & (pictures["start"] == start)].mean(),
+            "reconstruction_psnr": numbers["reconstruction_psnr"],
+            "input_edit": numbers["input_edit"],
+            "answer_edit": known,
+        }
+        for start in pictures["start"].unique()
+    ]
+    return pd.DataFrame(rows)
+
+
 def _discard(trained: Path) -> None:
     """Remove a training and its resume state: those of full weights would fill a disk with cells that are done."""
     from svdiff.training.train import state_folder
 
-    key = json.loads((trained / "train.json").read_text())["train_key"]
-    shutil.rmtree(state_folder(key), ignore_errors=True)
+    train_key = json.loads((trained / "train.json").read_text())["train_key"]
+    shutil.rmtree(state_folder(train_key), ignore_errors=True)
     shutil.rmtree(trained)
 
 

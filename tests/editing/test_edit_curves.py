@@ -52,6 +52,10 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
 
     with pytest.raises(SvdiffError, match=r"no edit 'fly'.*zoom-in-lion"):
         edit_curves(config, names=["fly"], output=Path("curves"))
+    with pytest.raises(SvdiffError, match="no method 'svd'"):
+        edit_curves(config, methods=["svd"], output=Path("curves"))
+    with pytest.raises(SvdiffError, match="steps"):
+        edit_curves(config, lengths=[0], output=Path("curves"))
 
 
 def test_means_keep_small_and_structural_edits_apart() -> None:
