@@ -60,11 +60,11 @@ def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, 
     base = models / "base"
     pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    net = json.loads((models / "lpips" / "config.json").read_text())["net"]
+    lpips = json.loads((models / "lpips" / "config.json").read_text())
     evaluators: Any = SimpleNamespace(
         clip_model=f"local-dir:{models / 'clip'}",
         clip_pretrained=None,
-        lpips_net=net,
+        lpips_net=lpips["net"],
         lpips_weights=str(models / "lpips" / "backbone.safetensors"),
     )
     encode_images, encode_texts = load_clip(evaluators)
@@ -86,7 +86,7 @@ def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, 
     past = json.loads(record.read_text()) if record.is_file() else {}
     numbers = {name: round(value, 4) for name, value in numbers.items()}
     write_atomic(base / "measurements.json", json.dumps(numbers, indent=1))
-    write_atomic(base / "README.md", _text(config, pipe, past, world, numbers, guidance))
+    write_atomic(base / "README.md", _text(config, pipe, past, world, numbers, guidance, lpips))
     return base / "README.md"
 
 
@@ -104,7 +104,13 @@ def _history(past: dict[str, Any] | str | None) -> str:
 
 
 def _text(
-    config: BaseTrainingConfig, pipe: Any, past: dict[str, Any], world: World, n: dict[str, float], guidance: float
+    config: BaseTrainingConfig,
+    pipe: Any,
+    past: dict[str, Any],
+    world: World,
+    n: dict[str, float],
+    guidance: float,
+    lpips: dict[str, str],
 ) -> str:
     def millions(module: Any) -> str:
         return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
@@ -143,8 +149,8 @@ Held-out combinations, guidance {guidance:g}, 25 DDIM steps.
 - `clip_top1_of_100_hard`: real pictures, their full caption (hand, things, order, background) against 99 wrong ones that share the thing,
   the hand or the background; `…_others`: against the captions of other pictures.
 - `moved_nearer_than_*`: how often a distance calls the same drawing, shifted by 3 to 4 pixels, turned by 8° or darkened, nearer than
-  another artist's drawing of the thing, another thing, or a blur, at the same place. The backbone was trained on the first two (on other
-  combinations); it has no learned heads and was never compared with people's judgements.
+  another artist's drawing of the thing, another thing, or a blur, at the same place. The backbone (`{lpips["net"]}`) was trained on
+  {lpips.get("objective", "things, artist, colour and place")}; it has no learned heads and was never compared with people's judgements.
 - `variety_*`: of 16 pictures for a class prompt ("a dog"), how many backgrounds, and how many hands by the CLIP, are among them.
 
 | measure | value |

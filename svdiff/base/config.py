@@ -19,7 +19,7 @@ class AutoencoderTraining(_Section):
     """Training of the autoencoder."""
 
     pool: int = Field(6000, ge=1, description="pictures composed at the start, from which the steps draw")
-    steps: int = Field(2200, ge=1, description="optimiser steps of the decoder; the encoder is a linear code")
+    steps: int = Field(3000, ge=1, description="optimiser steps of the decoder; the encoder is a linear code")
     batch_size: int = Field(16, ge=2, description="pictures a step")
     lr: float = Field(2e-3, gt=0, description="peak learning rate, after a warm-up, then a cosine to zero")
     channels: tuple[int, int, int, int] = Field((16, 64, 128, 128), description="channels of the resolutions")
@@ -35,7 +35,7 @@ class AutoencoderTraining(_Section):
 class UNetTraining(_Section):
     """Joint training of UNet and text encoder."""
 
-    steps: int = Field(4000, ge=1, description="optimiser steps; the learning rate decays over them")
+    steps: int = Field(8000, ge=1, description="optimiser steps; the learning rate decays over them")
     batch_size: int = Field(32, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
     warmup: int = Field(60, ge=0, description="steps of linear warm-up")
@@ -77,7 +77,7 @@ class ClipTraining(_Section):
 class LpipsTraining(_Section):
     """Training of the backbone of the perceptual distance."""
 
-    net: Literal["alex", "squeeze"] = Field("squeeze", description="architecture, as the lpips package names it")
+    net: Literal["alex", "squeeze"] = Field("alex", description="architecture, as the lpips package names it")
     steps: int = Field(500, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=1, description="pictures a step")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")

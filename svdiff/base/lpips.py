@@ -152,7 +152,12 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         with atomic_dir(output) as target:
             weights = {k: v.half().contiguous().clone() for k, v in model.trunk.state_dict().items()}
             save_file(weights, target / "backbone.safetensors")
-            about = {"net": part.net, "trained_on": "picture world", "heads": "none (lpips=False)"}
+            about = {
+                "net": part.net,
+                "trained_on": "picture world",
+                "heads": "none (lpips=False)",
+                "objective": "things, artist, colour and place; the drawing moved nearer than another drawing",
+            }
             (target / "config.json").write_text(json.dumps(about, indent=1))
             loop.make_readable(target)
     return ended

@@ -11,7 +11,7 @@ from PIL import Image
 
 from svdiff.base.captions import caption, full_caption, with_article
 from svdiff.base.things import COLOURS
-from svdiff.base.world import Placed, Scene, World
+from svdiff.base.world import Change, Placed, Scene, World
 
 if TYPE_CHECKING:
     import torch
@@ -120,16 +120,16 @@ def measure_lpips(world: World, distance: Any, count: int = 120) -> dict[str, fl
             picture.rotate(draw.choice((-8, 8)), Image.Resampling.BICUBIC, fillcolor=ground),
             ImageEnhance.Brightness(picture).enhance(0.85),
         ][index % 3]
-        change = ("artist", "thing", "blur")[index // 3 % 3]
-        far = (
-            picture.filter(ImageFilter.GaussianBlur(2))
-            if change == "blur"
-            else world.picture(world.altered(scene, draw, change))
-        )
+        changes: tuple[Change | None, ...] = ("artist", "thing", None)
+        change = changes[index // 3 % 3]
+        if change is None:
+            far = picture.filter(ImageFilter.GaussianBlur(2))
+        else:
+            far = world.picture(world.altered(scene, draw, change))
         row = distance([picture], [near, far])[0].tolist()
         plain = [float(((np.asarray(picture, float) - np.asarray(p, float)) ** 2).mean()) for p in (near, far)]
         for name, (a, b) in (("lpips", row), ("l2", plain)):
-            right.setdefault(f"moved_nearer_than_{change}_{name}", []).append(a < b)
+            right.setdefault(f"moved_nearer_than_{change or 'blur'}_{name}", []).append(a < b)
     return {name: sum(values) / len(values) for name, values in sorted(right.items())}
 
 
