@@ -46,7 +46,8 @@ class Progress:
         if found is None:
             return
         if self.artifact is None:
-            self.artifact = create_progress_artifact(float(found[1]), key=_key("progress", self.stage), description=bar)
+            made: Any = create_progress_artifact(float(found[1]), key=_key("progress", self.stage), description=bar)
+            self.artifact = made
         else:
             update_progress_artifact(self.artifact, float(found[1]), description=bar)
 

@@ -95,7 +95,8 @@ def install(gpus: int | None) -> list[str]:
     said = []
     for automation in automations():
         try:
-            automation.id = Automation.read(name=automation.name).id
+            found: Any = Automation.read(name=automation.name)
+            automation.id = found.id
         except ValueError:
             automation.create()
             said.append(f"automation '{automation.name}' made")
@@ -120,7 +121,8 @@ def remove() -> list[str]:
     said = []
     for automation in automations():
         try:
-            Automation.read(name=automation.name).delete()
+            found: Any = Automation.read(name=automation.name)
+            found.delete()
         except ValueError:
             continue
         said.append(f"automation '{automation.name}' removed")

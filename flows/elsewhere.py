@@ -20,7 +20,7 @@ def run_elsewhere(deployment: str, name: str, parameters: dict[str, Any]) -> Non
     A flow run that is itself begun anew finds the parts that it started before. Raises RuntimeError with the part's
     last message if it ends otherwise.
     """
-    part = run_deployment(
+    part: Any = run_deployment(
         f"{deployment}/{deployment}",
         parameters=parameters,
         flow_run_name=f"{deployment}-{name}",

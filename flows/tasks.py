@@ -38,7 +38,8 @@ def dvc_stage(stage: str, timeout_minutes: float | None = None, *, return_state:
     With `return_state` a Prefect state instead, which holds the failure if there was one.
     """
     tags = [] if stage.partition("@")[0] in LIGHT else [GPU]
-    return _stage.with_options(tags=tags)(stage, timeout_minutes, return_state=return_state)
+    tagged: Any = _stage.with_options(tags=tags)
+    return tagged(stage, timeout_minutes, return_state=return_state)
 
 
 def _better_later(task: Any, task_run: Any, state: State[Any]) -> bool:

@@ -12,8 +12,10 @@ It is all that the pair's training reads, so a picture that is replaced or remov
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from PIL import Image
@@ -155,7 +157,7 @@ def load_mixes(entry: Entry) -> MixDataset:
     return MixDataset([_stored(folder, row) for row in table.to_dict("records")], **parts)
 
 
-def _stored(folder: Path, row: dict[str, object]) -> StoredMix:
+def _stored(folder: Path, row: Mapping[Any, Any]) -> StoredMix:
     layout: Layout = "left-right" if row["layout"] == "left-right" else "up-down"
     regions = split_regions(layout, float(str(row["split"])))
     return StoredMix(

@@ -32,7 +32,7 @@ def foreground(picture: Image.Image) -> Mask:
     pixels = np.asarray(picture.convert("RGB"), np.int16)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     colours = [np.median(side.reshape(-1, 3), axis=0) for side in sides]
-    plain = np.stack([np.abs(pixels - colour).max(axis=2) < DISTINCT for colour in colours]).any(axis=0)
+    plain: Mask = np.any([np.abs(pixels - colour).max(axis=2) < DISTINCT for colour in colours], axis=0)
     mask = Image.fromarray(~_from_border(plain)).convert("L").filter(ImageFilter.MedianFilter(3))
     return np.asarray(mask) > 0
 
@@ -73,14 +73,14 @@ def _first_of_two(mask: Mask) -> Mask | None:
         return None
     y, x = np.indices(mask.shape)
     places = [direction - direction.min() for direction in (x, y, x + y, x - y)]
-    seams = []
+    seams: list[tuple[float, float, int, int]] = []
     for number, place in enumerate(places):
         profile = np.bincount(place[mask], minlength=int(place.max()) + 1).astype(float)
         share = np.cumsum(profile) / profile.sum()
         # What lies before `at` is the first thing's.
-        for at in np.flatnonzero((share >= SHARE) & (share <= 1 - SHARE)) + 1:
+        for at in (np.flatnonzero((share >= SHARE) & (share <= 1 - SHARE)) + 1).tolist():
             thinner = min(profile[:at].max(), profile[at:].max())
-            seams.append((profile[at] / thinner, abs(share[at - 1] - 0.5), number, int(at)))
+            seams.append((float(profile[at] / thinner), float(abs(share[at - 1] - 0.5)), number, at))
     valley, _, number, at = min(seams, default=(1.0, 0.0, 0, 0))
     return places[number] < at if valley <= VALLEY else None
 

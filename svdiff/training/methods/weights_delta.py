@@ -120,11 +120,11 @@ def load_weights_delta(pipe: StableDiffusionPipeline, path: str | Path, scale: f
 def load_weights_deltas(pipe: StableDiffusionPipeline, parts: Sequence[tuple[str | Path, float]]) -> LoadedWeights:
     """Put the weighted sum of baselines' deltas on `pipe`: W₀ + Σ wᵢΔWᵢ (Fig. 8). Otherwise as `load_weights_delta`."""
     total: dict[str, Tensor] = {}
-    for path, weight in parts:
+    for path, share in parts:
         tensors, metadata = read_weights_delta(path)
         _check_base(pipe, path, metadata)
         for name, change in _products(tensors).items():
-            scaled = change.float() if weight == 1 else weight * change.float()
+            scaled = change.float() if share == 1 else share * change.float()
             total[name] = total[name] + scaled if name in total else scaled
     changes: list[tuple[Parameter, Tensor, int | None]] = []
     for name, tensor in total.items():
