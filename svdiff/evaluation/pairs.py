@@ -162,16 +162,17 @@ def score_samples(
     texts = [_without_tokens(prompt, entry) for prompt in samples["prompt"]]
     text = (_embed(pictures, evaluators) * _matrix(evaluators.encode_texts(texts))).sum(axis=1)
     parts = []
-    asked = samples["prompt"].map(lambda prompt: tuple(entry.shown(prompt)))
-    for names, rows in samples.groupby(asked):
+    asked = [tuple(entry.shown(prompt)) for prompt in samples["prompt"]]
+    for names in dict.fromkeys(asked):
+        rows = [row for row, found in enumerate(asked) if found == names]
         if len(names) != 2:
             raise SvdiffError(
-                f"prompt '{rows['prompt'].iloc[0]}' names {len(names)} subjects of {entry.name}; expected two: use "
+                f"prompt '{samples['prompt'].iloc[rows[0]]}' names {len(names)} subjects of {entry.name}; expected two: use "
                 "{first} and {second} in mix.prompts"
             )
-        subjects = references[names[0]], references[names[1]]
-        scores = score_things([pictures[i] for i in rows.index], subjects, evaluators)
-        parts.append(scores.set_index(rows.index).assign(first=names[0], second=names[1]))
+        scores = score_things([pictures[row] for row in rows], (references[names[0]], references[names[1]]), evaluators)
+        scores.index = samples.index[rows]
+        parts.append(scores.assign(first=names[0], second=names[1]))
     return pd.concat([samples, pd.concat(parts).sort_index().assign(text_alignment=text)], axis=1)
 
 
