@@ -51,14 +51,7 @@ def style_mixing(geometry: Path, appearance: Path, layers: str | None = None) ->
     """
     a, b = SpectralDelta.load(geometry), SpectralDelta.load(appearance)
     names = a.tensors.keys() | b.tensors.keys()
-    if layers is None:
-        takes = geometry_layers(names)
-    else:
-        pattern = re.compile(layers)
-
-        def takes(name: str) -> bool:
-            return pattern.search(name) is not None
-
+    takes = geometry_layers(names) if layers is None else _matching(layers)
     chosen = sum(takes(name) for name in names)
     if chosen in (0, len(names)):
         raise SvdiffError(
@@ -71,6 +64,14 @@ def style_mixing(geometry: Path, appearance: Path, layers: str | None = None) ->
         Column("swapped", [(mix_by_layer(b, a, takes), 1.0)]),
         Column("appearance", [(appearance, 1.0)]),
     ]
+
+
+def _matching(pattern: str) -> Callable[[str], bool]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise SvdiffError(f"layers '{pattern}' is not a regular expression: {error}") from None
+    return lambda name: compiled.search(name) is not None
 
 
 def geometry_layers(names: Iterable[str]) -> Callable[[str], bool]:

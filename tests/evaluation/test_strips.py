@@ -80,6 +80,8 @@ def test_style_mixing_takes_each_layer_from_its_delta(checkout: Config) -> None:
         assert torch.equal(s.tensors[name], (b if deep else a).tensors[name])
     with pytest.raises(SvdiffError, match="0 of the"):
         style_mixing(one, two, "nothing")
+    with pytest.raises(SvdiffError, match="not a regular expression"):
+        style_mixing(one, two, "(")
 
 
 def test_geometry_layers_of_stable_diffusion_are_those_of_the_paper() -> None:
