@@ -160,7 +160,7 @@ def find(tracking: Tracking, which: str) -> ModelVersion:
     concept = read_concept(tracking, name)
     number = int(wanted) if wanted.isdigit() else concept.aliases.get(wanted or CHAMPION)
     if number is None or number not in concept.versions:
-        known = ", ".join([*map(str, sorted(concept.versions)), *concept.aliases])
+        known = ", ".join([*map(str, sorted(concept.versions)), *sorted(concept.aliases)])
         raise SvdiffError(f"'{name}' has no version '{wanted or CHAMPION}'; there are: {known}")
     return concept.versions[number]
 

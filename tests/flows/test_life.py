@@ -58,7 +58,7 @@ def test_versions_by_name_number_and_alias(project: Project) -> None:
     project.register(value=2, image=0.4)
     found = [find(project.tracking, which).version for which in ("dog", "dog@2", "dog@challenger")]
     assert [int(number) for number in found] == [1, 2, 2]
-    with pytest.raises(SvdiffError, match="has no version '7'; there are: 1, 2, champion, challenger"):
+    with pytest.raises(SvdiffError, match="has no version '7'; there are: 1, 2, challenger, champion"):
         find(project.tracking, "dog@7")
 
 
