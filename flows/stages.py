@@ -41,22 +41,27 @@ class StageTimeout(StageFailed, TimeoutError):
 class StageWaits(StageFailed):
     """Something that the stage needs is not to be had now: wait and try again. What was finished is kept."""
 
+    reason = "something that it needs is not there"
+
 
 class StageBusy(StageWaits):
     """Another DVC command is at work on the same files."""
 
+    reason = "what it needs is busy: another DVC command is at work on it"
     signs = re.compile(r"is busy, it is being blocked by|Unable to acquire lock|lock is held by", re.IGNORECASE)
 
 
 class TrackingAway(StageWaits):
     """The MLflow server does not answer."""
 
+    reason = "the MLflow server does not answer"
     signs = re.compile(r"MLflow at http\S+ cannot be used|API request to http\S+ failed with exception")
 
 
 class RemoteAway(StageWaits):
     """The DVC remote does not answer, or cannot be written."""
 
+    reason = "the DVC remote does not answer, or cannot be written"
     signs = re.compile(r"remote|connect|timed? ?out|permission|forbidden|\[Errno", re.IGNORECASE)
 
 

@@ -85,7 +85,7 @@ def _stage(stage: str, timeout_minutes: float | None) -> str:
             if shared:
                 push_stage(stage, root=root, on_line=on_line)
         except StageWaits as error:
-            log.warning("stage %s %s; it is tried again", stage, error.problem)
+            log.warning("stage %s %s (%s); it is tried again", stage, error.problem, error.reason)
             raise
     log.info("stage %s: %s in %.1f s", done.stage, done.outcome, done.seconds)
     return done.outcome
