@@ -80,7 +80,7 @@ def read_lock(root: Path) -> Stages:
 
 @lru_cache(maxsize=4)
 def _parse_lock(lock: Path, modified: int, size: int) -> Stages:
-    # libyaml: with hundreds of concepts the file has tens of thousands of lines.
+    # As yaml.safe_load, by libyaml where it is: with hundreds of concepts the file has tens of thousands of lines.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     content = yaml.load(lock.read_text(), Loader=loader) or {}
     stages: Stages = content.get("stages", {})
