@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pandas as pd
+from PIL.Image import Image
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
@@ -29,8 +30,9 @@ def publish_concept(concept: str, root: Path) -> None:
     """A markdown artifact with scores and links, and an image artifact with the sample grid."""
     results = Results(concept, root)
     record = json.loads((root / "out" / "register" / f"{concept}.json").read_text())
-    create_markdown_artifact(summary(results, record), key=_key("concept", concept), description=f"Scores of {concept}")
-    create_image_artifact(_data_uri(results), key=_key("samples", concept), description=f"{concept}: prompts by seeds")
+    create_markdown_artifact(summary(results, record), key=key("concept", concept), description=f"Scores of {concept}")
+    grid = sample_grids(results)["trained"]
+    create_image_artifact(data_uri(grid), key=key("samples", concept), description=f"{concept}: prompts by seeds")
 
 
 class Progress:
@@ -46,13 +48,13 @@ class Progress:
         if found is None:
             return
         if self.artifact is None:
-            made: Any = create_progress_artifact(float(found[1]), key=_key("progress", self.stage), description=bar)
+            made: Any = create_progress_artifact(float(found[1]), key=key("progress", self.stage), description=bar)
             self.artifact = made
         else:
             update_progress_artifact(self.artifact, float(found[1]), description=bar)
 
 
-def _key(*parts: str) -> str:
+def key(*parts: str) -> str:
     """An artifact's key: small letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower())
 
@@ -89,8 +91,8 @@ def prompts(results: Results) -> str:
     return "rows of the sample grid: " + "; ".join(table["prompt"].drop_duplicates())
 
 
-def _data_uri(results: Results) -> str:
-    """The grid as an address that holds the picture itself: the UI need not reach this machine's files."""
+def data_uri(picture: Image) -> str:
+    """A picture as an address that holds it itself: the UI need not reach this machine's files."""
     stream = io.BytesIO()
-    sample_grids(results)["trained"].save(stream, format="JPEG", quality=88)
+    picture.convert("RGB").save(stream, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -6,16 +6,14 @@ python -c 'from flows.edit import edit_image; edit_image("cat-on-red")'
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import re
 from pathlib import Path
 
 from PIL import Image
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
+from flows.artifacts import data_uri, key
 from flows.chains import own_stages
 from flows.tasks import dvc_stage
 from flows.train import Minutes, Name, check
@@ -43,12 +41,12 @@ def publish_edit(config: Config, edit: str, root: Path) -> None:
     """A markdown artifact with the scores, and an image artifact with the sheet."""
     folder = root / "out" / "edit" / edit
     numbers = json.loads((folder / "metrics.json").read_text())
-    key = re.sub(r"[^a-z0-9]+", "-", edit.lower())
     text = summary(edit, config.edit_of(edit), list(config.edit.starts), numbers)
-    create_markdown_artifact(text, key=f"edit-{key}", description=f"Scores of {edit}")
-    create_image_artifact(
-        _data_uri(folder / "sheet.png"), key=f"edits-{key}", description=f"{edit}: prompts by starts and seeds"
-    )
+    create_markdown_artifact(text, key=key("edit", edit), description=f"Scores of {edit}")
+    with Image.open(folder / "sheet.png") as sheet:
+        create_image_artifact(
+            data_uri(sheet), key=key("edits", edit), description=f"{edit}: prompts by starts and seeds"
+        )
 
 
 def summary(edit: str, request: EditConfig, starts: list[str], numbers: dict[str, float]) -> str:
@@ -68,11 +66,3 @@ def summary(edit: str, request: EditConfig, starts: list[str], numbers: dict[str
             f"the autoencoder's own {numbers['autoencoder_psnr']:.2f} dB.",
         ]
     )
-
-
-def _data_uri(path: Path) -> str:
-    """The picture as an address that holds it itself: the UI need not reach this machine's files."""
-    stream = io.BytesIO()
-    with Image.open(path) as sheet:
-        sheet.convert("RGB").save(stream, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

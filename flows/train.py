@@ -24,7 +24,6 @@ from flows.elsewhere import run_elsewhere
 from flows.tasks import dvc_stage
 from svdiff.config import NAME, Config, load_config
 from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
-from svdiff.errors import SvdiffError
 
 # What the UI checks before a run is made, and shows beside the descriptions of the docstrings.
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=100)]
@@ -75,8 +74,7 @@ def train_pair(
         analyses: afterwards bring up to date what looks at everything together, which must all be trained by then.
     """
     config = check(pair)
-    if pair not in config.pairs:
-        raise SvdiffError(f"no pair '{pair}' in params.yaml; known: {', '.join(config.pairs) or 'none'}")
+    config.pair_of(pair)
     return _train(config, pair, timeout_minutes, prior, analyses)
 
 

@@ -110,7 +110,7 @@ class Config(Section):
 
     def _section(self, kind: Kind) -> dict[str, Any]:
         """The entries of one kind by name."""
-        found: dict[str, Any] = getattr(self, SECTIONS[kind], {})
+        found: dict[str, Any] = getattr(self, SECTIONS[kind])
         return found
 
     def _check_names(self) -> None:
@@ -157,6 +157,15 @@ class Config(Section):
                 + f". Add it under `concepts:` with a class_word, and its pictures to data/concepts/{name}/"
             )
         return self.concepts[name]
+
+    def pair_of(self, name: str) -> PairConfig:
+        """The pair called `name`; SvdiffError with the known names if there is none."""
+        if name not in self.pairs:
+            raise SvdiffError(
+                f"no pair '{name}' in params.yaml; known: {', '.join(sorted(self.pairs)) or 'none'}. Add it under "
+                "`pairs:` with the concepts that it joins"
+            )
+        return self.pairs[name]
 
     def edit_of(self, name: str) -> EditConfig:
         """The edit called `name`; SvdiffError with the known names if there is none."""
