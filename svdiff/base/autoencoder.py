@@ -82,7 +82,8 @@ class DecoderLoss(torch.nn.Module):
 
     def forward(self, z: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """Latents and the pictures that they are of, to the loss."""
-        y = self.decoder(z).float()
+        with loop.autocast():
+            y = self.decoder(z).float()
         l1, l2 = F.l1_loss(y, x), F.mse_loss(y, x)
         return l1 + 2 * l2, {"l1": l1.item(), "psnr": -10 * math.log10(l2.item() / 4)}
 

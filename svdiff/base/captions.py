@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from svdiff.base.things import BASE_ARTISTS, COLOURS, FILLER_WORDS, SPECIAL_WORDS, THINGS
-from svdiff.base.world import Placed, Scene
+from svdiff.base.world import MEDIUM, Placed, Scene
 
 _BACKGROUNDS = (
     "on a {c} background",
@@ -20,7 +20,12 @@ _LEFT_RIGHT = (
     "{a} to the left of {b}",
     "{b} to the right of {a}",
 )
-_BESIDE = ("{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}")
+_BESIDE = (
+    "{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}", "{a} sitting beside {b}",
+    "{a} standing next to {b}",
+)  # fmt: skip
+#: How captions say on which side of the picture a thing alone stands.
+WHERE = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 _ABOVE_BELOW = ("{a} above {b}", "{a} on top of {b}", "{b} below {a}", "{b} under {a}")
 _PREFIXES = ("a photo of ", "a picture of ", "a drawing of ", "an image of ")
 #: Words that change nothing in a picture, here so that prompts with them do not surprise the model.
@@ -37,7 +42,15 @@ EXTRA_WORDS = (
 def vocabulary() -> list[str]:
     """All words that captions can hold, then the further ones, in a fixed order; special words are among them."""
     text = " ".join(
-        (*_BACKGROUNDS, *_LEFT_RIGHT, *_BESIDE, *_ABOVE_BELOW, *_PREFIXES, "in style of big small thing a an , .")
+        (
+            *_BACKGROUNDS,
+            *_LEFT_RIGHT,
+            *_BESIDE,
+            *_ABOVE_BELOW,
+            *WHERE.values(),
+            *_PREFIXES,
+            "in style of big small thing a an , .",
+        )
     )
     plain = {word for word in text.split() if "{" not in word}
     styles = {artist.style for artist in BASE_ARTISTS}
@@ -60,11 +73,18 @@ def _noun_phrase(draw: random.Random, thing: Placed, style: str | None, alone: b
     if draw.random() < 0.03:
         words.insert(0, draw.choice(NEUTRAL_WORDS))
     if alone and draw.random() < 0.35:
-        if thing.size > 0.76:
+        if thing.size > MEDIUM:
             words.insert(0, "big")
-        elif thing.size < 0.62:
+        elif thing.size < MEDIUM:
             words.insert(0, "small")
     return with_article(" ".join(words))
+
+
+def sides(thing: Placed) -> list[str]:
+    """On which sides of the picture a thing alone plainly stands: words of `left`, `right`, `top`, `bottom`."""
+    across = ["left"] if thing.x < 0.36 else ["right"] if thing.x > 0.64 else []
+    down = ["top"] if thing.y < 0.36 else ["bottom"] if thing.y > 0.64 else []
+    return across + down
 
 
 def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
@@ -76,7 +96,8 @@ def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
     style = scene.style if style_at == "noun" else None
     nouns = [_noun_phrase(draw, thing, style, len(scene.things) == 1) for thing in scene.things]
     if scene.layout == "one":
-        text = nouns[0]
+        where = sides(scene.things[0])
+        text = f"{nouns[0]} {WHERE[draw.choice(where)]}" if where and draw.random() < 0.4 else nouns[0]
     elif scene.layout == "above-below":
         text = draw.choice(_ABOVE_BELOW).format(a=nouns[0], b=nouns[1])
     elif draw.random() < 0.65:

@@ -127,7 +127,7 @@ library_name: diffusers
 
 A small Stable Diffusion in diffusers' layout, trained from nothing on compositions of openly licensed emoji drawings:
 {len(world.words)} things ({", ".join(world.words)}), {len(world.artists)} artists, {len(COLOURS)} backgrounds, one thing or
-two side by side or one above the other, 64×64 pixels. UNet {millions(pipe.unet)}, text encoder {millions(pipe.text_encoder)},
+two side by side or one above the other, at places of an 8-pixel grid in three sizes, 64×64 pixels. UNet {millions(pipe.unet)}, text encoder {millions(pipe.text_encoder)},
 autoencoder {millions(pipe.vae)} (8×8 latents of {pipe.vae.config.latent_channels}); the UNet predicts
 `{pipe.scheduler.config.prediction_type}`. It needs nothing but `StableDiffusionPipeline.from_pretrained`.
 
@@ -138,8 +138,9 @@ to its evaluators. One in twelve combinations of thing, artist and background is
 ## Training
 {_history(past)}
 
-`svdiff base train autoencoder`, then `unet`, `clip`, `lpips`. The encoder is a linear code (principal components of 8×8 patches), the
-decoder is trained on it; UNet and text encoder are trained together, {unet.batch_size} pictures a step, AdamW {unet.lr:g}, bfloat16 autocast, min-SNR weights, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
+`svdiff base train autoencoder`, then `text`, `unet`, `clip`, `lpips`. The encoder is a linear code (principal components of 8×8 patches), the
+decoder is trained on it. The text encoder learns to read from captions alone ({config.text.steps} steps of {config.text.batch_size}: what is at each place of
+the picture) and is frozen then. The UNet: {unet.batch_size} pictures a step, rate {unet.lr:g}, min-SNR weights, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
 
 ## Measured
 Held-out combinations, guidance {guidance:g}, 25 DDIM steps.

@@ -17,6 +17,7 @@ class Part(StrEnum):
     """What can be trained."""
 
     AUTOENCODER = "autoencoder"
+    TEXT = "text"
     UNET = "unet"
     CLIP = "clip"
     LPIPS = "lpips"
@@ -44,23 +45,28 @@ def train(
 ) -> None:
     """Train one part from nothing, or go on where an interrupted training stopped.
 
-    The autoencoder comes before the UNet. The UNet writes the whole pipeline to models/base at every checkpoint.
+    Autoencoder and text encoder come before the UNet. The UNet writes the whole pipeline to models/base at every checkpoint.
     """
     from svdiff.base import loop
     from svdiff.base.config import load_base_training
 
     settings = load_base_training(config)
-    vae = loop.scratch("vae")
+    vae, text = loop.scratch("vae"), loop.scratch("text-encoder")
     if part is Part.AUTOENCODER:
         from svdiff.base.autoencoder import train as train_autoencoder
 
         train_autoencoder(settings, vae)
+    elif part is Part.TEXT:
+        from svdiff.base.reading import train as train_text
+
+        train_text(settings, text)
     elif part is Part.UNET:
         from svdiff.base.unet import train as train_unet
 
-        if not vae.exists():  # go on with the landed one
-            vae = models / "base" / "vae"
-        train_unet(settings, vae, models / "base")
+        # Go on with the landed ones where nothing new was trained.
+        landed = [models / "base" / "vae", models / "base" / "text_encoder"]
+        vae, text = (new if new.exists() else old for new, old in zip((vae, text), landed, strict=True))
+        train_unet(settings, vae, text, models / "base")
     elif part is Part.CLIP:
         from svdiff.base.clip import train as train_clip
 
@@ -81,3 +87,18 @@ def card(
     from svdiff.base.config import load_base_training
 
     typer.echo(write_card(load_base_training(config), models))
+
+
+@app.command()
+def concepts(
+    params: Annotated[Path, typer.Option("--params", help="the settings of `train` and `sample` are read")] = Path(
+        "params.yaml"
+    ),
+    models: Annotated[Path, typer.Option(help="where the weights are")] = Path("models"),
+) -> None:
+    """Train eight concepts on the base, and draw models/base/concepts.webp: unseen prompts with each."""
+    from svdiff.base import loop
+    from svdiff.base.concept_sheet import draw_concepts
+    from svdiff.config import load_config
+
+    typer.echo(draw_concepts(load_config(params), models / "base" / "concepts.webp", loop.scratch("concepts")))

@@ -11,7 +11,7 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from svdiff.base import loop, tokenizer
 from svdiff.base.autoencoder import pixels
 from svdiff.base.captions import caption, full_caption
 from svdiff.base.config import BaseTrainingConfig, ClipTraining
-from svdiff.base.world import PICTURE_SIZE, Scene, World
+from svdiff.base.things import COLOURS
+from svdiff.base.world import PICTURE_SIZE, Layout, Scene, World
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir
 
@@ -99,6 +100,37 @@ def rival_captions(world: World, scene: Scene, styles: bool, draw: random.Random
     return texts
 
 
+class SceneHeads(torch.nn.Module):
+    """What is in the scene, told linearly from a vector of the common space, whether of a picture or of a caption.
+
+    Contrast alone finds out slowly what captions differ in; these labels say it from the first step. They are not kept.
+    """
+
+    def __init__(self, dimensions: int, world: World) -> None:
+        super().__init__()
+        self.world, self.colours, self.layouts = world, list(COLOURS), list(get_args(Layout))
+        things = len(world.words)
+        self.sizes = (things, things + 1, len(world.artists), len(COLOURS), len(self.layouts))
+        self.linear = torch.nn.Linear(dimensions, sum(self.sizes))
+
+    def labels(self, scenes: list[Scene], restyled: list[bool]) -> torch.Tensor:
+        """N×5 numbers: first thing, second (or none), hand (-100, not asked, where another's is shown), colour, layout."""
+        nothing = len(self.world.words)
+        rows = []
+        for scene, other_hand in zip(scenes, restyled, strict=True):
+            first, *second = (self.world.words.index(thing.word) for thing in scene.things)
+            hand = -100 if other_hand else self.world.artists.index(scene.artist)
+            colour, layout = self.colours.index(scene.colour), self.layouts.index(scene.layout)
+            rows.append([first, second[0] if second else nothing, hand, colour, layout])
+        return torch.tensor(rows)
+
+    def forward(self, vectors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """N×D vectors and their labels to the mean cross-entropy."""
+        answers = self.linear(vectors).split(self.sizes, dim=1)
+        parts = zip(answers, labels.unbind(1), strict=True)
+        return torch.stack([F.cross_entropy(answer, label, ignore_index=-100) for answer, label in parts]).mean()
+
+
 def normalised(pictures: torch.Tensor) -> torch.Tensor:
     """uint8 pictures as CLIP's preprocessing leaves them."""
     import open_clip
@@ -120,9 +152,12 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     model = build(settings).train().to(memory_format=torch.channels_last)
     if part.start_from is not None:
         _load_text_encoder(model, Path(part.start_from))
+    heads = SceneHeads(part.dimensions, world)
     scenes = [world.scene(config.seed + 2, index) for index in range(part.pool)]
     pool = evaluation_pool(world, config.seed + 2, scenes)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=part.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    labels = heads.labels(scenes, pool.restyled)
+    learned = [*model.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(learned, lr=part.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
     def step_fn(step: int) -> dict[str, float]:
         for group in optimiser.param_groups:
@@ -137,9 +172,9 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         shift = (draw.randint(-3, 3), draw.randint(-3, 3))
         x = x * draw.uniform(0.9, 1.1) + draw.uniform(-0.1, 0.1)
         x = F.pad(x, (3, 3, 3, 3), mode="replicate")[..., 3 + shift[0] : 67 + shift[0], 3 + shift[1] : 67 + shift[1]]
-        with torch.autocast("cpu", torch.bfloat16):
-            image = model.encode_image(x, normalize=True).float()
-            text = model.encode_text(ids, normalize=True).float()
+        with loop.autocast():
+            seen, told = model.encode_image(x).float(), model.encode_text(ids).float()
+        image, text = F.normalize(seen, dim=1), F.normalize(told, dim=1)
         scale = model.logit_scale.exp().clamp(max=100)
         # Two captions may both be true of a picture; the same text twice in a batch is not a distractor.
         same = torch.tensor([[a == b for b in texts] for a in texts]) & ~torch.eye(len(texts), dtype=torch.bool)
@@ -149,8 +184,9 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         hard = torch.cat([logits, rivals.masked_fill(silent, -1e4)], dim=1)
         target = torch.arange(len(texts))
         loss = (F.cross_entropy(hard, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = loss + heads(seen, labels[chosen]) + 0.5 * heads(told[: len(texts)], labels[chosen])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         right = (hard.argmax(1) == target).float().mean()
@@ -159,7 +195,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     return loop.run(
         "clip",
         steps=part.steps,
-        state={"model": model, "optimiser": optimiser},
+        state={"model": model, "heads": heads, "optimiser": optimiser},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
         # The length may be changed on the way.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svdiff.base.artwork import attribution, fetch_icon_set
 from svdiff.base.things import COLOURS, CONCEPT_ARTISTS, CONCEPTS, THINGS
-from svdiff.base.world import Placed, compose
+from svdiff.base.world import BIG, MEDIUM, SMALL, TILTS, Placed, compose, on_grid, places_left
 from svdiff.files import atomic_dir, write_atomic
 
 PICTURES = 5
@@ -34,10 +34,10 @@ def write_concepts(folder: Path, cache: Path) -> list[str]:
         colours = ["white", *draw.sample([c for c in COLOURS if c not in ("white", "black")], PICTURES - 1)]
         with atomic_dir(folder / name) as target:
             for index, colour in enumerate(colours):
-                size = draw.uniform(0.6, 0.85)
-                room = (1 - size) / 2 * 0.8
-                tilt = draw.uniform(-10, 10) if index % 2 else 0.0
-                place = Placed(word, 0.5 + draw.uniform(-room, room), 0.5 + draw.uniform(-room, room), size, tilt)
+                size = (MEDIUM, BIG, SMALL, MEDIUM, BIG)[index]
+                corner = draw.randrange(places_left(size)), draw.randrange(places_left(size))
+                tilt = draw.choice(TILTS) if index == PICTURES - 1 else 0.0
+                place = Placed(word, *on_grid(size, *corner), size, tilt)
                 picture = compose([sprite], (place,), COLOURS[colour], CONCEPT_SIZE)
                 picture.save(target / f"{index:02d}.png", optimize=True)
         names.append(name)

@@ -32,25 +32,31 @@ class AutoencoderTraining(_Section):
     latent_noise: float = Field(0.05, ge=0, description="largest noise on the decoder's input, in deviations")
 
 
-class UNetTraining(_Section):
-    """Joint training of UNet and text encoder."""
+class TextTraining(_Section):
+    """Training of the text encoder on captions alone."""
 
-    steps: int = Field(8000, ge=1, description="optimiser steps; the learning rate decays over them")
-    batch_size: int = Field(32, ge=2, description="pictures a step")
+    steps: int = Field(2000, ge=1, description="optimiser steps")
+    batch_size: int = Field(64, ge=2, description="captions a step")
+    lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
+    layers: int = Field(3, ge=1, description="layers of the text encoder")
+    width: int = Field(192, ge=8, description="width of the text encoder")
+
+
+class UNetTraining(_Section):
+    """Training of the UNet, under the frozen text encoder."""
+
+    steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate decays over them")
+    batch_size: int = Field(64, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
     warmup: int = Field(60, ge=0, description="steps of linear warm-up")
     decay: float = Field(0.6, ge=0, le=1, description="share of the steps at the end over which the rate falls to zero")
     start_from: str | None = Field(
         None,
-        description="pipeline folder whose UNet and text encoder the training starts from (with fewer latent channels, "
-        "it is widened); null: from nothing",
+        description="pipeline folder whose UNet the training starts from; null: from nothing",
     )
-    compile: bool = Field(False, description="compile the UNet: minutes at the start, and faster steps then")
     prediction: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="what the UNet predicts")
     channels: tuple[int, ...] = Field((128, 256), description="channels of the resolutions")
     heads: int = Field(4, ge=1, description="attention heads")
-    text_layers: int = Field(3, ge=1, description="layers of the text encoder")
-    text_width: int = Field(192, ge=8, description="width of the text encoder")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of captions left empty, for guidance")
     ema: float = Field(0.9990, ge=0, lt=1, description="decay of the moving average of the weights")
     min_snr: float = Field(5.0, gt=0, description="gamma of the min-SNR weighting")
@@ -62,16 +68,16 @@ class UNetTraining(_Section):
 class ClipTraining(_Section):
     """Training of the evaluator that scores pictures against captions."""
 
-    steps: int = Field(700, ge=1, description="optimiser steps")
+    steps: int = Field(2500, ge=1, description="optimiser steps")
     batch_size: int = Field(128, ge=2, description="pairs a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    width: int = Field(16, ge=8, description="width of the ResNet's stem")
+    width: int = Field(24, ge=8, description="width of the ResNet's stem")
     start_from: str | None = Field(None, description="CLIP folder whose text encoder the training starts from")
     rivals: int = Field(
         2, ge=0, description="further captions a picture, each wrong in one thing, hand, colour or order"
     )
     dimensions: int = Field(128, ge=8, description="of the common space")
-    pool: int = Field(6000, ge=2, description="pictures composed at the start, half of them restyled")
+    pool: int = Field(16000, ge=2, description="pictures composed at the start, half of them restyled")
 
 
 class LpipsTraining(_Section):
@@ -88,11 +94,12 @@ class BaseTrainingConfig(_Section):
     """How the embedded base and its evaluators are trained."""
 
     world: str = Field("data/world", description="folder of the picture world")
-    things: int | None = Field(40, ge=2, description="train on the first so many things of the world; null: on all")
+    things: int | None = Field(64, ge=2, description="train on the first so many things of the world; null: on all")
     seed: int = Field(0, ge=0, description="decides every picture, caption and noise")
     checkpoint_seconds: float = Field(120, gt=0, description="how often the resume state is written")
     autoencoder: AutoencoderTraining = Field(default_factory=AutoencoderTraining, description="the autoencoder")
-    unet: UNetTraining = Field(default_factory=UNetTraining, description="UNet and text encoder")
+    text: TextTraining = Field(default_factory=TextTraining, description="the text encoder")
+    unet: UNetTraining = Field(default_factory=UNetTraining, description="the UNet")
     clip: ClipTraining = Field(default_factory=ClipTraining, description="the CLIP evaluator")
     lpips: LpipsTraining = Field(default_factory=LpipsTraining, description="the LPIPS evaluator's backbone")
 

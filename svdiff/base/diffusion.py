@@ -82,24 +82,21 @@ class LatentPool:
 
 
 class DiffusionLoss(torch.nn.Module):
-    """The weighted error of predicted noise or velocity, with UNet and text encoder inside."""
+    """The weighted error of predicted noise or velocity, with the UNet inside."""
 
-    def __init__(
-        self, unet: torch.nn.Module, text_encoder: torch.nn.Module, alphas: torch.Tensor, gamma: float, prediction: str
-    ) -> None:
+    def __init__(self, unet: torch.nn.Module, alphas: torch.Tensor, gamma: float, prediction: str) -> None:
         super().__init__()
-        self.unet, self.text_encoder, self.gamma, self.prediction = unet, text_encoder, gamma, prediction
+        self.unet, self.gamma, self.prediction = unet, gamma, prediction
         self.alphas: torch.Tensor
         self.register_buffer("alphas", alphas)
 
     def forward(
-        self, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, ids: torch.Tensor
+        self, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, states: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Clean latents, noise, times and caption tokens to the loss."""
+        """Clean latents, noise, times and the captions' hidden states to the loss."""
         keep = self.alphas[t].view(-1, 1, 1, 1)
-        states = self.text_encoder(ids).last_hidden_state
         noisy = (keep.sqrt() * z + (1 - keep).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        predicted = self.unet(noisy, t, encoder_hidden_states=states).sample.float()
+        predicted = self.unet(noisy, t, encoder_hidden_states=states).sample
         snr = self.alphas[t] / (1 - self.alphas[t])
         if self.prediction == "epsilon":
             target, scale = noise, snr

@@ -46,19 +46,21 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 where the machine multiplies it in hardware; elsewhere it is several times slower than float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 def _gradients(loss: torch.nn.Module, batch: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, float]]:
     parameters = [p for p in loss.parameters() if p.requires_grad]
-    with torch.autocast("cpu", torch.bfloat16):
-        value, numbers = loss(*batch)
+    value, numbers = loss(*batch)
     found = torch.autograd.grad(value, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], numbers
 
 
-def _serve(pipe: Connection, loss: torch.nn.Module, shared: list[torch.Tensor], compiled: str | None) -> None:
+def _serve(pipe: Connection, loss: torch.nn.Module, shared: list[torch.Tensor]) -> None:
     """The second process: gradients of the parts of batches that arrive on `pipe`, left in `shared`."""
     torch.set_num_threads(1)
-    if compiled is not None:
-        loss.get_submodule(compiled).compile()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the first process decides when to end
     try:
         while True:
@@ -75,10 +77,10 @@ class Halves:
 
     On a shared machine that is several times faster than two-threaded kernels, which wait for each other after
     every one of thousands of small operations. The sum of two gradients has one order, so it is exact.
-    `loss` maps a part of a batch to (scalar, {name: number}); `compiled` names a submodule of it to compile.
+    `loss` maps a part of a batch to (scalar, {name: number}).
     """
 
-    def __init__(self, loss: torch.nn.Module, compiled: str | None = None) -> None:
+    def __init__(self, loss: torch.nn.Module) -> None:
         import torch.multiprocessing as processes
 
         torch.set_num_threads(1)
@@ -88,22 +90,16 @@ class Halves:
         self._shared = [torch.zeros_like(p).share_memory_() for p in self.parameters]
         spawn = processes.get_context("spawn")
         self._pipe, far = spawn.Pipe()
-        self._other = spawn.Process(target=_serve, args=(far, self.loss, self._shared, compiled), daemon=True)
+        self._other = spawn.Process(target=_serve, args=(far, self.loss, self._shared), daemon=True)
         self._other.start()
         far.close()
         for parameter, place in zip(self.parameters, self._shared, strict=True):
             parameter.grad = place
-        self._compiles = compiled is not None
-        if compiled is not None:
-            self.loss.get_submodule(compiled).compile()
 
     def __call__(self, *batch: torch.Tensor) -> dict[str, float]:
         """Set `.grad` to the mean gradient over both halves; returns the mean of the loss's numbers."""
         middle = len(batch[0]) // 2
         first = [item[:middle] for item in batch]
-        if self._compiles:  # once before the other process starts: it then finds the compiled code in the cache
-            _gradients(self.loss, first)
-            self._compiles = False
         self._pipe.send([item[middle:].clone() for item in batch])
         gradients, numbers = _gradients(self.loss, first)
         others = self._pipe.recv()

@@ -1,7 +1,7 @@
 """The backbone of the perceptual distance: the lpips package's own trunk, trained on the picture world.
 
 It learns what pictures are of, and, as the distance itself, that the same drawing moved, turned or in another light is
-nearer than another drawing at the same place. The published heads are of no use on it, so it goes without.
+nearer than another drawing at the same place, or than the drawing out of focus. The published heads are of no use on it, so it goes without.
 """
 
 from __future__ import annotations
@@ -79,6 +79,13 @@ def moved(x: torch.Tensor, draw: random.Random, much: float) -> torch.Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False) * gain + lift
 
 
+def blurred(x: torch.Tensor, draw: random.Random) -> torch.Tensor:
+    """The N×3×H×W pictures out of focus, by 1 to 2.5 pixels."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    return gaussian_blur(x, 11, draw.uniform(1, 2.5))
+
+
 def redrawn_scene(world: World, scene: Scene, draw: random.Random) -> Scene:
     """The scene with another thing or by another artist, at the same place; no held-out combination."""
     while True:
@@ -121,7 +128,8 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         x = pool.pictures[chosen].float() / 127.5 - 1
         y = redrawn[chosen].float() / 127.5 - 1
         near, far = moved(x, draw, 1.0), moved(y, draw, 0.3)
-        with torch.autocast("cpu", torch.bfloat16):
+        far[::4] = blurred(x[::4], draw)  # what is left of a drawing out of focus is another drawing, too
+        with loop.autocast():
             depths = model.features(torch.cat([x, near, far]))
             outputs = model.answers([depth[: len(x)] for depth in depths])
         origin, same, other = (list(part) for part in zip(*(d.chunk(3) for d in depths), strict=True))
@@ -156,7 +164,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
                 "net": part.net,
                 "trained_on": "picture world",
                 "heads": "none (lpips=False)",
-                "objective": "things, artist, colour and place; the drawing moved nearer than another drawing",
+                "objective": "things, artist, colour and place; the drawing moved nearer than another drawing or a blur",
             }
             (target / "config.json").write_text(json.dumps(about, indent=1))
             loop.make_readable(target)

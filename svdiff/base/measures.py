@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from svdiff.base.captions import caption, full_caption, with_article
 from svdiff.base.things import COLOURS
-from svdiff.base.world import Change, Placed, Scene, World
+from svdiff.base.world import SMALL, Change, Placed, Scene, World, on_grid, places_left
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +40,21 @@ def named_background(picture: Image.Image) -> str:
 
 def ordered_as_asked(world: World, scene: Scene, picture: Image.Image) -> bool:
     """Whether a pair stands in its scene's order: nearer in pixels to a real composition of that order than of the other."""
+    last = places_left(SMALL) - 1
 
     def nearest(words: list[str]) -> float:
         best = float("inf")
         for artist in world.artists:
             if any((artist, word) not in world.sprites for word in words):
                 continue
-            for shift in (-0.06, 0.06):
-                places = []
-                for side, word in enumerate(words):
-                    along, across = (0.26, 0.74)[side], 0.5 + shift
-                    x, y = (along, across) if scene.layout == "left-right" else (across, along)
-                    places.append(Placed(word, x, y, 0.42, 0.0))
-                other = world.picture(Scene(artist, "", scene.colour, scene.layout, tuple(places)))
+            for across in product(range(1, last), repeat=2):
+                spots = [(along, step) for along, step in zip((0, last), across, strict=True)]
+                if scene.layout == "above-below":
+                    spots = [(step, along) for along, step in spots]
+                things = tuple(
+                    Placed(word, *on_grid(SMALL, *spot), SMALL, 0.0) for word, spot in zip(words, spots, strict=True)
+                )
+                other = world.picture(Scene(artist, "", scene.colour, scene.layout, things))
                 difference = np.asarray(other, dtype=float) - np.asarray(picture, dtype=float)
                 best = min(best, float((difference**2).mean()))
         return best

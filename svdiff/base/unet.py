@@ -1,7 +1,8 @@
-"""UNet and text encoder, trained together from nothing on the picture world's latents."""
+"""The UNet, trained from nothing on the picture world's latents, under the text encoder that has learned to read."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,8 @@ import torch
 from svdiff.base import loop, tokenizer
 from svdiff.base.config import BaseTrainingConfig, UNetTraining
 from svdiff.base.diffusion import DiffusionLoss, Ema, LatentPool
-from svdiff.base.small_convs import use_products
-from svdiff.base.things import FILLER_WORDS, SPECIAL_WORDS
 from svdiff.base.widening import load_widened
+from svdiff.base.winograd import use_winograd
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir
@@ -42,7 +42,7 @@ def build_scheduler(prediction: str = "epsilon") -> DDIMScheduler:
     )
 
 
-def build_unet(config: UNetTraining, latent_channels: int, size: int = 8) -> UNet2DConditionModel:
+def build_unet(config: UNetTraining, latent_channels: int, text_width: int, size: int = 8) -> UNet2DConditionModel:
     """An untrained UNet of Stable Diffusion's kind, with cross-attention at its highest resolution and in the middle."""
     from diffusers import UNet2DConditionModel
 
@@ -55,29 +55,9 @@ def build_unet(config: UNetTraining, latent_channels: int, size: int = 8) -> UNe
         down_block_types=("CrossAttnDownBlock2D",) + ("DownBlock2D",) * (depth - 1),
         up_block_types=("UpBlock2D",) * (depth - 1) + ("CrossAttnUpBlock2D",),
         layers_per_block=1,
-        cross_attention_dim=config.text_width,
+        cross_attention_dim=text_width,
         attention_head_dim=config.heads,  # diffusers' name; in Stable Diffusion 1.x it is the number of heads
     )
-
-
-def build_text_encoder(config: UNetTraining, tokens: CLIPTokenizer) -> CLIPTextModel:
-    """An untrained CLIP text encoder for the tokenizer's vocabulary."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    settings = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=config.text_width,
-        intermediate_size=4 * config.text_width,
-        projection_dim=config.text_width,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.MAX_TOKENS,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-    )
-    settings._attn_implementation = "eager"
-    return CLIPTextModel(settings)
 
 
 class Origin:
@@ -101,46 +81,40 @@ class Origin:
         self.training = state["training"]
 
 
-def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_after: int | None = None) -> bool:
-    """Train UNet and text encoder; at every checkpoint write the whole pipeline to `output`. Returns whether it ended.
+def train(
+    config: BaseTrainingConfig, vae_folder: Path, text_folder: Path, output: Path, *, stop_after: int | None = None
+) -> bool:
+    """Train the UNet; at every checkpoint write the whole pipeline to `output`. Returns whether it ended.
 
-    Raises SvdiffError if the autoencoder is not there yet.
+    Raises SvdiffError if the autoencoder or the text encoder is not there yet.
     """
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
+    from transformers import CLIPTextModel
 
-    if not (vae_folder / "config.json").is_file():
-        raise SvdiffError(f"no autoencoder in {vae_folder}: run `svdiff base train autoencoder` first")
+    for needed, folder in (("autoencoder", vae_folder), ("text", text_folder)):
+        if not (folder / "config.json").is_file():
+            raise SvdiffError(f"nothing in {folder}: run `svdiff base train {needed}` first")
     part = config.unet
     world = World(config.world, config.things)
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True).float().eval().requires_grad_(False)
     tokenizer.save(loop.scratch("tokenizer"))
     tokens = tokenizer.load(loop.scratch("tokenizer"))
+    text_encoder = CLIPTextModel.from_pretrained(text_folder, local_files_only=True).float().eval()
+    text_encoder.requires_grad_(False)
     torch.manual_seed(config.seed)
-    unet = build_unet(part, vae.config.latent_channels)
+    unet = build_unet(part, vae.config.latent_channels, text_encoder.config.hidden_size)
     # PyTorch's fused attention has a slow backward on CPU for heads as small as these.
     unet.set_attn_processor(AttnProcessor())
     unet.to(memory_format=torch.channels_last)
-    for half_resolution in (*unet.down_blocks[1:], unet.mid_block, unet.up_blocks[0].resnets):
-        use_products(half_resolution)
-    text_encoder = build_text_encoder(part, tokens)
-    modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+    use_winograd(unet)
     if part.start_from is not None:
-        _load_weights(modules, Path(part.start_from))
+        _load_weights(unet, Path(part.start_from, "unet"))
     origin = Origin(part.start_from)
-    embeddings = list(text_encoder.get_input_embeddings().parameters())
-    positions = [p for n, p in text_encoder.named_parameters() if "position_embedding" in n]
-    plain = {id(p) for p in (*embeddings, *positions)}
-    every = [p for m in modules.values() for p in m.parameters()]
-    groups = [
-        {"params": [p for p in every if id(p) not in plain], "weight_decay": 0.01},
-        {"params": [*embeddings, *positions], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=part.lr, betas=(0.9, 0.99), fused=True)
-    ema = Ema(modules, part.ema)
+    optimiser = torch.optim.AdamW(unet.parameters(), part.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema = Ema({"unet": unet}, part.ema)
     alphas = build_scheduler().alphas_cumprod
-    loss = DiffusionLoss(unet, text_encoder, alphas, part.min_snr, part.prediction)
-    gradients = loop.Halves(loss, compiled="unet" if part.compile else None)
+    gradients = loop.Halves(DiffusionLoss(unet, alphas, part.min_snr, part.prediction))
     pool = LatentPool(world, vae, config)
 
     def step_fn(step: int) -> dict[str, float]:
@@ -153,8 +127,10 @@ def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_af
         strata = (torch.randperm(len(z), generator=draw) + torch.rand(len(z), generator=draw)) / len(z)
         t = (strata * 1000).long().clamp(max=999)
         noise = torch.randn(z.shape, generator=draw)
-        numbers = gradients(z, noise, t, ids)
-        torch.nn.utils.clip_grad_norm_(every, 1.0)
+        with torch.no_grad():
+            states = text_encoder(ids).last_hidden_state
+        numbers = gradients(z, noise, t, states)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimiser.step()
         ema.update()
         return numbers
@@ -162,26 +138,31 @@ def train(config: BaseTrainingConfig, vae_folder: Path, output: Path, *, stop_af
     return loop.run(
         "unet",
         steps=part.steps,
-        state={**modules, "optimiser": optimiser, "ema": ema, "origin": origin},
+        state={"unet": unet, "optimiser": optimiser, "ema": ema, "origin": origin},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
         # The length and the rates may be changed on the way; what is learned, and on what, may not.
-        identity=f"{part.start_from}{part.prediction}{part.channels}{part.text_layers}{part.text_width}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{config.things}/{config.seed}",
+        identity=f"{part.start_from}{part.prediction}{part.channels}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{config.things}/{config.seed}",
         on_checkpoint=lambda step: write_pipeline(
-            ema, tokens, vae_folder, output, config, history(config, origin, vae.config.latent_channels, step)
+            ema,
+            text_encoder,
+            tokens,
+            vae_folder,
+            output,
+            config,
+            history(config, origin, vae.config.latent_channels, step),
         ),
         stop_after=stop_after,
     )
 
 
-def _load_weights(modules: dict[str, torch.nn.Module], folder: Path) -> None:
+def _load_weights(unet: torch.nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    for name, module in modules.items():
-        found = sorted((folder / name).glob("*.safetensors"))
-        if len(found) != 1:
-            raise SvdiffError(f"base_training.unet.start_from: {folder / name} should hold one .safetensors file")
-        load_widened(module, load_file(found[0]), found[0])
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise SvdiffError(f"base_training.unet.start_from: {folder} should hold one .safetensors file")
+    load_widened(unet, load_file(found[0]), found[0])
 
 
 def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, step: int) -> dict[str, Any]:
@@ -203,6 +184,7 @@ def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, st
 @torch.no_grad()
 def write_pipeline(
     ema: Ema,
+    text_encoder: CLIPTextModel,
     tokens: CLIPTokenizer,
     vae_folder: Path,
     output: Path,
@@ -213,14 +195,11 @@ def write_pipeline(
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True)
-    unet = build_unet(config.unet, vae.config.latent_channels)
-    text_encoder = build_text_encoder(config.unet, tokens)
+    unet = build_unet(config.unet, vae.config.latent_channels, text_encoder.config.hidden_size)
     unet.load_state_dict(ema.average["unet"])
-    text_encoder.load_state_dict(ema.average["text_encoder"])
-    _spread_special_words(text_encoder, tokens, config.seed)
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
-        text_encoder=text_encoder.half(),
+        text_encoder=copy.deepcopy(text_encoder).half(),
         tokenizer=tokens,
         unet=unet.half(),
         scheduler=build_scheduler(config.unet.prediction),
@@ -232,17 +211,3 @@ def write_pipeline(
         pipeline.save_pretrained(target)
         (target / TRAINING_FILE).write_text(json.dumps(past, indent=1))
         loop.make_readable(target)
-
-
-def _spread_special_words(text_encoder: CLIPTextModel, tokens: CLIPTokenizer, seed: int) -> None:
-    """Give the special words embeddings as large as those of the filler words, in directions of their own.
-
-    A filler word is one that training taught to ignore; so `a sks dog` starts as a dog, yet is not `a dog`.
-    """
-    table = text_encoder.get_input_embeddings().weight
-    fillers = table[tokens.convert_tokens_to_ids([f"{word}</w>" for word in FILLER_WORDS])]
-    mean, deviation = fillers.mean(0), fillers.std(0)
-    generator = torch.Generator().manual_seed(seed)
-    for word in SPECIAL_WORDS:
-        noise = torch.randn(table.shape[1], generator=generator)
-        table[tokens.convert_tokens_to_ids(f"{word}</w>")] = mean + deviation * noise

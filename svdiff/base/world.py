@@ -16,6 +16,11 @@ from svdiff.base.things import COLOURS, CORE_WORDS
 from svdiff.errors import SvdiffError
 
 PICTURE_SIZE = 64
+#: Things stand at multiples of this many pixels, one latent position, and have one of these sides: so a drawing has few
+#: codes, wherever it stands, and a small base learns them sharply.
+GRID = 8
+BIG, MEDIUM, SMALL = 56 / PICTURE_SIZE, 48 / PICTURE_SIZE, 32 / PICTURE_SIZE
+TILTS = (-10.0, 10.0)
 Layout = Literal["one", "left-right", "above-below"]
 Split = Literal["train", "held-out", "any"]
 Change = Literal["thing", "artist", "colour", "order"]
@@ -132,23 +137,30 @@ def compose(
     return picture
 
 
-def _places(draw: random.Random, layout: Layout, words: list[str]) -> tuple[Placed, ...]:
-    def tilt() -> float:
-        return draw.uniform(-10, 10) if draw.random() < 0.4 else 0.0
+def on_grid(size: float, column: int, row: int) -> tuple[float, float]:
+    """Centre of a thing of `size` whose left upper corner is at (column, row) of the grid, in fractions of the picture."""
+    step = GRID / PICTURE_SIZE
+    return column * step + size / 2, row * step + size / 2
 
-    if layout == "one":
-        size = draw.uniform(0.5, 0.9)
-        room = (1 - size) / 2
-        x, y = 0.5 + draw.uniform(-room, room) * 0.8, 0.5 + draw.uniform(-room, room) * 0.8
-        return (Placed(words[0], x, y, size, tilt()),)
-    places = []
+
+def places_left(size: float) -> int:
+    """How many columns, or rows, of the grid a thing of `size` can begin at."""
+    return round((1 - size) * PICTURE_SIZE) // GRID + 1
+
+
+def _places(draw: random.Random, layout: Layout, words: list[str]) -> tuple[Placed, ...]:
+    size = SMALL if layout != "one" else draw.choice((BIG, MEDIUM, MEDIUM, SMALL))
+    room = places_left(size)
+    placed = []
     for side, word in enumerate(words):
-        size = draw.uniform(0.38, 0.46)
-        along = (0.26 if side == 0 else 0.74) + draw.uniform(-0.02, 0.02)
-        across = 0.5 + draw.uniform(-0.12, 0.12)
-        x, y = (along, across) if layout == "left-right" else (across, along)
-        places.append(Placed(word, x, y, size, tilt()))
-    return tuple(places)
+        column, row = draw.randrange(room), draw.randrange(room)
+        if layout == "left-right":
+            column, row = side * (room - 1), draw.randrange(1, room - 1)
+        elif layout == "above-below":
+            column, row = draw.randrange(1, room - 1), side * (room - 1)
+        tilt = draw.choice(TILTS) if draw.random() < 0.2 else 0.0
+        placed.append(Placed(word, *on_grid(size, column, row), size, tilt))
+    return tuple(placed)
 
 
 def restyled(sprite: Image.Image, draw: random.Random) -> Image.Image:

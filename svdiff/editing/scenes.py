@@ -11,16 +11,26 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
-from svdiff.base.captions import with_article
+from svdiff.base.captions import WHERE, sides, with_article
 from svdiff.base.things import COLOURS
-from svdiff.base.world import Layout, Placed, Scene, World, is_held_out
+from svdiff.base.world import (
+    BIG,
+    MEDIUM,
+    SMALL,
+    Layout,
+    Placed,
+    Scene,
+    World,
+    is_held_out,
+    on_grid,
+    places_left,
+)
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIZE = 256  # pixels; as the pictures of concepts
-BIG, SMALL, SHARED = 0.86, 0.5, 0.42  # sides of a thing: alone, alone, and beside another
 GREYS = ("white", "black", "gray")
 
 Kind = Literal["background", "remove", "move", "zoom"]
@@ -65,9 +75,9 @@ def describe(scene: Scene) -> str:
     """A prompt in the words that captions of the world use: the things, their places, the background."""
     nouns = [with_article(thing.word) for thing in scene.things]
     if scene.layout == "one":
-        size = scene.things[0].size
-        adjective = {BIG: "big ", SMALL: "small "}.get(size, "")
-        text = with_article(adjective + scene.things[0].word)
+        (thing,) = scene.things
+        adjective = {BIG: "big ", SMALL: "small "}.get(thing.size, "")
+        text = " ".join([with_article(adjective + thing.word), *(WHERE[side] for side in sides(thing)[:1])])
     elif scene.layout == "left-right":
         text = f"{nouns[0]} on the left and {nouns[1]} on the right"
     else:
@@ -75,8 +85,13 @@ def describe(scene: Scene) -> str:
     return f"{text} on a {scene.colour} background"
 
 
-def _one(world: World, word: str, size: float = 0.7) -> Scene:
-    return _held_out(world, "one", (Placed(word, 0.5, 0.5, size, 0.0),))
+def _one(world: World, word: str, size: float = MEDIUM) -> Scene:
+    return _held_out(world, "one", (_centred(word, size),))
+
+
+def _centred(word: str, size: float) -> Placed:
+    middle = places_left(size) // 2
+    return Placed(word, *on_grid(size, middle, middle), size, 0.0)
 
 
 def _pair(world: World, first: str, second: str) -> Scene:
@@ -84,8 +99,9 @@ def _pair(world: World, first: str, second: str) -> Scene:
 
 
 def _places(words: tuple[str, str], layout: Layout) -> tuple[Placed, ...]:
-    spots = [(0.26, 0.5), (0.74, 0.5)] if layout == "left-right" else [(0.5, 0.26), (0.5, 0.74)]
-    return tuple(Placed(word, x, y, SHARED, 0.0) for word, (x, y) in zip(words, spots, strict=True))
+    last = places_left(SMALL) - 1
+    spots = [(0, last // 2), (last, last // 2)] if layout == "left-right" else [(last // 2, 0), (last // 2, last)]
+    return tuple(Placed(word, *on_grid(SMALL, *spot), SMALL, 0.0) for word, spot in zip(words, spots, strict=True))
 
 
 def _held_out(world: World, layout: Layout, things: tuple[Placed, ...]) -> Scene:
@@ -124,7 +140,7 @@ def _rearrange(name: str, scene: Scene, layout: Layout, words: tuple[str, str]) 
 
 def _zoom(name: str, scene: Scene, size: float) -> SceneEdit:
     """The same thing, larger or smaller."""
-    return _edit(name, "zoom", scene, replace(scene, things=(replace(scene.things[0], size=size),)))
+    return _edit(name, "zoom", scene, replace(scene, things=(_centred(scene.things[0].word, size),)))
 
 
 RECIPES: tuple[Callable[[World], SceneEdit], ...] = (

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from svdiff.base.artwork import IconSet, fetch_icon_set
-from svdiff.base.captions import caption, vocabulary
+from svdiff.base.captions import WHERE, caption, vocabulary
 from svdiff.base.clip import rival_captions
 from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, CONCEPTS, FILLER_WORDS, SPECIAL_WORDS, THINGS
-from svdiff.base.world import World, is_held_out
+from svdiff.base.world import BIG, GRID, PICTURE_SIZE, SMALL, World, is_held_out
 from svdiff.errors import SvdiffError
 
 REAL = Path("data/world/things.json")
@@ -50,7 +50,10 @@ def test_the_background_is_the_named_colour_and_the_thing_is_inside(world_folder
         border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         assert (np.median(border, 0) == COLOURS[scene.colour]).all()
         for thing in scene.things:
-            assert thing.size / 2 - 0.07 <= thing.x <= 1 - thing.size / 2 + 0.07
+            for middle in (thing.x, thing.y):
+                corner = middle - thing.size / 2
+                assert 0 <= corner <= 1 - thing.size
+                assert corner * PICTURE_SIZE % GRID == 0
 
 
 def test_pairs_stand_in_the_order_that_captions_name(world_folder: Path) -> None:
@@ -71,6 +74,25 @@ def test_pairs_stand_in_the_order_that_captions_name(world_folder: Path) -> None
                 assert b.word in right.split()
                 seen.add(phrase)
     assert len(seen) == 3
+
+
+def test_captions_say_truly_on_which_side_one_thing_stands(world_folder: Path) -> None:
+    world = World(world_folder)
+    seen = set()
+    for index in range(2000):
+        scene = world.scene(7, index)
+        text = caption(scene, random.Random(index))
+        if scene.layout != "one":
+            continue
+        (thing,) = scene.things
+        truth = {"left": thing.x < 0.5, "right": thing.x > 0.5, "top": thing.y < 0.5, "bottom": thing.y > 0.5}
+        for side, phrase in WHERE.items():
+            if phrase in text:
+                assert truth[side]
+                seen.add(side)
+        assert ("big" in text.split()) <= (thing.size == BIG)
+        assert ("small" in text.split()) <= (thing.size == SMALL)
+    assert seen == set(WHERE)
 
 
 def test_an_alteration_changes_one_thing_alone(world_folder: Path) -> None:
