@@ -86,8 +86,17 @@ def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, 
     past = json.loads(record.read_text()) if record.is_file() else {}
     numbers = {name: round(value, 4) for name, value in numbers.items()}
     write_atomic(base / "measurements.json", json.dumps(numbers, indent=1))
-    write_atomic(base / "README.md", _text(config, pipe, past, world, numbers, guidance, lpips))
+    concepts = _CONCEPTS if (base / "concepts.webp").is_file() else ""
+    write_atomic(base / "README.md", _text(config, pipe, past, world, numbers, guidance, lpips, concepts))
     return base / "README.md"
+
+
+_CONCEPTS = """
+Eight concepts by artists that it never saw, five pictures each, spectral shifts on all of the UNet; prompts unseen in training, one seed,
+none chosen (`svdiff base concepts`):
+
+![A row for each concept: one of its pictures, then what was drawn](concepts.webp)
+"""
 
 
 def _history(past: dict[str, Any] | str | None) -> str:
@@ -111,6 +120,7 @@ def _text(
     n: dict[str, float],
     guidance: float,
     lpips: dict[str, str],
+    concepts: str,
 ) -> str:
     def millions(module: Any) -> str:
         return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
@@ -160,6 +170,7 @@ Held-out combinations, guidance {guidance:g}, 25 DDIM steps.
 
 ![64 single things and 32 pairs, each with the nearest of 4000 training pictures to its right](samples.webp)
 
+{concepts}
 ## Limits
 It knows its world's words only, one or two things at a time, on flat backgrounds, at 64×64. Scores by its evaluators
 compare with each other, not with scores of CLIP or LPIPS as published.

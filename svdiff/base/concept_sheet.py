@@ -39,7 +39,7 @@ def with_concepts(config: Config, names: Sequence[str]) -> Config:
         name: {"class_word": words[name], "token": token} for name, token in zip(names, SPECIAL_WORDS, strict=False)
     }
     values |= {"classes": list(dict.fromkeys(words[name] for name in names)), "pairs": {}, "edits": {}}
-    values["rank"]["concepts"] = []
+    values["rank"]["concepts"] = list(names[:1])
     return Config.model_validate(values)
 
 
