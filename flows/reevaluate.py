@@ -18,6 +18,7 @@ from prefect.runtime import flow_run
 from flows.reevaluation import Reevaluation, Result
 from flows.runs import FLOW_RUN, FLOW_RUN_URL
 from flows.tracking import connect
+from flows.train import Name
 from flows.verdicts import Verdict
 from svdiff.config import load_config
 
@@ -32,7 +33,7 @@ def _examine(concept: str, round_: Reevaluation) -> Result:
 
 @flow(name="reevaluate", flow_run_name="reevaluate", persist_result=False)
 def reevaluate(
-    concepts: list[str] | None = None,
+    concepts: list[Name] | None = None,
     force: bool = False,
     accept: bool = False,
     rollback: bool | None = None,

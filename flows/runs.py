@@ -113,10 +113,9 @@ def _log_training(tracking: Tracking, config: Config, results: Results, run: Run
     # Parameters cannot change in MLflow: what the live curve logged already stays.
     new = {key: value for key, value in _parameters(config, results).items() if key not in run.data.params}
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in new.items()])
-    if "loss" not in run.data.metrics:
-        curve = _curve(results)
-        for start in range(0, len(curve), BATCH):
-            client.log_batch(run_id, metrics=curve[start : start + BATCH])
+    missing = _missing_points(tracking, results, run)
+    for start in range(0, len(missing), BATCH):
+        client.log_batch(run_id, metrics=missing[start : start + BATCH])
     validation = results.folder("train") / "validation"
     if validation.is_dir():
         client.log_artifacts(run_id, str(validation), "validation")
@@ -143,6 +142,17 @@ def _parameters(config: Config, results: Results) -> dict[str, Any]:
         "sample.guidance": config.sample.guidance,
         "sample.eta": config.sample.eta,
     }
+
+
+def _missing_points(tracking: Tracking, results: Results, run: Run) -> list[Metric]:
+    """The curve without what was logged live: all of it, its end where the server was away, or nothing."""
+    histories = {
+        key: tracking.client.get_metric_history(run.info.run_id, key)
+        for key in map(str, results.curve)
+        if key in run.data.metrics
+    }
+    last = {key: max(point.step for point in history) for key, history in histories.items()}
+    return [point for point in _curve(results) if point.step > last.get(point.key, -1)]
 
 
 def _curve(results: Results) -> list[Metric]:

@@ -75,7 +75,10 @@ def test_same_delta_on_another_base_is_another_version(project: Project) -> None
 
 
 def test_the_live_run_of_the_training_is_taken_up_and_closed(project: Project) -> None:
-    """A killed and resumed training leaves its run open: registration completes it instead of starting another."""
+    """A killed and resumed training leaves its run open: registration completes it instead of starting another.
+
+    Nor is anything of the curve lost where the server was away from step 10 on, or doubled.
+    """
     client = project.tracking.client
     live = client.create_run(project.tracking.experiment_id, tags={TRAIN_KEY: "k"})
     client.log_metric(live.info.run_id, "loss", 0.7, step=10)
@@ -84,7 +87,8 @@ def test_the_live_run_of_the_training_is_taken_up_and_closed(project: Project) -
     assert done.run_id == live.info.run_id
     run = client.get_run(done.run_id)
     assert run.info.status == "FINISHED"
-    assert [m.step for m in client.get_metric_history(done.run_id, "loss")] == [10]  # live points are not doubled
+    assert sorted(m.step for m in client.get_metric_history(done.run_id, "loss")) == list(range(10, 21))
+    assert [m.step for m in client.get_metric_history(done.run_id, "fixed_noise_loss")] == [20]
 
 
 def test_a_run_claimed_by_another_delta_is_left_alone(project: Project) -> None:
