@@ -106,7 +106,19 @@ def build(tracking: Tracking, config: Config, root: Path, versions: int) -> list
     return times
 
 
-def measure(tracking: Tracking, config: Config, root: Path, versions: int, repeats: int) -> dict[str, list[float]]:
+def night(tracking: Tracking) -> None:
+    """What a night's re-evaluation leaves: only then has a plan anything to compare."""
+    from flows.promotion import now
+    from flows.reevaluation import VERDICT, WHEN, WHY
+    from flows.verdicts import Verdict
+
+    for version in filter(None, (concept.champion for concept in read_catalogue(tracking))):
+        if WHEN not in version.tags:
+            for key, value in {VERDICT: str(Verdict.UNCHANGED), WHY: "benchmark", WHEN: now()}.items():
+                tracking.client.set_model_version_tag(version.name, str(version.version), key, value)
+
+
+def measure(tracking: Tracking, config: Config, root: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of each operation in a process that has MLflow loaded, as flows and servers have."""
     from flows.life import promote_by_hand, rollback
     from flows.lineage import read_lineage
@@ -114,8 +126,7 @@ def measure(tracking: Tracking, config: Config, root: Path, versions: int, repea
     from flows.reevaluation import Reevaluation
     from flows.registered import find
 
-    names = list(config.concepts)
-    challenged = next(c.name for c in read_catalogue(tracking) if "challenger" in c.aliases)
+    names, challenged = list(config.concepts), challenged_concept(tracking)
     operations: dict[str, Callable[[], object]] = {
         "list": lambda: list_concepts(tracking),
         "plan of a re-evaluation": lambda: Reevaluation(tracking, config, root).plan(),
@@ -135,8 +146,15 @@ def measure(tracking: Tracking, config: Config, root: Path, versions: int, repea
     return times
 
 
-def commands(root: Path, repeats: int) -> dict[str, list[float]]:
+def challenged_concept(tracking: Tracking) -> str:
+    """The first concept with a challenger."""
+    return next(concept.name for concept in read_catalogue(tracking) if "challenger" in concept.aliases)
+
+
+def commands(tracking: Tracking, root: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of whole commands, most of which is importing MLflow."""
+    from flows.life import rollback
+
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     environment.pop("MLFLOW_TRACKING_URI", None)
 
@@ -144,10 +162,17 @@ def commands(root: Path, repeats: int) -> dict[str, list[float]]:
         command = [sys.executable, "-m", "flows", *arguments]
         return lambda: subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.DEVNULL)
 
-    return {
+    challenged = challenged_concept(tracking)
+    times = {
         "command: list": seconds(run("list"), repeats),
         "command: reevaluate --plan": seconds(run("reevaluate", "--plan"), repeats),
+        "command: promote": [],
     }
+    for _ in range(repeats):
+        times["command: promote"] += seconds(run("promote", challenged, "--reason", "benchmark"), 1, warmup=0)
+        was, _ = rollback(tracking, challenged, "benchmark")
+        tracking.client.set_registered_model_alias(challenged, "challenger", str(was))
+    return times
 
 
 def main() -> None:
@@ -163,7 +188,8 @@ def main() -> None:
     config = project(root, options.concepts)
     tracking = connect(config.tracking, root)
     registered = build(tracking, config, root, options.versions)
-    times = measure(tracking, config, root, options.versions, options.repeats) | commands(root, options.repeats)
+    night(tracking)
+    times = measure(tracking, config, root, options.repeats) | commands(tracking, root, options.repeats)
     if registered:
         times["registration"] = registered
     result: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,8 +23,8 @@ EVALUATORS = {"clip_model": "tiny", "clip_pretrained": "random", "lpips_weights"
 class Champions(Project):
     """A checkout whose concepts are on a base of its own, at models/base."""
 
-    def __init__(self, root: Path, tiny_base: Path, *concepts: str) -> None:
-        self.base = root / "models" / "base"
+    def __init__(self, root: Path, tiny_base: Path, *concepts: str, **sections: dict) -> None:
+        self.base, self.sections = root / "models" / "base", sections
         shutil.copytree(tiny_base, self.base)
         for index, name in enumerate(concepts):
             folder = root / "data" / "concepts" / name
@@ -42,7 +43,7 @@ class Champions(Project):
             "sample": SAMPLE,
             "score": {"bootstrap": 100},
         }
-        write_params(root, *self.concepts, **(usual | sections))
+        write_params(root, *self.concepts, **(usual | self.sections | sections))
 
     def change(self, **sections: dict) -> Config:
         """The configuration with other `sections` in params.yaml."""
@@ -77,6 +78,32 @@ class Champions(Project):
         """The registered delta's file in the artifact store."""
         model = self.tracking.client.get_logged_model(model_id(self.version(name, number)))
         return Path(model.artifact_location.removeprefix("file://")) / "artifacts" / "delta.safetensors"
+
+
+def write_evaluators(root: Path, seed: int) -> dict[str, str]:
+    """Small random evaluators as files below `root`, for processes of their own; the section of params.yaml."""
+    import lpips
+    import open_clip
+    from safetensors.torch import save_file
+
+    models = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    texts = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    shape = {"embed_dim": 16, "vision_cfg": models, "text_cfg": texts}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = open_clip.CLIP(**shape)
+        backbone = lpips.LPIPS(net="squeeze", lpips=False, pretrained=False, pnet_rand=True, verbose=False).net
+    folder = root / "models" / "clip"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model_cfg": shape, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    save_file(backbone.state_dict(), root / "models" / "backbone.safetensors")
+    return {
+        "clip_model": "local-dir:models/clip",
+        "lpips_net": "squeeze",
+        "lpips_weights": "models/backbone.safetensors",
+    }
 
 
 def disturb_autoencoder(base: Path) -> None:

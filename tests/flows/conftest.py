@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from miniature import Project, make_dvc_project, write_params
+from team import Team, bring_flows, postgres
 
 from flows.tracking import connect
 from svdiff.config import TrackingConfig
@@ -57,3 +59,32 @@ def tiny_evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
     clip, lpips = TinyClip(), TinyLpips()
     monkeypatch.setattr(module, "load_clip", lambda _: (clip.encode_images, clip.encode_texts))
     monkeypatch.setattr(module, "load_lpips", lambda _: lpips)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """Prefect's server on PostgreSQL with pool, automations, limit and deployments, and an MLflow server."""
+    folder = tmp_path_factory.mktemp("team")
+    with postgres() as database:
+        team = Team(folder, database)
+        office = folder / "office"
+        office.mkdir()
+        bring_flows(office)
+        try:
+            report = team.run(office, "flows", "up", "--workers", "0", "--gpus", "2")
+            assert "automation 'svdiff: a crashed run is tried again' made" in report
+            assert "2 at once" in report
+            yield team
+        finally:
+            team.run(office, "flows", "down")
+            team.close()
+
+
+@pytest.fixture
+def team(servers: Team, tmp_path: Path) -> Iterator[Team]:
+    """The servers, and no worker of an earlier test."""
+    servers.folder = tmp_path
+    yield servers
+    for worker in servers.workers:
+        worker.kill()
+    servers.workers.clear()

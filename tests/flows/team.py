@@ -19,11 +19,10 @@ from typing import Any
 
 import httpx
 import pytest
-from mlflow import MlflowClient
 
 import flows
 from flows.processes import bearers, kill, marked, new_mark, wait_gone
-from flows.services import answers
+from flows.services import POOL, answers
 
 REPOSITORY = Path(flows.__file__).parents[1]
 
@@ -35,6 +34,13 @@ def until(condition: Callable[[], Any], patience: float = 900, what: str = "wait
         assert time.monotonic() < end, what
         time.sleep(0.5)
     return found
+
+
+def bring_flows(root: Path) -> None:
+    """This repository's flows and deployments into another project."""
+    for name in ("prefect.yaml", "prefect.toml"):
+        shutil.copy(REPOSITORY / name, root / name)
+    shutil.copytree(REPOSITORY / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def free_port() -> int:
@@ -133,6 +139,7 @@ class Team:
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "OMP_NUM_THREADS": "1",  # small models, many processes: threads that wait for each other only cost
         }
         self.mlflow = Process(
             folder / "mlflow.log",
@@ -183,13 +190,30 @@ class Team:
         assert answer.is_success, answer.text
         return answer.json()
 
+    def deployment(self, name: str) -> Any:
+        return self.get(f"/deployments/name/{name}/{name}")
+
     def start(self, deployment: str, **parameters: Any) -> str:
         """Id of a new run of `deployment`, for any worker."""
-        found = self.get(f"/deployments/name/{deployment}/{deployment}")
+        found = self.deployment(deployment)
         return str(self.post(f"/deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
 
     def state(self, flow_run: str) -> str:
         return str(self.get(f"/flow_runs/{flow_run}")["state"]["name"])
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """No worker takes a run, and none is in work."""
+        busy = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+        self._pause(True)
+        time.sleep(5)  # what a worker was just told to take is pending by then
+        until(lambda: not self.post("/flow_runs/filter", **busy))
+        yield
+        self._pause(False)
+
+    def _pause(self, paused: bool) -> None:
+        answer = httpx.patch(f"{self.api}/work_pools/{POOL}", json={"is_paused": paused}, timeout=60)
+        assert answer.is_success, answer.text
 
     def completed(self, flow_run: str, patience: float = 1500) -> None:
         """Wait until the run is completed; show its log if it ends otherwise."""
@@ -213,9 +237,15 @@ class Team:
             found += [entry["message"] for entry in page]
         return found
 
+    @property
+    def client(self) -> Any:
+        """The MLflow server's."""
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.tracking, self.tracking)
+
     def registered(self, concept: str) -> list[Any]:
-        client = MlflowClient(self.tracking, self.tracking)
-        return sorted(client.search_model_versions(f"name = '{concept}'"), key=lambda v: int(v.version))
+        return sorted(self.client.search_model_versions(f"name = '{concept}'"), key=lambda v: int(v.version))
 
 
 def said(root: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from miniature import registered
 import flows
 from flows.services import answers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 REPOSITORY = Path(flows.__file__).parents[1]
 
 

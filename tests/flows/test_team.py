@@ -6,53 +6,26 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from miniature import make_dvc_project
-from team import REPOSITORY, Team, postgres, ran, said, until
+from team import Team, bring_flows, ran, said, until
 
-pytestmark = pytest.mark.slow
+from flows import automations
+from flows.processes import alive, bearers
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
 
 
 def commit(root: Path) -> None:
     subprocess.run(["git", "-C", str(root), "add", "."], check=True)
     subprocess.run(["git", "-C", str(root), *IDENTITY, "commit", "--quiet", "-m", "for the team"], check=True)
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    """Prefect's server on PostgreSQL with pool, automations, limit and deployments, and an MLflow server."""
-    folder = tmp_path_factory.mktemp("team")
-    with postgres() as database:
-        team = Team(folder, database)
-        office = folder / "office"
-        office.mkdir()
-        for name in ("prefect.yaml", "prefect.toml"):
-            shutil.copy(REPOSITORY / name, office / name)
-        shutil.copytree(REPOSITORY / "flows", office / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-        try:
-            report = team.run(office, "flows", "up", "--workers", "0", "--gpus", "2")
-            assert "automation 'svdiff: a crashed run is tried again' made" in report
-            assert "2 at once" in report
-            yield team
-        finally:
-            team.run(office, "flows", "down")
-            team.close()
-
-
-@pytest.fixture
-def team(servers: Team, tmp_path: Path) -> Iterator[Team]:
-    """The servers, and no worker of an earlier test."""
-    servers.folder = tmp_path
-    yield servers
-    for worker in servers.workers:
-        worker.kill()
-    servers.workers.clear()
 
 
 @pytest.fixture
@@ -66,9 +39,7 @@ def names() -> list[str]:
 def origin(team: Team, tmp_path: Path, names: list[str]) -> Path:
     """The team's repository: small stages, real registration, one DVC remote for all clones."""
     root = make_dvc_project(tmp_path / "origin", *names)
-    for name in ("prefect.yaml", "prefect.toml"):
-        shutil.copy(REPOSITORY / name, root / name)
-    shutil.copytree(REPOSITORY / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    bring_flows(root)
     values = yaml.safe_load((root / "params.yaml").read_text())
     values["tracking"] = {"uri": team.tracking, "experiment": tmp_path.name}
     (root / "params.yaml").write_text(yaml.safe_dump(values))
@@ -103,6 +74,8 @@ def test_two_workers_train_four_concepts_once_and_a_third_clone_nothing(
     for concept, run in runs.items():
         (version,) = team.registered(concept)
         assert version.tags["delta_sha256"]
+        assert team.client.get_model_version_by_alias(concept, "champion").version == version.version
+        assert team.client.get_run(version.run_id).data.tags["prefect.flow_run_id"] == run
         lines = [line for clone in clones for line in said(clone) if line["flow_run"] == run]
         assert {line["concept"] for line in lines} == {concept, "dog"}  # itself, and the class of the prior images
         assert {"train", "sample", "score", "register"} <= {line["stage"] for line in lines}
@@ -152,6 +125,7 @@ def test_a_worker_that_dies_is_noticed_and_its_run_is_finished_elsewhere(
     team: Team, origin: Path, names: list[str]
 ) -> None:
     dog = names[0]
+    team.post("/concurrency_limits/", tag="gpu", concurrency_limit=1)  # a dead stage must not keep it
     first, second = (team.clone(origin, name) for name in ("one", "two"))
     hold(first, f"train-{dog}")
     victim = team.worker(first)
@@ -175,24 +149,130 @@ def test_a_worker_that_dies_is_noticed_and_its_run_is_finished_elsewhere(
     assert len(team.registered(dog)) == 1
 
 
-def test_mlflow_stopped_in_the_middle_is_waited_for(team: Team, origin: Path, names: list[str]) -> None:
+@pytest.fixture
+def impatience(team: Team, origin: Path) -> Iterator[None]:
+    """Runs that nobody starts are given to another worker after half a minute instead of ten."""
+
+    def install(stuck: int) -> None:
+        code = f"from flows import automations; automations.STUCK = {stuck}; print(automations.install(None))"
+        subprocess.run([sys.executable, "-c", code], cwd=origin, env=team.env, check=True)
+
+    install(30)
+    yield
+    install(automations.STUCK)
+
+
+@pytest.mark.usefixtures("impatience")
+def test_a_worker_that_dies_before_its_run_begins_is_replaced(team: Team, origin: Path, names: list[str]) -> None:
+    dog = names[0]
+    first, second = (team.clone(origin, name) for name in ("one", "two"))
+    victim = team.worker(first)
+    run = team.start("train-concept", concept=dog)
+    until(lambda: team.state(run) == "Pending")
+    victim.kill()
+    assert team.states(run)[-1] == "Pending"
+    team.worker(second)
+    team.completed(run)
+    assert "AwaitingRetry" in team.states(run)
+    assert ran(first) == []
+    assert len(team.registered(dog)) == 1
+
+
+STEPS = 300  # of the training that is killed; a few hundredths of a second each
+
+
+def train_really(origin: Path, tiny_base: Path) -> None:
+    """Let the stage `train` of the team's repository be the real one, on a tiny base."""
+    shutil.copytree(tiny_base, origin / "models/base")
+    stages = (origin / "dvc.yaml").read_text()
+    (origin / "dvc.yaml").write_text(stages.replace("python stage.py train ${key}", "svdiff train --concept ${key}"))
+    values = yaml.safe_load((origin / "params.yaml").read_text())
+    values["base"] = {"model": "models/base"}
+    values["train"] = {"steps": STEPS, "validate_every": STEPS, "save_every": 5, "prior_weight": 0.0}
+    (origin / "params.yaml").write_text(yaml.safe_dump(values))
+    commit(origin)
+
+
+def steps_saved(clone: Path) -> list[float]:
+    """Seconds of each step in the resume state."""
+    import torch
+
+    found = [torch.load(state, weights_only=True) for state in clone.glob(".svdiff/state/*/state.pt")]
+    return [row["seconds"] for state in found for row in state["rows"]]
+
+
+def test_a_training_goes_on_where_it_was_once_its_worker_is_back(
+    team: Team, origin: Path, names: list[str], tiny_base: Path
+) -> None:
+    train_really(origin, tiny_base)
     dog, clone = names[0], team.clone(origin, "one")
-    go_on = hold(clone, f"score-{dog}")
+    victim = team.worker(clone)
+    run = team.start("train-concept", concept=dog)
+    until(lambda: steps_saved(clone))
+    victim.kill()
+    done = steps_saved(clone)
+    assert 0 < len(done) < STEPS
+    team.worker(clone)
+    team.completed(run)
+    assert team.states(run).count("Crashed") == 1
+    curve = pd.read_csv(clone / f"out/train/{dog}/curve.csv")
+    assert len(curve) == STEPS
+    assert list(curve["seconds"])[: len(done)] == pytest.approx(done)  # these were not run again
+    (version,) = team.registered(dog)
+    # The live curve of both attempts is one run, and it is the version's.
+    assert [r.info.run_id for r in runs_of(team, origin, dog)] == [version.run_id]
+
+
+def runs_of(team: Team, origin: Path, concept: str) -> list[Any]:
+    """All MLflow runs of a concept."""
+    experiment = team.client.get_experiment_by_name(origin.parent.name)
+    return list(team.client.search_runs([experiment.experiment_id], f"tags.`svdiff.concept` = '{concept}'"))
+
+
+def test_an_engine_that_is_killed_takes_its_stage_along_and_its_run_begins_anew(
+    team: Team, origin: Path, names: list[str]
+) -> None:
+    dog, clone = names[0], team.clone(origin, "one")
+    go_on = hold(clone, f"train-{dog}")
+    worker = team.worker(clone)
+    run = team.start("train-concept", concept=dog)
+    until(begun(clone, f"train@{dog}"))
+    processes = {process: process.cmdline() for process in bearers(worker.mark)}
+    (engine,) = [process for process, line in processes.items() if "prefect.engine" in line]
+    stages = [process for process, line in processes.items() if "stage.py" in line or "dvc" in line]
+    assert len(stages) >= 2
+    engine.kill()
+    until(lambda: not any(map(alive, stages)), 120, "the stage outlives the engine")
+    go_on()
+    team.completed(run)
+    assert team.states(run).count("Crashed") == 1
+    assert ran(clone).count(f"train@{dog}") == 2
+    assert len(team.registered(dog)) == 1
+
+
+def test_mlflow_stopped_in_the_middle_of_a_training_costs_nothing(
+    team: Team, origin: Path, names: list[str], tiny_base: Path
+) -> None:
+    train_really(origin, tiny_base)
+    dog, clone = names[0], team.clone(origin, "one")
     team.worker(clone)
     run = team.start("train-concept", concept=dog)
-    until(begun(clone, f"score@{dog}"))
+    until(lambda: steps_saved(clone))
     team.mlflow.kill()
-    go_on()
     until(lambda: any("cannot reach MLflow; it is tried again" in line for line in team.messages(run)))
-    assert any(f"MLflow at {team.tracking} cannot be used" in line for line in team.messages(run))
+    lines = team.messages(run)
+    assert any("live curve off, training goes on" in line for line in lines)
+    assert any(f"MLflow at {team.tracking} cannot be used" in line for line in lines)
     assert team.state(run) == "Running"
     team.mlflow.start()
     team.completed(run)
-    assert Counter(ran(clone)) == Counter(
-        ["prior@dog", f"train@{dog}", f"sample@{dog}", f"score@{dog}"]
-        + [f"register@{dog}"] * ran(clone).count(f"register@{dog}")
-    )
-    assert len(team.registered(dog)) == 1
+    again = [f"register@{dog}"] * ran(clone).count(f"register@{dog}")
+    assert ran(clone) == ["prior@dog", f"train@{dog}", f"sample@{dog}", f"score@{dog}", *again]
+    (version,) = team.registered(dog)
+    assert [r.info.run_id for r in runs_of(team, origin, dog)] == [version.run_id]
+    points = [point.step for point in team.client.get_metric_history(version.run_id, "loss")]
+    assert len(points) == len(set(points))
+    assert max(points) == STEPS
 
 
 def test_a_remote_that_cannot_be_written_costs_nothing(team: Team, origin: Path, names: list[str]) -> None:
