@@ -31,6 +31,17 @@ def connected(params: Path) -> tuple[Config, Tracking]:
     return config, connect(config.tracking, params.resolve().parent)
 
 
+def looked_at(params: Path) -> tuple[Config, Tracking]:
+    """As `connected`, for commands that only read the catalogue: that of a SQLite file does without MLflow."""
+    from flows.tracking import locate
+    from svdiff.config import load_config
+
+    config = load_config(params)
+    tracking = locate(config.tracking, params.resolve().parent)
+    readable = tracking.database is not None and tracking.database.is_file()
+    return (config, tracking) if readable else connected(params)
+
+
 @app.command("list")
 def list_registered(
     params: Params = PARAMS,
@@ -40,7 +51,7 @@ def list_registered(
     """Registered concepts: champion, challenger, scores, last re-evaluation, and why the champion is one."""
     from flows.registered import list_concepts
 
-    entries = list_concepts(connected(params)[1], retired=retired)
+    entries = list_concepts(looked_at(params)[1], retired=retired)
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
         return
@@ -148,7 +159,7 @@ def reevaluate(
     """
     from flows.reevaluation import Reevaluation
 
-    config, tracking = connected(params)
+    config, tracking = (looked_at if plan else connected)(params)
     round_ = Reevaluation(tracking, config, params.resolve().parent, force=force, accept=accept)
     planned = round_.plan(concept or None)
     if plan:

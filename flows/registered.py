@@ -1,7 +1,7 @@
 """The registry as a whole: every concept with its versions and aliases, in two searches however many there are.
 
 MLflow's search for versions knows no aliases and its search for models no tags of versions, so both are asked and joined
-here. What a concept's life leaves behind is in tags, see `flows.promotion`, `flows.life` and `flows.reevaluation`.
+here; of a SQLite file `flows.snapshot` reads as much in a moment. What a concept's life leaves behind is in tags, see `flows.promotion`, `flows.life` and `flows.reevaluation`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flows import snapshot
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Registered:
     name: str
     aliases: dict[str, int]
     tags: dict[str, str]
-    versions: dict[int, ModelVersion]
+    versions: dict[int, Any]  # MLflow's ModelVersion, or Version of `flows.snapshot`
 
     @property
     def retired(self) -> bool:
@@ -38,30 +39,45 @@ class Registered:
         return RETIRED in self.tags
 
     @property
-    def champion(self) -> ModelVersion | None:
+    def champion(self) -> Any | None:
         """The version in use, None if there is none."""
         return self.versions.get(self.aliases.get(CHAMPION, -1))
 
 
 def read_catalogue(tracking: Tracking, names: Iterable[str] | None = None) -> list[Registered]:
     """All registered concepts by name, or those called `names`. Raises SvdiffError for a name that is not there."""
-    models = {model.name: model for model in _all(tracking.client.search_registered_models)}
+    found = _snapshot(tracking)
+    if found is None:
+        found = _search(tracking)
+    chosen = sorted(found) if names is None else list(dict.fromkeys(names))
+    for name in chosen:
+        if name not in found:
+            raise SvdiffError(_unknown(tracking, name))
+    return [found[name] for name in chosen]
+
+
+def _snapshot(tracking: Tracking) -> dict[str, Registered] | None:
+    """The catalogue of a SQLite file; None where MLflow must be asked."""
+    models = snapshot.read(tracking.database) if tracking.database else None
+    if models is None:
+        return None
+    return {m.name: Registered(m.name, m.aliases, m.tags, m.versions) for m in models.values()}
+
+
+def _search(tracking: Tracking) -> dict[str, Registered]:
+    """The catalogue of any store, by MLflow."""
     versions: dict[str, dict[int, ModelVersion]] = {}
     for version in _all(tracking.client.search_model_versions):
         versions.setdefault(version.name, {})[int(version.version)] = version
-    chosen = sorted(models) if names is None else list(dict.fromkeys(names))
-    for name in chosen:
-        if name not in models:
-            raise SvdiffError(_unknown(tracking, name))
-    return [
-        Registered(
-            name,
-            {alias: int(number) for alias, number in models[name].aliases.items()},
-            dict(models[name].tags),
-            versions.get(name, {}),
+    return {
+        model.name: Registered(
+            model.name,
+            {alias: int(number) for alias, number in model.aliases.items()},
+            dict(model.tags),
+            versions.get(model.name, {}),
         )
-        for name in chosen
-    ]
+        for model in _all(tracking.client.search_registered_models)
+    }
 
 
 def read_concept(tracking: Tracking, name: str) -> Registered:

@@ -38,6 +38,11 @@ class Tracking:
     experiment: str
     root: Path
 
+    @property
+    def database(self) -> Path | None:
+        """The SQLite file, if the store is one."""
+        return Path(self.uri.removeprefix(SQLITE)) if self.uri.startswith(SQLITE) else None
+
     @cached_property
     def client(self) -> MlflowClient:
         """A client bound to this store, whatever the process-wide tracking URI says."""
@@ -74,22 +79,27 @@ def connect(config: TrackingConfig, root: Path = Path()) -> Tracking:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    root = root.resolve()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
-    if uri.startswith(SQLITE):  # absolute: MLflow keeps one store a URI, wherever the process goes
-        uri = f"{SQLITE}{(root / uri.removeprefix(SQLITE)).resolve()}"
-    tracking = Tracking(uri, config.experiment, root)
+    tracking = locate(config, root)
     mlflow.set_tracking_uri(tracking.uri)
     mlflow.set_registry_uri(tracking.uri)
     try:
         with locked(tracking.locks / "mlflow-init"):
             artifacts = None
-            if tracking.uri.startswith(SQLITE):
-                artifacts = _prepare_sqlite(Path(tracking.uri.removeprefix(SQLITE)))
+            if tracking.database:
+                artifacts = _prepare_sqlite(tracking.database)
             _ensure_experiment(tracking, artifacts)
     except (MlflowException, OSError, sqlite3.Error) as error:
         raise SvdiffError(f"MLflow at {tracking.uri} cannot be used: {error}") from error
     return tracking
+
+
+def locate(config: TrackingConfig, root: Path = Path()) -> Tracking:
+    """The store, neither loaded nor reached: enough to read the catalogue of a SQLite file that is there."""
+    root = root.resolve()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
+    if uri.startswith(SQLITE):  # absolute: MLflow keeps one store a URI, wherever the process goes
+        uri = f"{SQLITE}{(root / uri.removeprefix(SQLITE)).resolve()}"
+    return Tracking(uri, config.experiment, root)
 
 
 def _prepare_sqlite(database: Path) -> str:

@@ -14,9 +14,9 @@ import pytest
 from miniature import BASE_HASH, Project, write_params, write_results
 from mlflow import MlflowClient
 
-from flows import registry
+from flows import registered, registry, snapshot
 from flows.promotion import aliases_of, champion_of
-from flows.registered import list_concepts, model_id
+from flows.registered import Registered, list_concepts, model_id
 from flows.results import read_results
 from flows.runs import TRAIN_KEY
 from svdiff.errors import SvdiffError
@@ -203,6 +203,30 @@ def run_flows(root: Path, *arguments: str, **kwargs: object) -> subprocess.Popen
 
 
 @pytest.mark.slow
+def test_a_snapshot_is_what_mlflow_finds(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleted versions, prompts, aliases and tags of both kinds; of a schema that is not known, MLflow's own word."""
+    client = project.tracking.client
+    for value in (0.1, 0.2, 0.3):
+        project.register(value=value, image=value)
+    project.register("dog2")
+    client.delete_model_version("dog", "2")
+    client.set_registered_model_tag("dog2", "colour", "brown")
+    mlflow.genai.register_prompt("greeting", "hello {{name}}")
+
+    def parts(found: dict[str, Registered]) -> dict[str, object]:
+        return {
+            name: (c.aliases, c.tags, {n: (v.name, v.run_id, v.source, dict(v.tags)) for n, v in c.versions.items()})
+            for name, c in found.items()
+        }
+
+    by_mlflow = parts(registered._search(project.tracking))
+    assert by_mlflow.keys() == {"dog", "dog2"}
+    assert parts(registered._snapshot(project.tracking) or {}) == by_mlflow
+    monkeypatch.setattr(snapshot, "REVISIONS", {"another"})
+    assert registered._snapshot(project.tracking) is None
+    assert [entry.concept for entry in list_concepts(project.tracking)] == ["dog", "dog2"]
+
+
 def test_racing_processes_on_a_fresh_checkout_make_one_store_and_one_version(tmp_path: Path) -> None:
     """Three `register` processes at once, and no database yet: the hardest start there is."""
     write_params(tmp_path, "dog")
