@@ -45,6 +45,7 @@ class TextTraining(_Section):
 class UNetTraining(_Section):
     """Training of the UNet, under the frozen text encoder."""
 
+    things: int | None = Field(None, ge=2, description="draw the first so many things; null: all of base_training.things")
     steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate decays over them")
     batch_size: int = Field(64, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
@@ -102,6 +103,11 @@ class BaseTrainingConfig(_Section):
     unet: UNetTraining = Field(default_factory=UNetTraining, description="the UNet")
     clip: ClipTraining = Field(default_factory=ClipTraining, description="the CLIP evaluator")
     lpips: LpipsTraining = Field(default_factory=LpipsTraining, description="the LPIPS evaluator's backbone")
+
+    @property
+    def drawn_things(self) -> int | None:
+        """How many things the UNet can draw; what reads and judges may know more."""
+        return self.unet.things or self.things
 
 
 def load_base_training(path: str | Path = "params.yaml") -> BaseTrainingConfig:

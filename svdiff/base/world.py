@@ -158,7 +158,7 @@ def _places(draw: random.Random, layout: Layout, words: list[str]) -> tuple[Plac
             column, row = side * (room - 1), draw.randrange(1, room - 1)
         elif layout == "above-below":
             column, row = draw.randrange(1, room - 1), side * (room - 1)
-        tilt = draw.choice(TILTS) if draw.random() < 0.2 else 0.0
+        tilt = draw.choice(TILTS) if draw.random() < 0.1 else 0.0
         placed.append(Placed(word, *on_grid(size, column, row), size, tilt))
     return tuple(placed)
 
