@@ -77,6 +77,7 @@ def orchestration(folder: Path, repeats: int, steps: int | None) -> dict[str, li
     def afresh() -> None:
         for path in (root / ".svdiff/state", root / "out/train", root / ".dvc/cache/runs"):
             shutil.rmtree(path, ignore_errors=True)
+        (root / "dvc.lock").unlink(missing_ok=True)  # else DVC takes the outputs that it names from the cache
 
     def bare() -> None:
         afresh()
