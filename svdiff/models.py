@@ -25,10 +25,15 @@ def check_layout(folder: Path) -> None:
             f"base.model is '{folder}', a folder without model_index.json; expected a diffusers folder with a "
             "Stable Diffusion layout (for the embedded base run `dvc pull models/base`)"
         )
-    found = json.loads(index.read_text()).get("_class_name")
+    _check_class(str(folder), json.loads(index.read_text()))
+
+
+def _check_class(model: str, index: dict[str, object]) -> None:
+    """Raise SvdiffError unless a model_index.json is that of a supported pipeline."""
+    found = index.get("_class_name")
     if found != SUPPORTED:
         raise SvdiffError(
-            f"base.model '{folder}' is a {found}; only {SUPPORTED} (Stable Diffusion 1.x and 2.x: one UNet, one CLIP "
+            f"base.model '{model}' is a {found}; only {SUPPORTED} (Stable Diffusion 1.x and 2.x: one UNet, one CLIP "
             "text encoder) is supported"
         )
 
@@ -54,15 +59,21 @@ def load_pipeline(base: BaseModelConfig, *, dtype: torch.dtype | None = None) ->
             f"base.model '{base.model}' is not a folder here (looked from {Path.cwd()}); "
             "run `dvc pull models/base` for the embedded base, or name a folder or Hub id"
         )
+    here = local or os.environ.get("HF_HUB_OFFLINE") == "1"
     try:
+        if not local:  # of the Hub: some kilobytes say what it is, before gigabytes
+            index = StableDiffusionPipeline.load_config(base.model, revision=base.revision, local_files_only=here)
+            _check_class(base.model, index)
         pipe = StableDiffusionPipeline.from_pretrained(
             base.model,
             revision=base.revision,
             dtype=dtype or torch.float32,
-            local_files_only=local or os.environ.get("HF_HUB_OFFLINE") == "1",
+            local_files_only=here,
             safety_checker=None,
             requires_safety_checker=False,
         )
+    except SvdiffError:
+        raise
     except (OSError, ValueError) as error:
         raise SvdiffError(f"base.model '{base.model}' cannot be loaded: {error}") from error
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

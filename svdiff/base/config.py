@@ -45,7 +45,9 @@ class TextTraining(_Section):
 class UNetTraining(_Section):
     """Training of the UNet, under the frozen text encoder."""
 
-    things: int | None = Field(None, ge=2, description="draw the first so many things; null: all of base_training.things")
+    things: int | None = Field(
+        None, ge=2, description="draw the first so many things; null: all of base_training.things"
+    )
     steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate decays over them")
     batch_size: int = Field(64, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")

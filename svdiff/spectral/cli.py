@@ -37,6 +37,10 @@ def _on_meta(base: str, part: str) -> Any:
 
     if base == "sd15":
         return sd15.unet() if part == "unet" else sd15.text_encoder()
+    if (Path(base) / "model_index.json").is_file():
+        from svdiff.models import check_layout
+
+        check_layout(Path(base))
     try:
         if part == "unet":
             from diffusers import UNet2DConditionModel

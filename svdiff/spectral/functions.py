@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from svdiff.spectral.basis import scales
 from svdiff.spectral.convolution import Geometry, convolve, convolve_backward, mix_channels
+from svdiff.spectral.memory import note_kept
 
 
 def materialising_is_cheaper(tokens: int, m: int, n: int, *, grad: bool, input_grad: bool) -> bool:
@@ -68,6 +69,7 @@ class FactoredLinear(torch.autograd.Function):
         h = x.reshape(-1, x.shape[-1]) @ vh.T
         if keep:
             ctx.save_for_backward(h)
+            note_kept(h)
         # The smaller of the two is scaled.
         left, right = (h, u * scale) if len(h) > len(u) else (h * scale, u)
         y = left @ right.T if bias is None else torch.addmm(bias, left, right.T)
@@ -100,6 +102,7 @@ class FactoredConv(torch.autograd.Function):
         h = convolve(x, vh, geometry)
         if keep:
             ctx.save_for_backward(h)
+            note_kept(h)
         if h.numel() > u.numel():
             return mix_channels(h, u * scale, bias)
         return mix_channels(h * _per_channel(scale, h), u, bias)

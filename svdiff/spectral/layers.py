@@ -35,6 +35,8 @@ class SpectralLayer(nn.Module):
     original: nn.Module
     delta: nn.Parameter
     bias: nn.Parameter | None
+    # Tensors that follow the model to another device but never to another dtype.
+    _float32: ClassVar[tuple[str, ...]] = ("delta",)
 
     def __init__(self, original: nn.Module, size: int) -> None:
         super().__init__()
@@ -50,13 +52,14 @@ class SpectralLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralLayer:
         super()._apply(fn, recurse)
-        for constant in self._float32():
-            constant.data = constant.data.to(fn(constant.data).device)
+        for name in self._float32:
+            constant: Tensor = getattr(self, name)
+            moved = constant.data.to(fn(constant.data).device)
+            if moved.is_meta == constant.is_meta:
+                constant.data = moved  # the same tensor as before, which an optimiser may hold
+            else:
+                self._outside_tree(name, nn.Parameter(moved) if isinstance(constant, nn.Parameter) else moved)
         return self
-
-    def _float32(self) -> list[Tensor]:
-        """Tensors that follow the model to another device but never to another dtype."""
-        return [self.delta]
 
     @property
     def weight(self) -> Tensor:
@@ -121,6 +124,7 @@ class SpectralMatrix(SpectralLayer):
     """A layer whose weight is decomposed."""
 
     contraction: ClassVar[Literal["auto", "factored", "materialised"]] = "auto"
+    _float32 = ("delta", "sigma")
     sigma: Tensor
     factors: Factors
 
@@ -134,9 +138,6 @@ class SpectralMatrix(SpectralLayer):
         self._cast: tuple[Tensor, Tensor] | None = None
         self._outside_tree("sigma", factors.sigma.to(weight.device))
         self._outside_tree("factors", factors)
-
-    def _float32(self) -> list[Tensor]:
-        return [self.delta, self.sigma]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralMatrix:
         self._cast = None
@@ -180,8 +181,10 @@ class SpectralMatrix(SpectralLayer):
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the dtype of this call: autocast's, or that of the layer."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        # Where there is no autocast, as on the meta device, asking whether it is on is an error.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         return x, None if self.bias is None else self.bias.to(x.dtype)
 
 

@@ -13,6 +13,7 @@ from svdiff.errors import SvdiffError
 from svdiff.spectral.basis import Basis, Factors, is_matrix
 from svdiff.spectral.delta import SpectralDelta, identity
 from svdiff.spectral.layers import SpectralLayer, SpectralMatrix, make_layer
+from svdiff.spectral.memory import trim
 from svdiff.spectral.subsets import select
 
 
@@ -68,6 +69,7 @@ class SpectralShifts:
             _replace(self.module, name, layer)
             # From here on the weight is kept by the basis (on disk, with a cache) and not in memory.
             layer.original._parameters["weight"] = None
+        trim()
 
     def _swap_out(self, weight_of: Callable[[SpectralLayer], Tensor]) -> None:
         for name, layer in self.layers.items():

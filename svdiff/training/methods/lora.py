@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
-from svdiff.training.methods.weights import OpenWeights, copy_state, load_state
+from svdiff.training.methods.weights import OpenWeights, copy_state, layers_of, load_state
 from svdiff.training.methods.weights_delta import base_hashes, save_weights_delta
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ ADAPTER = "svdiff"
 
 
 class LoraMethod:
-    """LoRA (PEFT) on every linear and convolution layer, and the weights of all norms.
+    """LoRA (PEFT) on every linear and convolution layer of the subset, and the weights of its norms.
 
-    The rank is `rank` of the configuration, 1 where it is not set. B starts at zero, so step 0 is the base; A is drawn
+    The text encoder is trained whole, when asked. The rank is `rank` of the configuration, 1 where it is not set. B starts at zero, so step 0 is the base; A is drawn
     from the configuration's seed. Norms in the file are changes W − W₀; the pairs are named as PEFT and diffusers do.
     """
 
@@ -32,16 +33,20 @@ class LoraMethod:
         self.base_hashes = base_hashes(pipe, self.networks)
         self._modules: dict[str, nn.Module] = {network: getattr(pipe, network) for network in self.networks}
         # Found before the injection, which renames what it wraps.
+        layers = {
+            network: layers_of(module, config.subset if network == "unet" else "UNet")
+            for network, module in self._modules.items()
+        }
         norms = {
             f"{network}.{name}": parameter
             for network, module in self._modules.items()
             for name, parameter in module.named_parameters()
-            if name.endswith(".weight") and parameter.ndim == 1
+            if name.endswith(".weight") and parameter.ndim == 1 and name.removesuffix(".weight") in layers[network]
         }
         with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, whatever the device
             torch.manual_seed(config.seed)
-            for module in self._modules.values():
-                _inject(module, self.rank)
+            for network, module in self._modules.items():
+                _inject(module, layers[network], self.rank)
         self.norms = OpenWeights(norms)
         self.pairs = {
             f"{network}.{name.replace(f'.{ADAPTER}.', '.')}": parameter
@@ -82,12 +87,17 @@ class LoraMethod:
             _eject(module)
 
 
-def _inject(module: nn.Module, rank: int) -> None:
-    """Wrap every linear and convolution layer of `module` by PEFT; α = rank, so that the change is BA itself."""
+def _inject(module: nn.Module, chosen: set[str], rank: int) -> None:
+    """Wrap the linear and convolution layers among `chosen` by PEFT; α = rank, so that the change is BA itself."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), module, adapter_name=ADAPTER)
+    layers = [n for n, layer in module.named_modules() if n in chosen and isinstance(layer, nn.Linear | nn.Conv2d)]
+    if not layers:
+        return  # a subset of norms alone
+    # A pattern, because PEFT takes a plain name for the end of longer ones as well.
+    pattern = "|".join(re.escape(name) for name in layers)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern)
+    inject_adapter_in_model(config, module, adapter_name=ADAPTER)
 
 
 def _eject(module: nn.Module) -> None:

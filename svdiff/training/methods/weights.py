@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
+from svdiff.spectral import select
 from svdiff.training.methods.weights_delta import TOKEN_ROW, base_hashes, row_name, save_weights_delta
 
 if TYPE_CHECKING:
@@ -76,22 +77,23 @@ class TokenRow:
 
 
 class WeightsMethod:
-    """Full fine-tuning: every weight and bias. Custom Diffusion: `attn2.to_k`, `attn2.to_v` and the special tokens."""
+    """Full fine-tuning: every weight and bias of the subset's layers, and of the text encoder when asked.
+
+    Custom Diffusion: `attn2.to_k`, `attn2.to_v` and the special tokens.
+    """
 
     def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig, tokens: Sequence[str]) -> None:
         custom = config.method == "custom-diffusion"
-        if custom and config.text_encoder:
-            raise SvdiffError(
-                "train.text_encoder is true with method custom-diffusion, which trains W^K, W^V and the tokens' "
-                "embeddings and nothing else; set text_encoder: false, or choose method full"
-            )
+        _refuse_unused(config)
         self.networks = ["unet", "text_encoder"] if custom or config.text_encoder else ["unet"]
         self.base_hashes = base_hashes(pipe, self.networks)
         self.token_rows: list[TokenRow] = []
         chosen: dict[str, Parameter] = {}
         for network in ["unet"] if custom else self.networks:
-            for name, parameter in getattr(pipe, network).named_parameters():
-                if not custom or CUSTOM_DIFFUSION.search(name):
+            module = getattr(pipe, network)
+            layers = layers_of(module, config.subset if network == "unet" else "UNet")
+            for name, parameter in module.named_parameters():
+                if CUSTOM_DIFFUSION.search(name) if custom else name.rpartition(".")[0] in layers:
                     chosen[f"{network}.{name}"] = parameter
         if not chosen:
             raise SvdiffError("the UNet has no attn2.to_k or attn2.to_v for Custom Diffusion; choose another method")
@@ -132,6 +134,31 @@ class WeightsMethod:
         self.weights.close()
         while self.token_rows:
             self.token_rows.pop().close()
+
+
+def _refuse_unused(config: TrainConfig) -> None:
+    """Raise SvdiffError for settings that would say something of this training and change nothing in it."""
+    custom = config.method == "custom-diffusion"
+    if custom and config.text_encoder:
+        raise SvdiffError(
+            "train.text_encoder is true with method custom-diffusion, which trains W^K, W^V and the tokens' "
+            "embeddings and nothing else; set text_encoder: false, or choose method full"
+        )
+    if custom and config.subset != "UNet":
+        raise SvdiffError(
+            f"train.subset is '{config.subset}' with method custom-diffusion, which trains W^K and W^V of "
+            "cross-attention whatever the subset; set subset: UNet, or choose method svdiff, full or lora"
+        )
+    if config.rank is not None:
+        raise SvdiffError(
+            f"train.rank is {config.rank} with method {config.method}, which trains weights as they are; "
+            "set rank: null, or choose method svdiff or lora"
+        )
+
+
+def layers_of(module: nn.Module, subset: str) -> set[str]:
+    """Paths of the layers whose weights are in `subset`, for the methods that train biases or pairs beside them."""
+    return {name.rpartition(".")[0] for name in select(module, subset)}
 
 
 def special_token_id(pipe: StableDiffusionPipeline, token: str) -> int:
