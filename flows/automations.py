@@ -21,6 +21,7 @@ from prefect.states import StateType
 from flows.tasks import GPU
 
 ATTEMPTS = 3
+PAUSE = 20  # seconds between a crash and the next attempt
 STUCK = 600  # seconds that a worker may take to start a run
 ALIVE = "prefect.flow-run.heartbeat"
 ENDED = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancelled", "Crashed")}
@@ -54,8 +55,11 @@ def automations() -> list[Automation]:
         Automation(
             name="svdiff: a crashed run is tried again",
             trigger=EventTrigger(
-                posture=Posture.Reactive,
-                expect={"prefect.flow-run.Crashed"},
+                # Not at once: a worker that is given a run back before it is through with its end dies of it.
+                posture=Posture.Proactive,
+                after={"prefect.flow-run.Crashed"},
+                expect={"prefect.flow-run.AwaitingRetry"},
+                within=timedelta(seconds=PAUSE),
                 # A run that never got to its first line (count 0) would not get there the next time either.
                 match={
                     "prefect.resource.id": ANY_RUN,
