@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from editing_parts import Checkout
 from PIL import Image
 from safetensors.torch import load_file
 
 from svdiff.config import EditingConfig, load_config
+from svdiff.editing.edits import edit_picture
 from svdiff.editing.stage import choose_starts, edit, edit_any
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline
 from svdiff.sampling import Job, sample_images
+from svdiff.sampling.inversion import edit_image, encode_images, invert
 from svdiff.sampling.stage import personalise
 from svdiff.training import train
 from svdiff.training.sources import read_material
@@ -78,6 +81,37 @@ def test_pictures_sheet_and_scores(checkout: Checkout) -> None:
     [drawn] = sample_images(pipe, [Job(TARGET, 1)], steps=3, guidance=config.edit.guidance)
     file = table.query("prompt_index == 1 and start == 'noise' and seed == 1")["file"].item()
     assert np.abs(pixels(drawn) - pixels(Image.open(pictures / file))).max() <= 1
+
+
+def test_each_target_is_inverted_under_its_own_prompt(checkout: Checkout) -> None:
+    """Sec. 3.4: DDIM inversion at guidance 1 on the target prompt."""
+    config = load_config()
+    settings = choose_starts(config.edit, inversion=True, eta=0.0)
+    pipe = load_pipeline(config.base)
+    with torch.no_grad():
+        for name, weight in pipe.unet.named_parameters():
+            if name.endswith("attn2.to_out.0.weight"):
+                weight.mul_(50)  # so that prompts differ in pixels, which those of an untrained base hardly do
+    picture = Image.open("photo.png")
+    edited = edit_picture(pipe, picture, PROMPT, [TARGET], settings)
+    latents = encode_images(pipe, [edited.original])
+
+    def expected(prompt: str) -> np.ndarray:
+        [drawn, *_] = edit_image(
+            pipe,
+            invert(pipe, latents, [prompt], steps=settings.steps),
+            TARGET,
+            [0],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            eta=0.0,
+            alpha=0.0,
+        )
+        return pixels(drawn)
+
+    made = pixels(edited.pictures[edited.table.query("prompt_index == 1 and seed == 0").index[0]])
+    assert np.abs(made - expected(TARGET)).max() <= 1
+    assert np.abs(made - expected(PROMPT)).max() > 5
 
 
 def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:

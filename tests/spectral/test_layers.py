@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from svdiff.errors import SvdiffError
+from svdiff.spectral import convolution
 from svdiff.spectral.basis import factorise
 from svdiff.spectral.convolution import Geometry, _unfolding_is_cheaper, convolve, convolve_backward
 from svdiff.spectral.functions import materialising_is_cheaper
@@ -260,6 +261,51 @@ def test_all_routes_of_a_convolution_agree(batch, c, k, side, kernel, stride, pa
     g = torch.randn_like(expected)
     (wanted,) = torch.autograd.grad(expected, x, g)
     assert torch.allclose(convolve_backward(g, x.shape, w, geometry), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("numbers", [1, 300, 1000])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_picture_is_unfolded_in_parts(batch: int, numbers: int, memory_format, monkeypatch) -> None:
+    """No more than so many numbers at a time (one channel at least), and the same convolution."""
+    monkeypatch.setattr(convolution, "_UNFOLDED", numbers)
+    unfolded: list[int] = []
+    real = F.unfold
+
+    def spy(*args) -> torch.Tensor:
+        columns = real(*args)
+        unfolded.append(columns.numel())
+        return columns
+
+    monkeypatch.setattr(convolution.F, "unfold", spy)
+    x = torch.randn(batch, 7, 4, 3).to(memory_format=memory_format).requires_grad_()
+    w, geometry = torch.randn(90, 7, 3, 3), Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    expected = F.conv2d(x, w, padding=1)
+    y = convolve(x.detach(), w, geometry)
+    assert torch.allclose(y, expected, atol=1e-4)
+    assert sum(unfolded) == 9 * x.numel()
+    assert max(unfolded) <= max(numbers, 9 * batch * 12)
+    g = torch.randn_like(expected)
+    (wanted,) = torch.autograd.grad(expected, x, g)
+    for_x = convolve_backward(g, x.shape, w, geometry)
+    assert torch.allclose(for_x, wanted, atol=1e-4)
+    assert for_x.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("contraction", ["factored", "materialised"])
+@pytest.mark.parametrize("name", CASES | NORMS)
+def test_runs_on_the_meta_device(name: str, contraction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and gradients without numbers, as tools ask that plan memory or export graphs."""
+    original, shape = (CASES | NORMS)[name]
+    monkeypatch.setattr(SpectralMatrix, "contraction", contraction)
+    layer = spectral(original)
+    wanted = layer(torch.randn(shape))
+    layer.to("meta")
+    x = torch.randn(shape, device="meta", requires_grad=True)
+    y = layer(x)
+    assert (y.device.type, y.shape, y.dtype) == ("meta", wanted.shape, wanted.dtype)
+    for_x, for_delta = torch.autograd.grad(y, [x, layer.delta], torch.empty_like(y))
+    assert (for_x.shape, for_delta.shape) == (x.shape, layer.delta.shape)
 
 
 def test_deep_layers_are_unfolded_and_wide_ones_are_not() -> None:

@@ -193,6 +193,58 @@ def test_autocast_and_checkpointing(unet: nn.Module, basis: Basis, call) -> None
     assert all(p.grad.dtype == torch.float32 for p in shifts.parameters())
 
 
+def test_channels_last(unet: nn.Module, basis: Basis, call) -> None:
+    shifts = attach(unet, basis)
+    perturb(shifts)
+    wanted = call()
+    wanted.square().mean().backward()
+    gradients = [p.grad.clone() for p in shifts.parameters()]
+    unet.to(memory_format=torch.channels_last)
+    for p in shifts.parameters():
+        p.grad = None
+    y = call(lambda x, t, c: unet(x.to(memory_format=torch.channels_last), t, c))
+    assert torch.allclose(y, wanted, atol=1e-5)
+    y.square().mean().backward()
+    for p, gradient in zip(shifts.parameters(), gradients, strict=True):
+        assert torch.allclose(p.grad, gradient, atol=1e-5, rtol=1e-3)
+    shifts.fuse()
+    assert torch.allclose(call(), wanted, atol=1e-5)
+    shifts.detach()
+    assert weights_hash(unet) == basis.base_hash
+
+
+def test_the_whole_model_compiles_as_its_base_does(unet: nn.Module, basis: Basis, call) -> None:
+    """Output and gradients through dynamo and AOT autograd; the code generator behind them is not ours."""
+    plain = torch.compile(unet, backend="aot_eager")
+    base = call(plain)  # where this fails, spectral layers cannot be blamed
+    torch._dynamo.reset()
+    shifts = attach(unet, basis)
+    assert torch.allclose(call(torch.compile(unet, backend="aot_eager")), base, atol=1e-5)
+    perturb(shifts)
+    wanted = call()
+    wanted.square().mean().backward()
+    gradients = [p.grad.clone() for p in shifts.parameters()]
+    for p in shifts.parameters():
+        p.grad = None
+    torch._dynamo.reset()
+    y = call(torch.compile(unet, backend="aot_eager"))
+    assert torch.allclose(y, wanted, atol=1e-5)
+    y.square().mean().backward()
+    for p, gradient in zip(shifts.parameters(), gradients, strict=True):
+        assert torch.allclose(p.grad, gradient, atol=1e-6, rtol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_the_whole_model_runs_on_the_meta_device(unet: nn.Module, basis: Basis) -> None:
+    shifts = attach(unet, basis)
+    unet.to("meta")
+    sample, text = torch.empty(1, 4, 8, 8, device="meta"), torch.empty(1, 16, 16, device="meta")
+    y = unet(sample, torch.tensor([3], device="meta"), text).sample
+    assert y.shape == sample.shape
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in shifts.parameters())
+
+
 def test_fuse_and_unfuse(unet: nn.Module, basis: Basis, call) -> None:
     shifts = attach(unet, basis)
     perturb(shifts)

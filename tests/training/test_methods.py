@@ -13,6 +13,7 @@ from torch import nn
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.sampling import Job, sample_images
+from svdiff.spectral import SpectralDelta, select
 from svdiff.training.methods import Method, apply_method
 from svdiff.training.methods.weights_delta import (
     is_weights_delta,
@@ -284,6 +285,63 @@ def test_other_files_are_refused(tiny_pipe, tmp_path: Path) -> None:
         assert not is_weights_delta(path)
         with pytest.raises(SvdiffError, match=name):
             read_weights_delta(path)
+
+
+@pytest.mark.parametrize("name", ["svdiff", "full", "lora"])
+@pytest.mark.parametrize("subset", ["UNet-CA-KV", "Up-Blocks", "UNet-1D", "UNet-4D", r"mid_block.*attn1"])
+def test_every_method_trains_the_subset_and_nothing_else(tiny_pipe, tmp_path: Path, name: str, subset: str) -> None:
+    """An experiment may swap the method under any subset of Table 1."""
+    before = weights_of(tiny_pipe)
+    chosen = {f"unet.{n}" for n in select(tiny_pipe.unet, subset)}
+    method = apply_method(tiny_pipe, TrainConfig(method=name, subset=subset), ["sks"])
+    take_steps(tiny_pipe, method, steps=3)
+    path = tmp_path / "delta.safetensors"
+    method.save(path, {})
+    method.detach()
+    assert same_bits(weights_of(tiny_pipe), before)
+    if name == "svdiff":
+        changed = set(SpectralDelta.load(path).tensors)
+    else:
+        load_weights_delta(tiny_pipe, path)
+        after = weights_of(tiny_pipe)
+        changed = {n for n in before if not torch.equal(after[n], before[n])}
+        if name == "full":  # which trains the biases of these layers as well
+            biases = {n for n in changed if n.endswith(".bias")}
+            assert biases <= {n.removesuffix("weight") + "bias" for n in chosen}
+            changed -= biases
+    assert changed == chosen
+
+
+def test_full_weights_of_every_layer_are_all_there_are(tiny_pipe) -> None:
+    method = apply_method(tiny_pipe, TrainConfig(method="full", text_encoder=True), ["sks"])
+    everything = {f"{part}.{n}" for part in method.networks for n, _ in getattr(tiny_pipe, part).named_parameters()}
+    assert method.state().keys() == everything
+
+
+def test_a_subset_is_of_the_unet_and_the_text_encoder_is_trained_whole(tiny_pipe) -> None:
+    for name in ("svdiff", "full", "lora"):
+        kv = apply_method(tiny_pipe, TrainConfig(method=name, subset="UNet-CA-KV", text_encoder=True), ["sks"])
+        text = {n for n in kv.state() if n.startswith("text_encoder.")}
+        kv.detach()
+        all_of_it = apply_method(tiny_pipe, TrainConfig(method=name, text_encoder=True), ["sks"])
+        assert text == {n for n in all_of_it.state() if n.startswith("text_encoder.")} != set()
+        all_of_it.detach()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_subset_that_selects_nothing_is_refused(tiny_pipe, name: str) -> None:
+    before = weights_of(tiny_pipe)
+    with pytest.raises(SvdiffError, match="subset"):
+        apply_method(tiny_pipe, TrainConfig(method=name, subset="no such weight"), ["sks"])
+    assert same_bits(weights_of(tiny_pipe), before)
+
+
+def test_settings_without_an_effect_are_refused(tiny_pipe) -> None:
+    for name in ("full", "custom-diffusion"):
+        with pytest.raises(SvdiffError, match=f"train.rank is 4 with method {name}.*set rank: null"):
+            apply_method(tiny_pipe, TrainConfig(method=name, rank=4), ["sks"])
+    with pytest.raises(SvdiffError, match=r"train.subset is 'Up-CA' with method custom-diffusion.*subset: UNet"):
+        apply_method(tiny_pipe, TrainConfig(method="custom-diffusion", subset="Up-CA"), ["sks"])
 
 
 def test_custom_diffusion_refuses_what_it_cannot_do(tiny_pipe) -> None:
