@@ -202,7 +202,6 @@ def run_flows(root: Path, *arguments: str, **kwargs: object) -> subprocess.Popen
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_snapshot_is_what_mlflow_finds(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deleted versions, prompts, aliases and tags of both kinds; of a schema that is not known, MLflow's own word."""
     client = project.tracking.client
@@ -227,6 +226,7 @@ def test_a_snapshot_is_what_mlflow_finds(project: Project, monkeypatch: pytest.M
     assert [entry.concept for entry in list_concepts(project.tracking)] == ["dog", "dog2"]
 
 
+@pytest.mark.slow
 def test_racing_processes_on_a_fresh_checkout_make_one_store_and_one_version(tmp_path: Path) -> None:
     """Three `register` processes at once, and no database yet: the hardest start there is."""
     write_params(tmp_path, "dog")
