@@ -1,7 +1,8 @@
 """The registry as a whole: every concept with its versions and aliases, in two searches however many there are.
 
 MLflow's search for versions knows no aliases and its search for models no tags of versions, so both are asked and joined
-here; of a SQLite file `flows.snapshot` reads as much in a moment. What a concept's life leaves behind is in tags, see `flows.promotion`, `flows.life` and `flows.reevaluation`.
+here; of a SQLite file `flows.snapshot` reads as much in a moment. What a concept's life leaves behind is in tags, see
+`flows.promotion`, `flows.life` and `flows.reevaluation`.
 """
 
 from __future__ import annotations
