@@ -66,13 +66,9 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
 
 def find_version(tracking: Tracking, results: Results) -> ModelVersion | None:
     """The version of this delta on this base, if it is registered; duplicates are removed on the way."""
-    return settle(
-        tracking,
-        tracking.client.search_model_versions(
-            f"name = '{results.concept}' AND tags.delta_sha256 = '{results.delta_sha256}' "
-            f"AND tags.base_hash = '{results.base_hash}'"
-        ),
-    )
+    wanted = (results.delta_sha256, results.base_hash)
+    versions = tracking.client.search_model_versions(f"name = '{results.concept}'")
+    return settle(tracking, [v for v in versions if (v.tags.get("delta_sha256"), v.tags.get("base_hash")) == wanted])
 
 
 def settle(tracking: Tracking, same: list[ModelVersion]) -> ModelVersion | None:

@@ -125,6 +125,7 @@ def sample(
     scale: Annotated[float, typer.Option(help="with --prompt: strength s of NAME's shifts (Fig. 26)")] = 1.0,
     guidance: Annotated[float | None, typer.Option(help="with --prompt: scale s of Eq. 9")] = None,
     steps: Annotated[int | None, typer.Option(help="with --prompt: DDIM steps")] = None,
+    eta: Annotated[float | None, typer.Option(help="with --prompt: η of DDIM, 0 to 1; 0 is deterministic")] = None,
     negative: Annotated[
         list[str] | None, typer.Option(help="with --prompt: c^neg of Eq. 10 (default: NAME's prior prompts)")
     ] = None,
@@ -145,7 +146,7 @@ def sample(
         entry = config.entry(name)
     elif name or concept:
         raise SvdiffError(f"give either NAME or --delta; NAME adds up as well, as --delta {name or concept}:1")
-    given = {"guidance": guidance, "steps": steps, "beta": beta, "negatives": negative}
+    given = {"guidance": guidance, "steps": steps, "eta": eta, "beta": beta, "negatives": negative}
     settings = config.sample.replaced({key: value for key, value in given.items() if value is not None})
     if negative and settings.beta == 1:
         raise SvdiffError("--negative needs --beta below 1: how much of the empty prompt is left in Eq. 10, e.g. 0.5")

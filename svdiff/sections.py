@@ -56,6 +56,7 @@ class PriorConfig(Section):
     prompt: str = Field("a {subject}", description="prompt; {subject} becomes the class word")
     steps: int = Field(25, ge=1, le=1000, description="DDIM steps")
     guidance: float = Field(3.0, ge=0, le=50, description="classifier-free guidance scale s of Eq. 9; 1 is none")
+    eta: float = Field(0.0, ge=0, le=1, description="η of DDIM: 0 is deterministic, 1 injects noise at every step")
     seed: int = Field(0, ge=0, description="first seed; picture i uses seed + i")
 
 

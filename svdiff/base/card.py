@@ -153,7 +153,7 @@ decoder is trained on it. The text encoder learns to read from captions alone ({
 the picture) and is frozen then. The UNet: {unet.batch_size} pictures a step, rate {unet.lr:g}, min-SNR weights, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
 
 ## Measured
-Held-out combinations, guidance {guidance:g}, 25 DDIM steps.
+Held-out combinations, guidance {guidance:g}, 25 DDIM steps with η = 1.
 - `unet_top1`: share of pictures whose own caption wins among all of the test's; `real_*`: the real pictures on the same test.
 - Background: the named colour nearest to the median of the border pixels. Left and right: the picture is nearer in pixels to real
   compositions in the order asked for than to those in the other.

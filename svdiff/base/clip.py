@@ -21,6 +21,7 @@ from svdiff.base.autoencoder import pixels
 from svdiff.base.captions import caption, full_caption
 from svdiff.base.config import BaseTrainingConfig, ClipTraining
 from svdiff.base.things import COLOURS
+from svdiff.base.widening import load_widened
 from svdiff.base.world import PICTURE_SIZE, Layout, Scene, World
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir
@@ -151,7 +152,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     torch.manual_seed(config.seed + 2)
     model = build(settings).train().to(memory_format=torch.channels_last)
     if part.start_from is not None:
-        _load_text_encoder(model, Path(part.start_from))
+        _load_weights(model, Path(part.start_from))
     heads = SceneHeads(part.dimensions, world)
     scenes = [world.scene(config.seed + 2, index) for index in range(part.pool)]
     pool = evaluation_pool(world, config.seed + 2, scenes)
@@ -205,20 +206,13 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     )
 
 
-def _load_text_encoder(model: torch.nn.Module, folder: Path) -> None:
-    """Start with the text encoder of another CLIP, so that pictures have something to be aligned to from the first step."""
+def _load_weights(model: torch.nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     path = folder / "open_clip_model.safetensors"
     if not path.is_file():
         raise SvdiffError(f"base_training.clip.start_from: there is no {path}")
-    own = model.state_dict()
-    found = {k: v.to(own[k].dtype) for k, v in load_file(path).items() if not k.startswith(("visual.", "logit_scale"))}
-    if unlike := [k for k, v in found.items() if k not in own or own[k].shape != v.shape]:
-        raise SvdiffError(
-            f"base_training.clip.start_from: {unlike[0]} of {path} does not fit the configured text encoder"
-        )
-    model.load_state_dict(own | found)
+    load_widened(model, load_file(path), path)
 
 
 def _write(model: torch.nn.Module, settings: dict[str, Any], output: Path) -> None:

@@ -62,7 +62,6 @@ class UNetTraining(_Section):
     heads: int = Field(4, ge=1, description="attention heads")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of captions left empty, for guidance")
     ema: float = Field(0.9990, ge=0, lt=1, description="decay of the moving average of the weights")
-    min_snr: float = Field(5.0, gt=0, description="gamma of the min-SNR weighting")
     pairs: float = Field(0.45, ge=0, le=1, description="share of pictures with two things")
     pool: int = Field(8192, ge=1, description="pictures encoded at a time")
     passes: int = Field(5, ge=1, description="passes over a pool before the next is encoded")
@@ -75,7 +74,7 @@ class ClipTraining(_Section):
     batch_size: int = Field(128, ge=2, description="pairs a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     width: int = Field(24, ge=8, description="width of the ResNet's stem")
-    start_from: str | None = Field(None, description="CLIP folder whose text encoder the training starts from")
+    start_from: str | None = Field(None, description="CLIP folder whose weights the training starts from")
     rivals: int = Field(
         2, ge=0, description="further captions a picture, each wrong in one thing, hand, colour or order"
     )

@@ -82,11 +82,11 @@ class LatentPool:
 
 
 class DiffusionLoss(torch.nn.Module):
-    """The weighted error of predicted noise or velocity, with the UNet inside."""
+    """The squared error of predicted noise or velocity, with the UNet inside."""
 
-    def __init__(self, unet: torch.nn.Module, alphas: torch.Tensor, gamma: float, prediction: str) -> None:
+    def __init__(self, unet: torch.nn.Module, alphas: torch.Tensor, prediction: str) -> None:
         super().__init__()
-        self.unet, self.gamma, self.prediction = unet, gamma, prediction
+        self.unet, self.prediction = unet, prediction
         self.alphas: torch.Tensor
         self.register_buffer("alphas", alphas)
 
@@ -97,13 +97,6 @@ class DiffusionLoss(torch.nn.Module):
         keep = self.alphas[t].view(-1, 1, 1, 1)
         noisy = (keep.sqrt() * z + (1 - keep).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         predicted = self.unet(noisy, t, encoder_hidden_states=states).sample
-        snr = self.alphas[t] / (1 - self.alphas[t])
-        if self.prediction == "epsilon":
-            target, scale = noise, snr
-        else:
-            target, scale = keep.sqrt() * noise - (1 - keep).sqrt() * z, 1 + snr
-        error = (predicted - target).pow(2).mean((1, 2, 3))
-        # The error of the picture itself (error / scale) counts 1 + SNR times, as when v is predicted, and at most
-        # gamma times. With the weights of noise nothing is learned where the text decides, at high noise.
-        loss = (error * (1 + snr).clamp(max=self.gamma) / scale).mean()
-        return loss, {"loss": loss.item(), "error": error.mean().item()}
+        target = noise if self.prediction == "epsilon" else keep.sqrt() * noise - (1 - keep).sqrt() * z
+        loss = (predicted - target).pow(2).mean()
+        return loss, {"loss": loss.item()}

@@ -1,7 +1,8 @@
 """A linear code written exactly into AutoencoderKL's encoder, so that nothing has to wait for an encoder's training.
 
-The code of an 8×8 patch is its leading principal components, each divided by the square root of its deviation, so that
-coarse structure outweighs detail in the diffusion's loss. The three strided convolutions move 2×2 neighbours into
+The code of an 8×8 patch is its leading principal components as they are, so that a diffusion goes from coarse to fine:
+colours and outlines stand out of the noise long before details do, everywhere at once. Were the components given like
+deviations, every part of the picture would be decided at the same time, and by itself. The three strided convolutions move 2×2 neighbours into
 channels, the residual branches are zero, and the last norm and SiLU are made to cancel:
 
 - silu(s) - silu(-s) = s, so every component s travels with its negative;
@@ -31,8 +32,8 @@ def patches(pictures: torch.Tensor) -> torch.Tensor:
 
 def principal_components(
     pictures: torch.Tensor, count: int, known: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Basis (count×192), deviations (count) and mean (192) of the 8×8 patches of `pictures`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Basis (count×192) and mean (192) of the 8×8 patches of `pictures`.
 
     With orthonormal `known` (n×192): of what remains of the patches outside its span.
     """
@@ -44,7 +45,7 @@ def principal_components(
     covariance = rows.T @ rows / len(rows)
     values, vectors = torch.linalg.eigh(covariance)
     order = values.argsort(descending=True)[:count]
-    return vectors[:, order].T.float(), values[order].sqrt().float(), mean.float()
+    return vectors[:, order].T.float(), mean.float()
 
 
 def read_encoder(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,13 +65,10 @@ def fit(pictures: torch.Tensor, count: int, kept: AutoencoderKL | None = None) -
     narrower one does, in the same numbers: what was learned on the narrower stays true.
     """
     if kept is None:
-        basis, deviations, mean = principal_components(pictures, count)
-        rows = basis / deviations.sqrt()[:, None]
+        rows, mean = principal_components(pictures, count)
         return rows, -rows @ mean
     rows, offsets = read_encoder(kept)
-    known = F.normalize(rows)
-    basis, deviations, mean = principal_components(pictures, count - len(rows), known)
-    further = basis / deviations.sqrt()[:, None]
+    further, mean = principal_components(pictures, count - len(rows), F.normalize(rows))
     return torch.cat([rows, further]), torch.cat([offsets, -further @ mean])
 
 

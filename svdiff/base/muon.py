@@ -9,16 +9,26 @@ import torch
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearly U Vᵀ of an m×n matrix U S Vᵀ, by Newton and Schulz's iteration in bfloat16: singular values in about 0.7 to 1.2."""
+    """Nearly U Vᵀ of an m×n matrix U S Vᵀ, by Newton and Schulz's iteration: singular values in about 0.7 to 1.2.
+
+    The iteration x ← (a + b g + c g²) x with g = x xᵀ runs on the small side's square g alone, whose powers commute;
+    the matrix itself is multiplied twice, not fifteen times.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # the authors' coefficients: steep at zero, not exact at one
-    x = matrix.bfloat16()
+    x = matrix
     if tall := x.shape[0] > x.shape[1]:
         x = x.T
     x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    gram = x @ x.T
+    one = torch.eye(len(x), dtype=x.dtype)
+    factor = one
+    for step in range(steps):
+        polynomial = a * one + b * gram + c * gram @ gram
+        factor = polynomial @ factor if step else polynomial
+        if step < steps - 1:
+            gram = polynomial @ polynomial @ gram
+    x = factor @ x
+    return x.T if tall else x
 
 
 class Muon(torch.optim.Optimizer):

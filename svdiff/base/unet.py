@@ -114,7 +114,7 @@ def train(
     optimiser = torch.optim.AdamW(unet.parameters(), part.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = Ema({"unet": unet}, part.ema)
     alphas = build_scheduler().alphas_cumprod
-    gradients = loop.Halves(DiffusionLoss(unet, alphas, part.min_snr, part.prediction))
+    gradients = loop.Halves(DiffusionLoss(unet, alphas, part.prediction))
     pool = LatentPool(world, vae, config)
 
     def step_fn(step: int) -> dict[str, float]:

@@ -43,6 +43,7 @@ def make_prior_images(config: Config, class_word: str) -> Path:
             [Job(prompt, settings.seed + i) for i in chunk],
             steps=settings.steps,
             guidance=settings.guidance,
+            eta=settings.eta,
             progress=f"prior {class_word} {start}/{len(missing)}",
         )
         for i, image in zip(chunk, images, strict=True):
@@ -74,6 +75,6 @@ def _key(config: Config, prompt: str, pipe: object) -> str:
     settings = config.prior
     parts = [
         [weights_hash(getattr(pipe, name)) for name in ("unet", "text_encoder", "vae")],
-        [prompt, settings.steps, settings.guidance, settings.seed],
+        [prompt, settings.steps, settings.guidance, settings.eta, settings.seed],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -95,6 +95,7 @@ def picture_and_maps(
             prompt=[prompt],
             num_inference_steps=config.sample.steps,
             guidance_scale=config.sample.guidance,
+            eta=config.sample.eta,
             generator=[torch.Generator().manual_seed(seed)],
             callback_on_step_end=collect,
         ).images[0]

@@ -132,6 +132,7 @@ def _validate(trainer: Trainer, run: _Run) -> None:
         [Job(prompt, seed) for prompt in run.prompts for seed in seeds],
         steps=sample.steps,
         guidance=sample.guidance,
+        eta=sample.eta,
         batch_size=sample.batch_size,
     )
     grid = image_grid(images, columns=len(seeds))
@@ -199,7 +200,7 @@ def _train_key(config: Config, entry: Entry, settings: TrainConfig, material: Ma
     parts = {
         "base": base,
         "settings": settings.model_dump(mode="json", exclude=result_neutral),
-        "sample": [config.sample.steps, config.sample.guidance],
+        "sample": [config.sample.steps, config.sample.guidance, config.sample.eta],
         "entry": [entry.kind, entry.name, entry.subjects, material.validation_prompts],
         "prior_prompt": config.prior.prompt,
         "reads": material.reads,

@@ -41,10 +41,10 @@ def test_the_linear_code_is_the_principal_components(world_folder: Path) -> None
     with torch.no_grad():
         latents = vae.encode(pictures).latent_dist.mean
     torch.testing.assert_close(linear_code.encode(vae, pictures), latents, atol=0.02, rtol=0.01)
-    # Against numpy-free first principles: centred patches, singular value decomposition, square-root scaling.
+    # Against first principles: centred patches and their singular value decomposition.
     rows = linear_code.patches(pictures).permute(0, 2, 3, 1).reshape(-1, 192).double()
-    _, s, vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    expected = (rows - rows.mean(0)) @ vh[:4].T / (s[:4] / len(rows) ** 0.5).sqrt()
+    vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh
+    expected = (rows - rows.mean(0)) @ vh[:4].T
     found = latents[:, :4].permute(0, 2, 3, 1).reshape(-1, 4).double()
     torch.testing.assert_close(found.abs(), expected.abs(), atol=0.02, rtol=0.02)
 
@@ -168,6 +168,40 @@ def test_unet_training_resumes_bit_for_bit_and_loads_as_stable_diffusion(
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     assert other("a dog", image=picture, strength=0.5, num_inference_steps=4).images[0].size == (64, 64)
+
+
+def test_clip_training_resumes_goes_on_and_is_open_clips(
+    world_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+    from safetensors.torch import load_file
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(folder / "open_clip_model.safetensors")
+
+    config = tiny(world_folder, clip={"steps": 3, "batch_size": 8, "pool": 16, "width": 8})
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "straight"))
+    assert clip.train(config, tmp_path / "one")
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "halves"))
+    assert not clip.train(config, tmp_path / "two", stop_after=2)
+    assert clip.train(config, tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+    further = config.clip.model_copy(update={"start_from": str(tmp_path / "one"), "lr": 1e-9})
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "third"))
+    assert clip.train(config.model_copy(update={"clip": further}), tmp_path / "three")
+    learned = [key for key, value in one.items() if value.is_floating_point() and "running" not in key]
+    assert all(torch.allclose(weights(tmp_path / "three")[key], one[key], atol=1e-3) for key in learned)
+    with pytest.raises(SvdiffError, match="there is no"):
+        clip._load_weights(torch.nn.Linear(1, 1), tmp_path)
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'one'}")
+    world = World(world_folder)
+    picture = transform(world.picture(world.scene(0, 0)))[None]
+    ids = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'one'}")(["a dog on a blue background"])
+    with torch.no_grad():
+        assert model.encode_image(picture).shape == model.encode_text(ids).shape == (1, 128)
 
 
 def test_the_unet_needs_autoencoder_and_text_encoder(world_folder: Path, tmp_path: Path) -> None:
