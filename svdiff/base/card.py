@@ -48,7 +48,10 @@ def sheet(samples: list[Sampled], neighbours: list[Image.Image], columns: int = 
 
 
 def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, captions: int = 200) -> Path:
-    """Measure everything and write `models/base/README.md`, `samples.webp` and `measurements.json`."""
+    """Measure everything and write README.md, samples.webp and measurements.json to `models/card`.
+
+    Beside the weights, not among them: measuring anew makes nothing stale that was made with them.
+    """
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -80,15 +83,16 @@ def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, 
     started = time.perf_counter()
     draw_pictures(pipe, ["a dog on a blue background"], 0, guidance)
     numbers["seconds_a_picture"] = time.perf_counter() - started
-    with atomic_file(base / "samples.webp") as path:
+    card = models / "card"
+    with atomic_file(card / "samples.webp") as path:
         sheet(shown, neighbours).save(path, quality=85)
     record = base / TRAINING_FILE
     past = json.loads(record.read_text()) if record.is_file() else {}
     numbers = {name: round(value, 4) for name, value in numbers.items()}
-    write_atomic(base / "measurements.json", json.dumps(numbers, indent=1))
-    concepts = _CONCEPTS if (base / "concepts.webp").is_file() else ""
-    write_atomic(base / "README.md", _text(config, pipe, past, world, numbers, guidance, lpips, concepts))
-    return base / "README.md"
+    write_atomic(card / "measurements.json", json.dumps(numbers, indent=1))
+    concepts = _CONCEPTS if (card / "concepts.webp").is_file() else ""
+    write_atomic(card / "README.md", _text(config, pipe, past, world, numbers, guidance, lpips, concepts))
+    return card / "README.md"
 
 
 _CONCEPTS = """
@@ -148,9 +152,9 @@ to its evaluators. One in twelve combinations of thing, artist and background is
 ## Training
 {_history(past)}
 
-`svdiff base train autoencoder`, then `text`, `unet`, `clip`, `lpips`. The encoder is a linear code (principal components of 8×8 patches), the
-decoder is trained on it. The text encoder learns to read from captions alone ({config.text.steps} steps of {config.text.batch_size}: what is at each place of
-the picture) and is frozen then. The UNet: {unet.batch_size} pictures a step, rate {unet.lr:g}, min-SNR weights, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
+`svdiff base train autoencoder`, then `text`, `unet`, `clip`, `lpips`. The encoder is a linear code (principal components of 8×8 patches, as they
+are, so that the diffusion goes from coarse to fine), the decoder is trained on it. The text encoder learns to read from captions alone ({config.text.steps} steps of {config.text.batch_size}: what is at each place of
+the picture) and is frozen then. The UNet: {unet.batch_size} pictures a step, rate {unet.lr:g}, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
 
 ## Measured
 Held-out combinations, guidance {guidance:g}, 25 DDIM steps with η = 1.

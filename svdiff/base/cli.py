@@ -82,7 +82,7 @@ def card(
     config: ConfigPath = Path("params.yaml"),
     models: Annotated[Path, typer.Option(help="where the weights are")] = Path("models"),
 ) -> None:
-    """Measure the base and its evaluators, and write models/base/README.md with a sample grid."""
+    """Measure the base and its evaluators, and write models/card/README.md with a sample grid."""
     from svdiff.base.card import write_card
     from svdiff.base.config import load_base_training
 
@@ -96,9 +96,9 @@ def concepts(
     ),
     models: Annotated[Path, typer.Option(help="where the weights are")] = Path("models"),
 ) -> None:
-    """Train eight concepts on the base, and draw models/base/concepts.webp: unseen prompts with each."""
+    """Train eight concepts on the base, and draw models/card/concepts.webp: unseen prompts with each."""
     from svdiff.base import loop
     from svdiff.base.concept_sheet import draw_concepts
     from svdiff.config import load_config
 
-    typer.echo(draw_concepts(load_config(params), models / "base" / "concepts.webp", loop.scratch("concepts")))
+    typer.echo(draw_concepts(load_config(params), models / "card" / "concepts.webp", loop.scratch("concepts")))
