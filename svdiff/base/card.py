@@ -59,7 +59,7 @@ def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, 
     from svdiff.base.unet import TRAINING_FILE
     from svdiff.evaluation.evaluators import load_clip, load_lpips
 
-    world = World(config.world, config.drawn_things)
+    world = World(config.world, config.things)
     base = models / "base"
     pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -45,9 +45,6 @@ class TextTraining(_Section):
 class UNetTraining(_Section):
     """Training of the UNet, under the frozen text encoder."""
 
-    things: int | None = Field(
-        None, ge=2, description="draw the first so many things; null: all of base_training.things"
-    )
     steps: int = Field(6000, ge=1, description="optimiser steps; the learning rate decays over them")
     batch_size: int = Field(64, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
@@ -96,7 +93,7 @@ class BaseTrainingConfig(_Section):
     """How the embedded base and its evaluators are trained."""
 
     world: str = Field("data/world", description="folder of the picture world")
-    things: int | None = Field(64, ge=2, description="train on the first so many things of the world; null: on all")
+    things: int | None = Field(24, ge=2, description="train on the first so many things of the world; null: on all")
     seed: int = Field(0, ge=0, description="decides every picture, caption and noise")
     checkpoint_seconds: float = Field(120, gt=0, description="how often the resume state is written")
     autoencoder: AutoencoderTraining = Field(default_factory=AutoencoderTraining, description="the autoencoder")
@@ -104,11 +101,6 @@ class BaseTrainingConfig(_Section):
     unet: UNetTraining = Field(default_factory=UNetTraining, description="the UNet")
     clip: ClipTraining = Field(default_factory=ClipTraining, description="the CLIP evaluator")
     lpips: LpipsTraining = Field(default_factory=LpipsTraining, description="the LPIPS evaluator's backbone")
-
-    @property
-    def drawn_things(self) -> int | None:
-        """How many things the UNet can draw; what reads and judges may know more."""
-        return self.unet.things or self.things
 
 
 def load_base_training(path: str | Path = "params.yaml") -> BaseTrainingConfig:

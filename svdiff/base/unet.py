@@ -96,7 +96,7 @@ def train(
         if not (folder / "config.json").is_file():
             raise SvdiffError(f"nothing in {folder}: run `svdiff base train {needed}` first")
     part = config.unet
-    world = World(config.world, config.drawn_things)
+    world = World(config.world, config.things)
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True).float().eval().requires_grad_(False)
     tokenizer.save(loop.scratch("tokenizer"))
     tokens = tokenizer.load(loop.scratch("tokenizer"))
@@ -142,7 +142,7 @@ def train(
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
         # The length and the rates may be changed on the way; what is learned, and on what, may not.
-        identity=f"{part.start_from}{part.prediction}{part.channels}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{config.drawn_things}/{config.seed}",
+        identity=f"{part.start_from}{part.prediction}{part.channels}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{config.things}/{config.seed}",
         on_checkpoint=lambda step: write_pipeline(
             ema,
             text_encoder,
@@ -173,7 +173,7 @@ def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, st
         "steps": step,
         "pictures": step * part.batch_size,
         "lr": part.lr,
-        "things": config.drawn_things,
+        "things": config.things,
         "pairs": part.pairs,
         "latent_channels": latent_channels,
         "seed": config.seed,
