@@ -161,6 +161,8 @@ Held-out combinations, guidance {guidance:g}, 25 DDIM steps with η = 1.
 - `unet_top1`: share of pictures whose own caption wins among all of the test's; `real_*`: the real pictures on the same test.
 - Background: the named colour nearest to the median of the border pixels. Left and right: the picture is nearer in pixels to real
   compositions in the order asked for than to those in the other.
+- `unet_nearness_db`: PSNR of pictures of single things against the nearest composition that the caption allows, by any hand, in any
+  size, anywhere; the autoencoder's own PSNR bounds it.
 - `clip_top1_of_100_hard`: real pictures, their full caption (hand, things, order, background) against 99 wrong ones that share the thing,
   the hand or the background; `…_others`: against the captions of other pictures.
 - `moved_nearer_than_*`: how often a distance calls the same drawing, shifted by 3 to 4 pixels, turned by 8° or darkened, nearer than
