@@ -21,9 +21,8 @@ from svdiff.base.autoencoder import pixels
 from svdiff.base.captions import caption, full_caption
 from svdiff.base.config import BaseTrainingConfig, ClipTraining
 from svdiff.base.things import COLOURS
-from svdiff.base.widening import load_widened
+from svdiff.base.widening import load_start
 from svdiff.base.world import PICTURE_SIZE, Layout, Scene, World
-from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir
 
 
@@ -152,7 +151,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     torch.manual_seed(config.seed + 2)
     model = build(settings).train().to(memory_format=torch.channels_last)
     if part.start_from is not None:
-        _load_weights(model, Path(part.start_from))
+        load_start(model, Path(part.start_from))
     heads = SceneHeads(part.dimensions, world)
     scenes = [world.scene(config.seed + 2, index) for index in range(part.pool)]
     pool = evaluation_pool(world, config.seed + 2, scenes)
@@ -204,15 +203,6 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         on_checkpoint=lambda step: _write(model, settings, output),
         stop_after=stop_after,
     )
-
-
-def _load_weights(model: torch.nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    path = folder / "open_clip_model.safetensors"
-    if not path.is_file():
-        raise SvdiffError(f"base_training.clip.start_from: there is no {path}")
-    load_widened(model, load_file(path), path)
 
 
 def _write(model: torch.nn.Module, settings: dict[str, Any], output: Path) -> None:

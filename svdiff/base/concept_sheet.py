@@ -77,12 +77,14 @@ def draw_concepts(config: Config, output: Path, work: Path, names: Sequence[str]
 
 def sheet(rows: Sequence[tuple[str, list[Image.Image]]]) -> Image.Image:
     """Prompts above, and a row for each concept: the first of its pictures, then what was drawn."""
-    font, top, gap = ImageFont.load_default(10), 44, 4
+    heads = ["the concept", *(prompt.replace("{subject}", "[V]") for prompt in PROMPTS)]
+    heads = ["\n".join(textwrap.wrap(head, 18)) for head in heads]
+    font, gap = ImageFont.load_default(10), 4
+    top = 8 + 13 * max(head.count("\n") + 1 for head in heads)
     picture = Image.new("RGB", ((len(PROMPTS) + 1) * (CELL + gap), top + len(rows) * (CELL + gap)), "white")
     draw = ImageDraw.Draw(picture)
-    for column, text in enumerate(("the concept", *(prompt.replace("{subject}", "[V]") for prompt in PROMPTS))):
-        lines = "\n".join(textwrap.wrap(text, 18))
-        draw.multiline_text((column * (CELL + gap) + 2, 2), lines, fill="black", font=font, spacing=1)
+    for column, head in enumerate(heads):
+        draw.multiline_text((column * (CELL + gap) + 2, 2), head, fill="black", font=font, spacing=1)
     for index, (name, drawn) in enumerate(rows):
         first = Image.open(min(Path("data/concepts", name).glob("*.png"))).convert("RGB")
         for column, cell in enumerate((first, *drawn)):

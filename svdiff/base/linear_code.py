@@ -2,8 +2,10 @@
 
 The code of an 8×8 patch is its leading principal components as they are, so that a diffusion goes from coarse to fine:
 colours and outlines stand out of the noise long before details do, everywhere at once. Were the components given like
-deviations, every part of the picture would be decided at the same time, and by itself. The three strided convolutions move 2×2 neighbours into
-channels, the residual branches are zero, and the last norm and SiLU are made to cancel:
+deviations, every part of the picture would be decided at the same time, and by itself.
+
+The three strided convolutions move 2×2 neighbours into channels, the residual branches are zero, and the last norm and
+SiLU are made to cancel:
 
 - silu(s) - silu(-s) = s, so every component s travels with its negative;
 - constant channels of ±K fix every group's mean at 0 and its deviation near K, so that GroupNorm only scales.

@@ -22,11 +22,9 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     gram = x @ x.T
     one = torch.eye(len(x), dtype=x.dtype)
     factor = one
-    for step in range(steps):
+    for _ in range(steps):
         polynomial = a * one + b * gram + c * gram @ gram
-        factor = polynomial @ factor if step else polynomial
-        if step < steps - 1:
-            gram = polynomial @ polynomial @ gram
+        factor, gram = polynomial @ factor, polynomial @ polynomial @ gram
     x = factor @ x
     return x.T if tall else x
 

@@ -12,7 +12,7 @@ import torch
 from svdiff.base import loop, tokenizer
 from svdiff.base.config import BaseTrainingConfig, UNetTraining
 from svdiff.base.diffusion import DiffusionLoss, Ema, LatentPool
-from svdiff.base.widening import load_widened
+from svdiff.base.widening import load_start
 from svdiff.base.winograd import use_winograd
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
@@ -109,7 +109,7 @@ def train(
     unet.to(memory_format=torch.channels_last)
     use_winograd(unet)
     if part.start_from is not None:
-        _load_weights(unet, Path(part.start_from, "unet"))
+        load_start(unet, Path(part.start_from, "unet"))
     origin = Origin(part.start_from)
     optimiser = torch.optim.AdamW(unet.parameters(), part.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = Ema({"unet": unet}, part.ema)
@@ -154,15 +154,6 @@ def train(
         ),
         stop_after=stop_after,
     )
-
-
-def _load_weights(unet: torch.nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        raise SvdiffError(f"base_training.unet.start_from: {folder} should hold one .safetensors file")
-    load_widened(unet, load_file(found[0]), found[0])
 
 
 def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, step: int) -> dict[str, Any]:

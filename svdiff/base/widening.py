@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -29,3 +30,13 @@ def load_widened(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], s
     if unknown := sorted(set(weights) - set(wider)):
         raise SvdiffError(f"{source} has {unknown[0]}, which the configured architecture has not")
     module.load_state_dict(wider)
+
+
+def load_start(module: torch.nn.Module, folder: Path) -> None:
+    """Start `module` from the weights in `folder`, as `load_widened`. Raises SvdiffError if it does not hold one such file."""
+    from safetensors.torch import load_file
+
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise SvdiffError(f"start_from: {folder} should hold one .safetensors file, and holds {len(found)}")
+    load_widened(module, load_file(found[0]), found[0])

@@ -31,7 +31,7 @@ def checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -
             "base": {"model": str(tiny_base)},
             "classes": ["dog"],
             "concepts": {name: {"class_word": "dog"} for name in ("one", "two")},
-            "sample": {"prompts": ["a {subject}"], "steps": 2},
+            "sample": {"prompts": ["a {subject}"], "steps": 2, "eta": 1.0},
             "rank": {"concepts": ["one"]},
         }
     )

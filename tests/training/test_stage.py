@@ -11,6 +11,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +21,10 @@ from safetensors.torch import load_file
 
 from svdiff.config import load_config
 from svdiff.errors import SvdiffError
+from svdiff.models import load_pipeline
+from svdiff.sampling.grid import image_grid
+from svdiff.sampling.images import Job
+from svdiff.sampling.stage import draw_pictures as draw
 from svdiff.training import train
 from svdiff.training.methods.weights_delta import is_weights_delta
 
@@ -53,7 +58,7 @@ def write_params(folder: Path, base: Path, token: str = "sks", **settings: objec
         "classes": ["dog"],
         "concepts": {"pet": {"class_word": "dog", "token": token}},
         "train": defaults | settings,
-        "sample": {"prompts": ["a {subject}"], "steps": 2},
+        "sample": {"prompts": ["a {subject}"], "steps": 2, "eta": 1.0},
         "rank": {"concepts": ["pet"]},
         "tracking": {"live": "none"},
     }
@@ -75,6 +80,16 @@ def test_result_of_the_stage(checkout: Path, method: str) -> None:
     summary = json.loads((path.parent / "train.json").read_text())
     assert summary["steps"] == 4
     assert summary["config"]["method"] == method
+
+
+def test_validation_before_the_first_step_is_what_the_base_draws(checkout: Path) -> None:
+    """With the sampler of `sample`, its fresh noise included."""
+    config = load_config()
+    path = train(config, "pet").parent / "validation" / "step-00000.png"
+    prompts = [prompt.replace("{subject}", "sks dog") for prompt in config.train.validation_prompts]
+    pictures = draw(load_pipeline(config.base), [Job(prompt, 0) for prompt in prompts], config.sample)
+    expected = np.asarray(image_grid(pictures, columns=1), dtype=int)
+    assert np.abs(np.asarray(Image.open(path), dtype=int) - expected).max() <= 2
 
 
 def test_training_again_gives_the_same_delta(checkout: Path) -> None:
