@@ -16,7 +16,7 @@ from svdiff.base.widening import load_start
 from svdiff.base.winograd import use_winograd
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
-from svdiff.files import atomic_dir
+from svdiff.files import atomic_dir, write_atomic
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -172,6 +172,14 @@ def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, st
     }
 
 
+def _load_as_float32(config: Path) -> None:
+    """Say in a text encoder's `config` that its half-precision file is to be loaded in float32.
+
+    transformers loads in the precision of the file, diffusers in float32: unsaid, the two do not fit together.
+    """
+    write_atomic(config, json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
 @torch.no_grad()
 def write_pipeline(
     ema: Ema,
@@ -200,5 +208,6 @@ def write_pipeline(
     )
     with atomic_dir(output) as target:
         pipeline.save_pretrained(target)
+        _load_as_float32(target / "text_encoder" / "config.json")
         (target / TRAINING_FILE).write_text(json.dumps(past, indent=1))
         loop.make_readable(target)
