@@ -94,6 +94,29 @@ def test_everything_is_there_and_a_second_run_does_nothing(checkout: Checkout) -
     assert "up to date" in checkout.run("dvc", "status").stdout
 
 
+WITHOUT_US = """
+import sys
+import numpy as np
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("models/base")
+for scheduler in (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    picture = pipe("a dog on a blue background", num_inference_steps=12).images[0]
+    red, _, blue = np.asarray(picture)[[0, -1]].mean((0, 1))
+    assert picture.size == (64, 64) and blue > red + 40, (scheduler, red, blue)
+changed = StableDiffusionImg2ImgPipeline.from_pretrained("models/base")("a cat", image=picture, num_inference_steps=4)
+assert changed.images[0].size == (64, 64)
+assert "svdiff" not in sys.modules
+"""
+
+
+def test_the_base_draws_without_this_package(checkout: Checkout) -> None:
+    """With diffusers' own pipelines and schedulers, loaded as anybody would."""
+    subprocess.run([sys.executable, "-c", WITHOUT_US], cwd=checkout.root, env=ENV, check=True)
+
+
 def test_a_concepts_own_rate_reruns_that_concept_alone(checkout: Checkout) -> None:
     before = (checkout.root / "params.yaml").read_text()
     first, second = yaml.safe_load(before)["concepts"]
