@@ -12,7 +12,7 @@ from svdiff.base.autoencoder import pixels
 from svdiff.base.captions import caption
 from svdiff.base.config import BaseTrainingConfig
 from svdiff.base.linear_code import encode
-from svdiff.base.world import World
+from svdiff.base.world import Scene, World
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -47,12 +47,17 @@ class Ema:
 
 
 class LatentPool:
-    """Scenes of one round with their latents: drawn once, shown for several passes under fresh captions."""
+    """Scenes of one round with their latents: drawn once, shown for several passes under fresh captions.
+
+    A share of them is drawn as another hand might, and no caption of theirs names a hand: black outlines and odd tones
+    are then in the span of the weights, where a concept's shifts find them.
+    """
 
     def __init__(self, world: World, vae: AutoencoderKL, config: BaseTrainingConfig) -> None:
         self.world, self.vae, self.config = world, vae, config
         self.round = -1
-        self.scenes: list[Any] = []
+        self.scenes: list[Scene] = []
+        self.other_hand: list[random.Random | None] = []
         self.latents = torch.empty(0)
 
     @torch.no_grad()
@@ -62,13 +67,13 @@ class LatentPool:
         per_pass = part.pool // part.batch_size
         number = step // (per_pass * part.passes)
         if number != self.round:
-            start = number * part.pool
-            self.scenes = [
-                self.world.scene(self.config.seed + 1, i, pairs=part.pairs) for i in range(start, start + part.pool)
-            ]
+            indices = range(number * part.pool, (number + 1) * part.pool)
+            self.scenes = [self.world.scene(self.config.seed + 1, i, pairs=part.pairs) for i in indices]
+            self.other_hand = [self._other_hand(i) for i in indices]
             chunks = []
             for i in range(0, part.pool, 64):
-                x = pixels([self.world.picture(scene) for scene in self.scenes[i : i + 64]])
+                drawn = zip(self.scenes[i : i + 64], self.other_hand[i : i + 64], strict=True)
+                x = pixels([self.world.picture(scene, restyle=hand) for scene, hand in drawn])
                 chunks.append(encode(self.vae, x) * self.vae.config.scaling_factor)
             self.latents = torch.cat(chunks)
             self.round = number
@@ -77,8 +82,15 @@ class LatentPool:
         random.Random(f"order/{self.config.seed}/{sweep}").shuffle(order)
         chosen = order[place * part.batch_size : (place + 1) * part.batch_size]
         draw = random.Random(f"captions/{self.config.seed}/{step}")
-        texts = ["" if draw.random() < part.dropout else caption(self.scenes[i], draw) for i in chosen]
+        texts = [
+            "" if draw.random() < part.dropout else caption(self.scenes[i], draw, styles=self.other_hand[i] is None)
+            for i in chosen
+        ]
         return self.latents[chosen], texts
+
+    def _other_hand(self, index: int) -> random.Random | None:
+        draw = random.Random(f"restyle/{self.config.seed + 1}/{index}")
+        return draw if draw.random() < self.config.unet.restyled else None
 
 
 class DiffusionLoss(torch.nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
 from svdiff.spectral.decompose import as_matrix, from_matrix, svd
+from svdiff.spectral.products import product
 
 # The recipe of `decompose.svd`: a change that moves singular vectors changes this name and so every basis id.
 ALGORITHM = "gram-eigh-float64-1"
@@ -53,7 +54,7 @@ class Factors:
         if not len(moved):
             return base.clone()
         u, vh = (self.u, self.vh) if len(moved) == len(change) else (self.u[:, moved], self.vh[moved])
-        matrix = torch.addmm(as_matrix(base, transposed=transposed).float(), u * change[moved], vh)
+        matrix = product(u * change[moved], vh, as_matrix(base, transposed=transposed).float())
         return from_matrix(matrix, self.shape, transposed=transposed).to(base.dtype)
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svdiff.spectral.products import add_product, onednn_is_faster, product
+
 # Numbers of a picture that are unfolded at a time: 4 MB, which also stay in the cache for the product.
 _UNFOLDED = 1 << 20
 
@@ -45,7 +47,7 @@ def convolve(x: Tensor, kernel: Tensor, geometry: Geometry) -> Tensor:
     y = x.new_zeros(len(kernel), len(x) * math.prod(size))
     for channels, rows in _parts(kernel, y.shape[1]):
         columns = F.unfold(x[:, channels], kernel.shape[2:], geometry.dilation, geometry.padding, geometry.stride)
-        y.addmm_(matrix[:, rows], _join_batch(columns))
+        add_product(y, matrix[:, rows], _join_batch(columns))
     return _split_batch(y, len(x)).unflatten(2, size).contiguous(memory_format=_layout(x))
 
 
@@ -61,7 +63,7 @@ def convolve_backward(g: Tensor, shape: torch.Size, kernel: Tensor, geometry: Ge
     matrix, g_columns = kernel.flatten(1), _join_batch(g.flatten(2)).T
     x = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=_layout(g))
     for channels, rows in _parts(kernel, len(g_columns)):
-        columns = _split_batch((g_columns @ matrix[:, rows]).T, len(g))
+        columns = _split_batch(product(g_columns, matrix[:, rows]).T, len(g))
         x[:, channels] = F.fold(
             columns, shape[2:], kernel.shape[2:], geometry.dilation, geometry.padding, geometry.stride
         )
@@ -71,14 +73,19 @@ def convolve_backward(g: Tensor, shape: torch.Size, kernel: Tensor, geometry: Ge
 def mix_channels(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """1 x 1 convolution `x (B, K, *S)`, `matrix (M, K)` -> `(B, M, *S)` as one product, in the layout of `x`."""
     if not x.is_contiguous():
-        return F.linear(x.movedim(1, -1), matrix, bias).movedim(-1, 1)
+        pixels = x.movedim(1, -1)
+        y = product(pixels.reshape(-1, x.shape[1]), matrix.T, bias)
+        return y.view(*pixels.shape[:-1], len(matrix)).movedim(-1, 1)
     columns = x.flatten(2)
+    column = None if bias is None else bias[:, None]
     if len(x) == 1:
-        y = matrix @ columns[0] if bias is None else torch.addmm(bias[:, None], matrix, columns[0])
+        y = product(matrix, columns[0], column)
+    elif onednn_is_faster(matrix, columns):
+        y = torch.stack([product(matrix, one, column) for one in columns])
     elif bias is None:
         y = matrix @ columns
     else:
-        y = torch.baddbmm(bias[:, None], matrix.expand(len(x), *matrix.shape), columns)
+        y = torch.baddbmm(column, matrix.expand(len(x), *matrix.shape), columns)
     return y.view(len(x), len(matrix), *x.shape[2:])
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from svdiff.spectral.basis import scales
 from svdiff.spectral.convolution import Geometry, convolve, convolve_backward, mix_channels
 from svdiff.spectral.memory import note_kept
+from svdiff.spectral.products import product
 
 
 def materialising_is_cheaper(tokens: int, m: int, n: int, *, grad: bool, input_grad: bool) -> bool:
@@ -44,14 +45,14 @@ class SpectralWeight(torch.autograd.Function):
         scale = scales(delta, sigma)
         ctx.alive, ctx.u, ctx.vh, ctx.rank = scale > 0, u, vh, rank
         scale = scale.to(u.dtype)
-        return (u * scale) @ vh if len(u) <= vh.shape[1] else u @ (scale[:, None] * vh)
+        return product(u * scale, vh) if len(u) <= vh.shape[1] else product(u, scale[:, None] * vh)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         u, vh = ctx.u[:, : ctx.rank], ctx.vh[: ctx.rank]
         wide = len(u) <= vh.shape[1]  # the smaller product is the one that is made
-        diagonal = _dot(u, gradient @ vh.T, (0,)) if wide else _dot(u.T @ gradient, vh, (1,))
+        diagonal = _dot(u, product(gradient, vh.T), (0,)) if wide else _dot(product(u.T, gradient), vh, (1,))
         return _shift_gradient(diagonal, ctx.alive), None, None, None, None
 
 
@@ -66,13 +67,13 @@ class FactoredLinear(torch.autograd.Function):
         scale = scales(delta, sigma)
         ctx.alive, ctx.u, ctx.vh, ctx.rank, ctx.shape = scale > 0, u, vh, rank, x.shape
         ctx.scale = scale = scale.to(x.dtype)
-        h = x.reshape(-1, x.shape[-1]) @ vh.T
+        h = product(x.reshape(-1, x.shape[-1]), vh.T)
         if keep:
             ctx.save_for_backward(h)
             note_kept(h)
         # The smaller of the two is scaled.
         left, right = (h, u * scale) if len(h) > len(u) else (h * scale, u)
-        y = left @ right.T if bias is None else torch.addmm(bias, left, right.T)
+        y = product(left, right.T, bias)
         return y.view(*x.shape[:-1], len(u))
 
     @staticmethod
@@ -80,9 +81,9 @@ class FactoredLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (h,) = ctx.saved_tensors
         g = gradient.reshape(-1, gradient.shape[-1])
-        e = g @ ctx.u
+        e = product(g, ctx.u)
         for_delta = _shift_gradient(_dot(e[:, : ctx.rank], h[:, : ctx.rank], (0,)), ctx.alive)
-        for_x = (e.mul_(ctx.scale) @ ctx.vh).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        for_x = product(e.mul_(ctx.scale), ctx.vh).view(ctx.shape) if ctx.needs_input_grad[0] else None
         for_bias = g.sum(0) if ctx.needs_input_grad[2] else None
         return for_x, for_delta, for_bias, None, None, None, None, None
 

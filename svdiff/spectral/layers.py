@@ -22,6 +22,7 @@ from svdiff.spectral.functions import (
     SpectralWeight,
     materialising_is_cheaper,
 )
+from svdiff.spectral.products import product
 
 
 class SpectralLayer(nn.Module):
@@ -195,7 +196,8 @@ class SpectralLinear(SpectralMatrix):
         """`x (..., N) -> (..., M)`."""
         x, bias = self._compute(x)
         if self._materialise(x, x.numel() // x.shape[-1]):
-            return F.linear(x, self._built(x.dtype), bias)
+            weight = self._built(x.dtype)
+            return product(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], len(weight))
         u, vh = self._factors(x.dtype)
         keep = torch.is_grad_enabled()
         return FactoredLinear.apply(x, self.delta, bias, self.sigma, u, vh, self.rank, keep)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Kept bytes between two trims: five in a step at 64 x 64 latents, one or two at 32 x 32.
-TRIM_EVERY = 64 << 20
+# Kept bytes between two trims: ten in a step at 64 x 64 latents, two or three at 32 x 32.
+TRIM_EVERY = 32 << 20
 
 _kept = 0
 

@@ -11,6 +11,7 @@ import torch
 from svdiff.base import autoencoder, clip, linear_code, loop, lpips, muon, reading, tokenizer, unet, widening, winograd
 from svdiff.base.captions import vocabulary
 from svdiff.base.config import BaseTrainingConfig, load_base_training
+from svdiff.base.diffusion import LatentPool
 from svdiff.base.things import COLOURS, FILLER_WORDS, SPECIAL_WORDS
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
@@ -173,6 +174,33 @@ def test_unet_training_resumes_bit_for_bit_and_loads_as_stable_diffusion(
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     assert other("a dog", image=picture, strength=0.5, num_inference_steps=4).images[0].size == (64, 64)
+
+
+def test_another_hand_is_drawn_and_never_named(world_folder: Path) -> None:
+    world = World(world_folder)
+    vae = autoencoder.build(tiny(world_folder).autoencoder)
+    rows = autoencoder.pixels([world.picture(world.scene(0, i)) for i in range(8)])
+    linear_code.write_encoder(vae, *linear_code.fit(rows, vae.config.latent_channels))
+    pools = {}
+    for share in (0.0, 0.5, 1.0):
+        settings = {"batch_size": 32, "pool": 32, "passes": 4, "dropout": 0.0, "restyled": share}
+        pools[share] = LatentPool(world, vae, tiny(world_folder, unet=settings))
+    drawn = {share: [pool.batch(step) for step in range(3)] for share, pool in pools.items()}
+    hands = set(world.styles.values())
+
+    def names_a_hand(share: float) -> list[bool]:
+        return [bool(hands & set(text.split())) for _, texts in drawn[share] for text in texts]
+
+    assert not any(names_a_hand(1.0))
+    assert any(names_a_hand(0.0))
+    changed = (pools[1.0].latents != pools[0.0].latents).flatten(1).any(1)
+    assert changed.all()
+    # The same pictures are restyled whatever the share, so half of them are both.
+    half = [hand is not None for hand in pools[0.5].other_hand]
+    assert 4 < sum(half) < 28
+    assert torch.equal(pools[0.5].latents[half], pools[1.0].latents[half])
+    rest = [not odd for odd in half]
+    assert torch.equal(pools[0.5].latents[rest], pools[0.0].latents[rest])
 
 
 def test_clip_training_resumes_goes_on_and_is_open_clips(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svdiff.spectral import Basis, load_basis
+from svdiff.spectral import Basis, load_basis, products
 
 
 def perturb(shifts, scale: float = 0.05, seed: int = 0) -> None:
@@ -45,3 +45,12 @@ def call(unet: nn.Module):
     """The tiny UNet as a function of nothing."""
     sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16)
     return lambda model=unet: model(sample, torch.tensor([3, 500]), text).sample
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor where MKL holds back, and for products of any size."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(products, "_mkl_holds_back", lambda: True)
+    monkeypatch.setattr(products, "_FEW", 0)

@@ -87,8 +87,20 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("contraction", ["factored", "materialised", "auto"])
 @pytest.mark.parametrize("name", CASES | NORMS)
 def test_matches_equation_2(name: str, contraction: str, rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, shape = (CASES | NORMS)[name]
     monkeypatch.setattr(SpectralMatrix, "contraction", contraction)
+    check_equation_2(name, rank)
+
+
+@pytest.mark.usefixtures("by_onednn")
+@pytest.mark.parametrize("contraction", ["factored", "materialised"])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_equation_2_by_onednn(name: str, contraction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpectralMatrix, "contraction", contraction)
+    check_equation_2(name)
+
+
+def check_equation_2(name: str, rank: int | None = None) -> None:
+    original, shape = (CASES | NORMS)[name]
     layer = spectral(original, rank)
     x = torch.randn(shape, requires_grad=True)
     y = layer(x)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdiff.spectral import products
+
+
+def strided(rows: int, columns: int, transposed: bool) -> Tensor:
+    return torch.randn(columns, rows).T if transposed else torch.randn(rows, columns)
+
+
+@pytest.mark.usefixtures("by_onednn")
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 64, 40), (33, 128, 65)])
+@pytest.mark.parametrize("layout", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("added", [None, "row", "column", "matrix"])
+def test_onednn_multiplies_as_float64_does(
+    shape: tuple[int, int, int], layout: tuple[bool, bool], added: str | None
+) -> None:
+    torch.manual_seed(0)
+    m, k, n = shape
+    a, b = strided(m, k, layout[0]).requires_grad_(), strided(k, n, layout[1]).requires_grad_()
+    sizes = {None: None, "row": (n,), "column": (m, 1), "matrix": (m, n)}
+    add = None if (size := sizes[added]) is None else torch.randn(size, requires_grad=True)
+    inputs = [x for x in (a, b, add) if x is not None]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    assert products.onednn_is_faster(a, b)
+
+    y = products.product(a, b, add)
+    expected = exact[0] @ exact[1] + (exact[2] if add is not None else 0)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    g = torch.randn(m, n)
+    found = torch.autograd.grad(y, inputs, g)
+    for one, other in zip(found, torch.autograd.grad(expected, exact, g.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(products.product(a, b, add), y)
+        kept = y.clone()
+        products.add_product(kept, a, b)
+        torch.testing.assert_close(kept, y + a @ b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_operands_with_gaps_are_closed_first() -> None:
+    whole = torch.randn(16, 40)
+    a, b = whole[:, 3:20], torch.randn(40, 9)[3:20, ::2]
+    assert not any(x.is_contiguous() or x.T.is_contiguous() for x in (a, b))
+    torch.testing.assert_close(products.product(a, b), a @ b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_only_float32_on_a_cpu_goes_by_onednn() -> None:
+    a, b = torch.randn(8, 8), torch.randn(8, 8)
+    assert products.onednn_is_faster(a, b)
+    assert not products.onednn_is_faster(a.double(), b.double())
+    assert not products.onednn_is_faster(a.bfloat16(), b.bfloat16())
+    assert not products.onednn_is_faster(a.to("meta"), b.to("meta"))
+
+
+def test_small_products_stay_with_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_mkl_holds_back", lambda: True)
+    small, large = torch.randn(64, 64), torch.randn(512, 512)
+    assert not products.onednn_is_faster(small, small)
+    assert products.onednn_is_faster(large, large)
