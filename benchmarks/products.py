@@ -1,6 +1,6 @@
 """Products of the SD-1.5 UNet's sizes by PyTorch's `@` (MKL) and by oneDNN: which one `svdiff.spectral.products` takes.
 
-    python -m benchmarks.products
+python -m benchmarks.products
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def mix_channels(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         y = product(matrix, columns[0], column)
     elif onednn_is_faster(matrix, columns):
         y = torch.stack([product(matrix, one, column) for one in columns])
-    elif bias is None:
+    elif column is None:
         y = matrix @ columns
     else:
         y = torch.baddbmm(column, matrix.expand(len(x), *matrix.shape), columns)
