@@ -100,10 +100,10 @@ def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
         text = f"{nouns[0]} {WHERE[draw.choice(where)]}" if where and draw.random() < 0.4 else nouns[0]
     elif scene.layout == "above-below":
         text = draw.choice(_ABOVE_BELOW).format(a=nouns[0], b=nouns[1])
-    elif draw.random() < 0.65:
+    elif draw.random() < 0.5:
         text = draw.choice(_LEFT_RIGHT).format(a=nouns[0], b=nouns[1])
-    else:  # says that both are there, side by side, not which is where
-        first, second = draw.sample(nouns, 2)
+    else:  # Says that both are there, side by side, not which is where; people name the left one first, mostly.
+        first, second = nouns if draw.random() < 0.8 else nouns[::-1]
         text = draw.choice(_BESIDE).format(a=first, b=second)
     if draw.random() < 0.12:
         text = draw.choice(_PREFIXES) + text

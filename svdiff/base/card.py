@@ -110,7 +110,8 @@ def _history(past: dict[str, Any] | str | None) -> str:
         number = (
             f"{past['pictures']:,} pictures of {past['things']} things ({past['steps']} steps, {past['prediction']}, "
         )
-        number += f"latents of {past.get('latent_channels', 16)}, seed {past['seed']})"
+        number += f"latents of {past.get('latent_channels', 16)}, seed {past['seed']}"
+        number += f", {past['restyled']:.0%} restyled)" if past.get("restyled") else ")"
         steps.append(number + (f": {past['note']}" if "note" in past else ""))
         past = past["started_from"]
     return "; then ".join(reversed(steps)) + "."
@@ -148,6 +149,8 @@ autoencoder {millions(pipe.vae)} (8×8 latents of {pipe.vae.config.latent_channe
 ## Data
 Artists: {artists}; authors and licences in `data/world/ATTRIBUTION.md`. {unseen}, who draw the concepts, were never shown to it or
 to its evaluators. One in twelve combinations of thing, artist and background is held out. Special words (`sks`, …) are unused.
+Restyled pictures show the same drawings as another hand might draw them (other hues, flatter or greyer colours, black outlines), under
+captions that name no hand: so that the weights span more hands than {len(world.artists)}.
 
 ## Training
 {_history(past)}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from svdiff.base import loop
 from svdiff.base.autoencoder import pixels
 from svdiff.base.captions import caption
 from svdiff.base.config import BaseTrainingConfig
@@ -108,7 +109,9 @@ class DiffusionLoss(torch.nn.Module):
         """Clean latents, noise, times and the captions' hidden states to the loss."""
         keep = self.alphas[t].view(-1, 1, 1, 1)
         noisy = (keep.sqrt() * z + (1 - keep).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        predicted = self.unet(noisy, t, encoder_hidden_states=states).sample
+        with loop.autocast():
+            predicted = self.unet(noisy, t, encoder_hidden_states=states).sample
+        predicted = predicted.float()
         target = noise if self.prediction == "epsilon" else keep.sqrt() * noise - (1 - keep).sqrt() * z
         loss = (predicted - target).pow(2).mean()
         return loss, {"loss": loss.item()}

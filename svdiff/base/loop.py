@@ -46,9 +46,15 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; where it does not, that is several times slower than float32."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+
+
 def autocast() -> torch.autocast:
-    """bfloat16 where the machine multiplies it in hardware; elsewhere it is several times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("amx_bf16", False))
+    """bfloat16 where the machine multiplies it in hardware."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16())
 
 
 def _gradients(loss: torch.nn.Module, batch: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, float]]:

@@ -107,7 +107,8 @@ def train(
     # PyTorch's fused attention has a slow backward on CPU for heads as small as these.
     unet.set_attn_processor(AttnProcessor())
     unet.to(memory_format=torch.channels_last)
-    use_winograd(unet)
+    if not loop.multiplies_bfloat16():  # a convolution in bfloat16 is faster still
+        use_winograd(unet)
     if part.start_from is not None:
         load_start(unet, Path(part.start_from, "unet"))
     origin = Origin(part.start_from)

@@ -149,7 +149,8 @@ def places_left(size: float) -> int:
 
 
 def _places(draw: random.Random, layout: Layout, words: list[str]) -> tuple[Placed, ...]:
-    size = SMALL if layout != "one" else draw.choice((BIG, MEDIUM, MEDIUM, SMALL))
+    # Pairs show small drawings twice already, and a large one has more parts to learn.
+    size = SMALL if layout != "one" else draw.choice((BIG, BIG, MEDIUM, MEDIUM, SMALL))
     room = places_left(size)
     placed = []
     for side, word in enumerate(words):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Multiply-adds of a product below which the call itself decides.
-_FEW = 1 << 22
+_FEW = 1 << 21
 
 
 def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
