@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdiff.spectral import products
 
@@ -41,12 +44,27 @@ def test_onednn_multiplies_as_float64_does(
         torch.testing.assert_close(kept, y + a @ b, atol=1e-5, rtol=1e-5)
 
 
+class Operands(TorchDispatchMode):
+    """Notes what oneDNN is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_linear_pointwise" in str(func):
+            self.seen += args[:2]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.usefixtures("by_onednn")
 def test_operands_with_gaps_are_closed_first() -> None:
-    whole = torch.randn(16, 40)
-    a, b = whole[:, 3:20], torch.randn(40, 9)[3:20, ::2]
-    assert not any(x.is_contiguous() or x.T.is_contiguous() for x in (a, b))
-    torch.testing.assert_close(products.product(a, b), a @ b, atol=1e-5, rtol=1e-5)
+    a, b = torch.randn(16, 40)[:, 3:20], torch.randn(40, 9)[3:20, ::2]
+    with Operands() as operands:
+        y = products.product(a, b)
+    torch.testing.assert_close(y, a @ b, atol=1e-5, rtol=1e-5)
+    assert len(operands.seen) == 2
+    assert all(x.is_contiguous() or x.T.is_contiguous() for x in operands.seen)
 
 
 @pytest.mark.usefixtures("by_onednn")
