@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from svdiff.base.things import BASE_ARTISTS, COLOURS, FILLER_WORDS, SPECIAL_WORDS, THINGS
+from svdiff.base.things import BASE_ARTISTS, COLOURS, HAND_WORDS, SPECIAL_WORDS, THINGS
 from svdiff.base.world import MEDIUM, Placed, Scene
 
 _BACKGROUNDS = (
@@ -54,7 +54,7 @@ def vocabulary() -> list[str]:
     )
     plain = {word for word in text.split() if "{" not in word}
     styles = {artist.style for artist in BASE_ARTISTS}
-    words = plain | styles | set(COLOURS) | set(THINGS) | set(NEUTRAL_WORDS) | set(EXTRA_WORDS) | set(FILLER_WORDS)
+    words = plain | styles | set(COLOURS) | set(THINGS) | set(NEUTRAL_WORDS) | set(EXTRA_WORDS) | set(HAND_WORDS)
     return [*sorted(words), *SPECIAL_WORDS]
 
 
@@ -66,9 +66,9 @@ def with_article(noun: str) -> str:
 def _noun_phrase(draw: random.Random, thing: Placed, style: str | None, alone: bool) -> str:
     word = "thing" if draw.random() < 0.04 else thing.word
     words = [word]
-    if draw.random() < 0.08:
-        words.insert(0, draw.choice(FILLER_WORDS))
-    if style is not None:
+    if thing.hand is not None:  # always named: what no caption names is by one of the artists
+        words.insert(0, thing.hand)
+    elif style is not None:
         words.insert(0, style)
     if draw.random() < 0.03:
         words.insert(0, draw.choice(NEUTRAL_WORDS))
@@ -90,9 +90,11 @@ def sides(thing: Placed) -> list[str]:
 def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
     """One of the scene's captions. What it says is true of the picture; what it leaves out may be anything.
 
-    Without `styles` it says nothing about the hand.
+    Hands are named before their nouns. Without `styles` it says nothing about the artist.
     """
-    style_at = draw.choices(("none", "noun", "end"), (0.55, 0.33, 0.12) if styles else (1, 0, 0))[0]
+    redrawn = any(thing.hand is not None for thing in scene.things)
+    chances = (0.55, 0.33, 0 if redrawn else 0.12) if styles else (1, 0, 0)
+    style_at = draw.choices(("none", "noun", "end"), chances)[0]
     style = scene.style if style_at == "noun" else None
     nouns = [_noun_phrase(draw, thing, style, len(scene.things) == 1) for thing in scene.things]
     if scene.layout == "one":

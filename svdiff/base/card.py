@@ -22,7 +22,7 @@ from svdiff.base.measures import (
     measure_variety,
     sample,
 )
-from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS
+from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, HAND_WORDS
 from svdiff.base.world import World
 from svdiff.files import atomic_file, write_atomic
 
@@ -111,7 +111,8 @@ def _history(past: dict[str, Any] | str | None) -> str:
             f"{past['pictures']:,} pictures of {past['things']} things ({past['steps']} steps, {past['prediction']}, "
         )
         number += f"latents of {past.get('latent_channels', 16)}, seed {past['seed']}"
-        number += f", {past['restyled']:.0%} restyled)" if past.get("restyled") else ")"
+        number += f", {past['restyled']:.0%} restyled" if past.get("restyled") else ""
+        number += f", {past['hands']:.0%} of the things by hands)" if past.get("hands") else ")"
         steps.append(number + (f": {past['note']}" if "note" in past else ""))
         past = past["started_from"]
     return "; then ".join(reversed(steps)) + "."
@@ -149,8 +150,9 @@ autoencoder {millions(pipe.vae)} (8×8 latents of {pipe.vae.config.latent_channe
 ## Data
 Artists: {artists}; authors and licences in `data/world/ATTRIBUTION.md`. {unseen}, who draw the concepts, were never shown to it or
 to its evaluators. One in twelve combinations of thing, artist and background is held out. Special words (`sks`, …) are unused.
-Restyled pictures show the same drawings as another hand might draw them (other hues, flatter or greyer colours, black outlines), under
-captions that name no hand: so that the weights span more hands than {len(world.artists)}.
+{len(HAND_WORDS)} hands redraw the artists' drawings (other hues, flatter or greyer colours, black outlines), each always in its own way and
+named by a word of its own before the noun (`a {HAND_WORDS[0]} dog`): so the weights span more hands than {len(world.artists)}, an unknown word before a noun means yet
+another hand, and a noun alone stays the artists'. (In trainings marked "restyled" such pictures went unnamed.)
 
 ## Training
 {_history(past)}

@@ -60,9 +60,7 @@ class UNetTraining(_Section):
     dropout: float = Field(0.1, ge=0, lt=1, description="share of captions left empty, for guidance")
     ema: float = Field(0.9990, ge=0, lt=1, description="decay of the moving average of the weights")
     pairs: float = Field(0.45, ge=0, le=1, description="share of pictures with two things")
-    restyled: float = Field(
-        0.3, ge=0, le=1, description="share of pictures drawn as another hand might, under captions that name none"
-    )
+    hands: float = Field(0.35, ge=0, le=1, description="share of things redrawn by a hand, which captions name")
     pool: int = Field(8192, ge=1, description="pictures encoded at a time")
     passes: int = Field(5, ge=1, description="passes over a pool before the next is encoded")
 

@@ -50,15 +50,14 @@ class Ema:
 class LatentPool:
     """Scenes of one round with their latents: drawn once, shown for several passes under fresh captions.
 
-    A share of them is drawn as another hand might, and no caption of theirs names a hand: black outlines and odd tones
-    are then in the span of the weights, where a concept's shifts find them.
+    A share of the things is redrawn by hands that their captions name: black outlines and odd tones are then in the
+    span of the weights, where a concept's shifts find them, and a word that is none of the artists' brings them about.
     """
 
     def __init__(self, world: World, vae: AutoencoderKL, config: BaseTrainingConfig) -> None:
         self.world, self.vae, self.config = world, vae, config
         self.round = -1
         self.scenes: list[Scene] = []
-        self.other_hand: list[random.Random | None] = []
         self.latents = torch.empty(0)
 
     @torch.no_grad()
@@ -69,12 +68,12 @@ class LatentPool:
         number = step // (per_pass * part.passes)
         if number != self.round:
             indices = range(number * part.pool, (number + 1) * part.pool)
-            self.scenes = [self.world.scene(self.config.seed + 1, i, pairs=part.pairs) for i in indices]
-            self.other_hand = [self._other_hand(i) for i in indices]
+            self.scenes = [
+                self.world.scene(self.config.seed + 1, i, pairs=part.pairs, hands=part.hands) for i in indices
+            ]
             chunks = []
             for i in range(0, part.pool, 64):
-                drawn = zip(self.scenes[i : i + 64], self.other_hand[i : i + 64], strict=True)
-                x = pixels([self.world.picture(scene, restyle=hand) for scene, hand in drawn])
+                x = pixels([self.world.picture(scene) for scene in self.scenes[i : i + 64]])
                 chunks.append(encode(self.vae, x) * self.vae.config.scaling_factor)
             self.latents = torch.cat(chunks)
             self.round = number
@@ -83,15 +82,8 @@ class LatentPool:
         random.Random(f"order/{self.config.seed}/{sweep}").shuffle(order)
         chosen = order[place * part.batch_size : (place + 1) * part.batch_size]
         draw = random.Random(f"captions/{self.config.seed}/{step}")
-        texts = [
-            "" if draw.random() < part.dropout else caption(self.scenes[i], draw, styles=self.other_hand[i] is None)
-            for i in chosen
-        ]
+        texts = ["" if draw.random() < part.dropout else caption(self.scenes[i], draw) for i in chosen]
         return self.latents[chosen], texts
-
-    def _other_hand(self, index: int) -> random.Random | None:
-        draw = random.Random(f"restyle/{self.config.seed + 1}/{index}")
-        return draw if draw.random() < self.config.unet.restyled else None
 
 
 class DiffusionLoss(torch.nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 from svdiff.base import loop, tokenizer
 from svdiff.base.captions import caption
 from svdiff.base.config import BaseTrainingConfig, TextTraining
-from svdiff.base.things import COLOURS, FILLER_WORDS, SPECIAL_WORDS
+from svdiff.base.things import COLOURS, HAND_WORDS, SPECIAL_WORDS
 from svdiff.base.world import GRID, PICTURE_SIZE, Scene, World
 from svdiff.files import atomic_dir
 
@@ -105,7 +105,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         for group in optimiser.param_groups:
             group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, 0.9)
         first = step * part.batch_size
-        scenes = [world.scene(config.seed + 4, first + i, pairs=0.6) for i in range(part.batch_size)]
+        scenes = [world.scene(config.seed + 4, first + i, pairs=0.6, hands=0.2) for i in range(part.batch_size)]
         draw = random.Random(f"text/{config.seed}/{step}")
         texts = ["" if draw.random() < 0.05 else caption(scene, draw) for scene in scenes]
         ids = tokens(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -139,13 +139,13 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
 
 @torch.no_grad()
 def _spread_special_words(text_encoder: Any, tokens: CLIPTokenizer, seed: int) -> None:
-    """Give the special words embeddings as large as those of the filler words, in directions of their own.
+    """Give the special words embeddings as large as those of the words for hands, in directions of their own.
 
-    A filler word is one that training taught to ignore; so `a sks dog` starts as a dog, yet is not `a dog`.
+    So `a sks dog` starts as a dog by nobody in particular.
     """
     table = text_encoder.get_input_embeddings().weight
-    fillers = table[tokens.convert_tokens_to_ids([f"{word}</w>" for word in FILLER_WORDS])]
-    mean, deviation = fillers.mean(0), fillers.std(0)
+    hands = table[tokens.convert_tokens_to_ids([f"{word}</w>" for word in HAND_WORDS])]
+    mean, deviation = hands.mean(0), hands.std(0)
     generator = torch.Generator().manual_seed(seed)
     for word in SPECIAL_WORDS:
         noise = torch.randn(table.shape[1], generator=generator)

@@ -92,8 +92,9 @@ SPECIAL_WORDS = (
     "sks", "zwx", "olis", "pqv", "ktn", "mjr", "vbx", "wug", "ohwx", "qpl", "xjy", "rzd", "hnk", "ytf", "gvm", "ucb",
 )  # fmt: skip
 
-#: Words that mean nothing and occur at random in training, so that an unknown word leaves the noun alone.
-FILLER_WORDS = (
+#: Words that each name a hand (`World.hands`): so an unknown word before a noun says that somebody else drew it, which is
+#: what a concept's special token has to say, and the noun alone is left to the artists.
+HAND_WORDS = (
     "blicket", "dax", "toma", "zav", "fep", "lorp", "nim", "kiki", "bouba", "gazzer", "modi", "tulver",
     "pim", "sarn", "vell", "corm", "jund", "hask", "oxel", "rill", "bex", "quab", "wix", "yorp",
 )  # fmt: skip

@@ -143,7 +143,7 @@ def train(
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
         # The length and the rates may be changed on the way; what is learned, and on what, may not.
-        identity=f"{part.start_from}{part.prediction}{part.channels}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{part.restyled}/{config.things}/{config.seed}",
+        identity=f"{part.start_from}{part.prediction}{part.channels}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{part.hands}/{config.things}/{config.seed}",
         on_checkpoint=lambda step: write_pipeline(
             ema,
             text_encoder,
@@ -167,7 +167,7 @@ def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, st
         "lr": part.lr,
         "things": config.things,
         "pairs": part.pairs,
-        "restyled": part.restyled,
+        "hands": part.hands,
         "latent_channels": latent_channels,
         "seed": config.seed,
         "started_from": origin.training,

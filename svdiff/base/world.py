@@ -12,7 +12,7 @@ from typing import Literal
 from PIL import Image
 
 from svdiff.base.artwork import read_sheet
-from svdiff.base.things import COLOURS, CORE_WORDS
+from svdiff.base.things import COLOURS, CORE_WORDS, HAND_WORDS
 from svdiff.errors import SvdiffError
 
 PICTURE_SIZE = 64
@@ -28,18 +28,22 @@ Change = Literal["thing", "artist", "colour", "order"]
 
 @dataclass(frozen=True)
 class Placed:
-    """One thing in a picture: what it is, centre and side in fractions of the picture, tilt in degrees."""
+    """One thing in a picture: what it is, centre and side in fractions of the picture, tilt in degrees.
+
+    A `hand` redraws the artist's drawing, always in the same way; None leaves it as it is.
+    """
 
     word: str
     x: float
     y: float
     size: float
     tilt: float
+    hand: str | None = None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. In pairs the first thing is the left or the upper one; one artist draws all."""
+    """What is in a picture. In pairs the first thing is the left or the upper one; one artist drew all of them."""
 
     artist: str
     style: str
@@ -77,8 +81,15 @@ class World:
                 {(name, w): s for w, s in zip(words, sheet, strict=True) if w in drawn and w in self.words}
             )
 
-    def scene(self, seed: int, index: int, split: Split = "train", pairs: float = 0.45) -> Scene:
-        """The scene of (seed, index): in `train` without held-out combinations, in `held-out` only such."""
+    def hands(self, artist: str) -> list[str]:
+        """The hands that redraw this artist's drawings; every hand belongs to one artist."""
+        return list(HAND_WORDS[self.artists.index(artist) :: len(self.artists)])
+
+    def scene(self, seed: int, index: int, split: Split = "train", pairs: float = 0.45, hands: float = 0.0) -> Scene:
+        """The scene of (seed, index): in `train` without held-out combinations, in `held-out` only such.
+
+        `pairs` is the share of scenes with two things, `hands` that of things redrawn by a hand.
+        """
         draw = random.Random(f"{seed}/{index}")
         while True:
             artist = draw.choice(self.artists)
@@ -90,7 +101,13 @@ class World:
             kept_out = any(is_held_out(w, artist, colour) for w in words)
             if split == "any" or kept_out == (split == "held-out"):
                 break
-        return Scene(artist, self.styles[artist], colour, layout, _places(draw, layout, words))
+        places = _places(draw, layout, words)
+        # Drawn last, so that all else in a scene is the same whatever the share.
+        redrawn = (
+            place if draw.random() >= hands else replace(place, hand=draw.choice(self.hands(artist)))
+            for place in places
+        )
+        return Scene(artist, self.styles[artist], colour, layout, tuple(redrawn))
 
     def altered(self, scene: Scene, draw: random.Random, what: Change | None = None) -> Scene:
         """The scene with one of its things, its artist, its colour or its order changed, and nothing else.
@@ -115,10 +132,13 @@ class World:
         return replace(scene, things=things)
 
     def picture(self, scene: Scene, size: int = PICTURE_SIZE, restyle: random.Random | None = None) -> Image.Image:
-        """Render the scene as an RGB picture of `size` pixels a side; with `restyle`, as another hand might."""
-        sprites = [self.sprites[scene.artist, thing.word] for thing in scene.things]
-        if restyle is not None:
-            sprites = [restyled(sprite, restyle) for sprite in sprites]
+        """Render the scene as an RGB picture of `size` pixels a side; with `restyle`, as any other hand might."""
+        sprites = []
+        for thing in scene.things:
+            sprite = self.sprites[scene.artist, thing.word]
+            if thing.hand is not None:
+                sprite = restyled(sprite, random.Random(f"hand/{thing.hand}"))
+            sprites.append(sprite if restyle is None else restyled(sprite, restyle))
         return compose(sprites, scene.things, COLOURS[scene.colour], size)
 
 

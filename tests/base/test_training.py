@@ -12,7 +12,7 @@ from svdiff.base import autoencoder, clip, linear_code, loop, lpips, muon, readi
 from svdiff.base.captions import vocabulary
 from svdiff.base.config import BaseTrainingConfig, load_base_training
 from svdiff.base.diffusion import LatentPool
-from svdiff.base.things import COLOURS, FILLER_WORDS, SPECIAL_WORDS
+from svdiff.base.things import COLOURS, HAND_WORDS, SPECIAL_WORDS
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
 
@@ -176,31 +176,27 @@ def test_unet_training_resumes_bit_for_bit_and_loads_as_stable_diffusion(
     assert other("a dog", image=picture, strength=0.5, num_inference_steps=4).images[0].size == (64, 64)
 
 
-def test_another_hand_is_drawn_and_never_named(world_folder: Path) -> None:
+def test_the_pool_shows_hands_and_names_them(world_folder: Path) -> None:
     world = World(world_folder)
     vae = autoencoder.build(tiny(world_folder).autoencoder)
     rows = autoencoder.pixels([world.picture(world.scene(0, i)) for i in range(8)])
     linear_code.write_encoder(vae, *linear_code.fit(rows, vae.config.latent_channels))
     pools = {}
     for share in (0.0, 0.5, 1.0):
-        settings = {"batch_size": 32, "pool": 32, "passes": 4, "dropout": 0.0, "restyled": share}
+        settings = {"batch_size": 32, "pool": 32, "passes": 4, "dropout": 0.0, "hands": share}
         pools[share] = LatentPool(world, vae, tiny(world_folder, unet=settings))
     drawn = {share: [pool.batch(step) for step in range(3)] for share, pool in pools.items()}
-    hands = set(world.styles.values())
 
     def names_a_hand(share: float) -> list[bool]:
-        return [bool(hands & set(text.split())) for _, texts in drawn[share] for text in texts]
+        return [bool(set(HAND_WORDS) & set(text.split())) for _, texts in drawn[share] for text in texts]
 
-    assert not any(names_a_hand(1.0))
-    assert any(names_a_hand(0.0))
-    changed = (pools[1.0].latents != pools[0.0].latents).flatten(1).any(1)
-    assert changed.all()
-    # The same pictures are restyled whatever the share, so half of them are both.
-    half = [hand is not None for hand in pools[0.5].other_hand]
-    assert 4 < sum(half) < 28
-    assert torch.equal(pools[0.5].latents[half], pools[1.0].latents[half])
-    rest = [not odd for odd in half]
-    assert torch.equal(pools[0.5].latents[rest], pools[0.0].latents[rest])
+    assert all(names_a_hand(1.0))
+    assert not any(names_a_hand(0.0))
+    assert (pools[1.0].latents != pools[0.0].latents).flatten(1).any(1).all()
+    redrawn = [any(thing.hand for thing in scene.things) for scene in pools[0.5].scenes]
+    assert 4 < sum(redrawn) < 32
+    changed = (pools[0.5].latents != pools[0.0].latents).flatten(1).any(1)
+    assert changed.tolist() == redrawn
 
 
 def test_clip_training_resumes_goes_on_and_is_open_clips(
@@ -247,7 +243,7 @@ def test_the_unet_needs_autoencoder_and_text_encoder(world_folder: Path, tmp_pat
         unet.train(tiny(world_folder), tmp_path / "vae", tmp_path / "nothing", tmp_path / "out")
 
 
-def test_special_words_are_as_large_as_filler_words(world_folder: Path, tmp_path: Path) -> None:
+def test_special_words_are_as_large_as_words_for_hands(world_folder: Path, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
     tokens = tokenizer.load(tmp_path / "tokenizer")
     encoder = reading.build_text_encoder(tiny(world_folder).text, tokens)
@@ -256,9 +252,9 @@ def test_special_words_are_as_large_as_filler_words(world_folder: Path, tmp_path
         table.mul_(torch.rand(len(table), 1) * 10)
         reading._spread_special_words(encoder, tokens, 0)
     ids = tokens.convert_tokens_to_ids([f"{word}</w>" for word in SPECIAL_WORDS])
-    fillers = tokens.convert_tokens_to_ids([f"{word}</w>" for word in FILLER_WORDS])
-    special, filler = table[ids].norm(dim=1), table[fillers].norm(dim=1)
-    assert 0.6 * filler.mean() < special.mean() < 1.6 * filler.mean()
+    hands = tokens.convert_tokens_to_ids([f"{word}</w>" for word in HAND_WORDS])
+    special, hand = table[ids].norm(dim=1), table[hands].norm(dim=1)
+    assert 0.6 * hand.mean() < special.mean() < 1.6 * hand.mean()
     assert (torch.cdist(table[ids], table[ids]) + torch.eye(len(ids)) * 1e9).min() > 0.1
 
 

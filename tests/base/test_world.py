@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ from PIL import Image
 from svdiff.base.artwork import IconSet, fetch_icon_set
 from svdiff.base.captions import WHERE, caption, vocabulary
 from svdiff.base.clip import rival_captions
-from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, CONCEPTS, FILLER_WORDS, SPECIAL_WORDS, THINGS
-from svdiff.base.world import BIG, GRID, PICTURE_SIZE, SMALL, World, is_held_out
+from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, CONCEPTS, HAND_WORDS, SPECIAL_WORDS, THINGS
+from svdiff.base.world import BIG, GRID, PICTURE_SIZE, SMALL, Scene, World, is_held_out
 from svdiff.errors import SvdiffError
 
 REAL = Path("data/world/things.json")
@@ -122,15 +124,48 @@ def test_rival_captions_are_untrue_or_the_caption_itself(world_folder: Path) -> 
     assert shown > 400
 
 
+def test_hands_redraw_alike_and_are_always_named(world_folder: Path) -> None:
+    world = World(world_folder)
+    of = {hand: artist for artist in world.artists for hand in world.hands(artist)}
+    assert sorted(of) == sorted(HAND_WORDS)  # each belongs to one artist
+    drawings: dict[tuple[str | None, str, str], set[bytes]] = {}
+    for index in range(1200):
+        scene, plain = world.scene(9, index, hands=0.5), world.scene(9, index)
+        assert [replace(thing, hand=None) for thing in scene.things] == list(plain.things)
+        named = [word for word in caption(scene, random.Random(index)).split() if word in of]
+        assert sorted(named) == sorted(thing.hand for thing in scene.things if thing.hand is not None)
+        assert all(of[word] == scene.artist for word in named)
+        if named:
+            assert world.picture(scene).tobytes() != world.picture(plain).tobytes()
+        for thing in scene.things:
+            alone = Scene(scene.artist, scene.style, "blue", "one", (replace(thing, x=0.5, y=0.5, size=BIG, tilt=0.0),))
+            drawings.setdefault((thing.hand, scene.artist, thing.word), set()).add(world.picture(alone).tobytes())
+    assert len(drawings) > 100
+    assert all(len(same) == 1 for same in drawings.values())
+
+
+def test_the_hand_stands_before_the_noun_that_it_drew(world_folder: Path) -> None:
+    world = World(world_folder)
+    shown = 0
+    for index in range(400):
+        scene = world.scene(9, index, pairs=1.0, hands=0.5)
+        words = caption(scene, random.Random(index)).split()
+        for thing in scene.things:
+            if thing.hand is not None and thing.word in words:
+                shown += 1
+                assert (thing.hand, thing.word) in pairwise(words)
+    assert shown > 200
+
+
 def test_captions_use_known_words_and_no_special_one(world_folder: Path) -> None:
     world = World(world_folder)
     words = set(vocabulary())
     used: set[str] = set()
     for index in range(3000):
-        used |= set(caption(world.scene(3, index), random.Random(index)).split())
+        used |= set(caption(world.scene(3, index, hands=0.2), random.Random(index)).split())
     assert used <= words
     assert not used & set(SPECIAL_WORDS)
-    assert not set(SPECIAL_WORDS) & set(FILLER_WORDS)
+    assert not set(SPECIAL_WORDS) & set(HAND_WORDS)
     assert {"thing", "style", "beside", "big", "small", "background"} <= used
 
 
