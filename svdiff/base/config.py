@@ -38,6 +38,7 @@ class TextTraining(_Section):
     steps: int = Field(2000, ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=2, description="captions a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
+    start_from: str | None = Field(None, description="text encoder folder whose weights the training starts from")
     layers: int = Field(3, ge=1, description="layers of the text encoder")
     width: int = Field(192, ge=8, description="width of the text encoder")
 

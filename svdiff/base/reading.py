@@ -18,6 +18,7 @@ from svdiff.base import loop, tokenizer
 from svdiff.base.captions import caption
 from svdiff.base.config import BaseTrainingConfig, TextTraining
 from svdiff.base.things import COLOURS, HAND_WORDS, SPECIAL_WORDS
+from svdiff.base.widening import load_start
 from svdiff.base.world import GRID, PICTURE_SIZE, Scene, World
 from svdiff.files import atomic_dir
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 SIDE = PICTURE_SIZE // GRID  # cells of the grid, which are the latent's positions
+NOT_ASKED = -100  # the label that cross-entropy leaves out
 
 
 def build_text_encoder(config: TextTraining, tokens: CLIPTokenizer) -> CLIPTextModel:
@@ -49,11 +51,21 @@ def build_text_encoder(config: TextTraining, tokens: CLIPTokenizer) -> CLIPTextM
 
 def cells(scene: Scene, words: list[str]) -> torch.Tensor:
     """What is at each cell (SIDE × SIDE, row by row): the thing's number in `words`, or len(words) for the background."""
-    found = torch.full((SIDE, SIDE), len(words))
-    for thing in scene.things:
+    return _at_cells(scene, [words.index(thing.word) for thing in scene.things], len(words))
+
+
+def hand_cells(scene: Scene) -> torch.Tensor:
+    """Who redrew what is at each cell: the hand's number in HAND_WORDS, len(HAND_WORDS) if nobody, NOT_ASKED elsewhere."""
+    hands = [len(HAND_WORDS) if t.hand is None else HAND_WORDS.index(t.hand) for t in scene.things]
+    return _at_cells(scene, hands, NOT_ASKED)
+
+
+def _at_cells(scene: Scene, values: list[int], background: int) -> torch.Tensor:
+    found = torch.full((SIDE, SIDE), background)
+    for thing, value in zip(scene.things, values, strict=True):
         left, top = (round((middle - thing.size / 2) * SIDE) for middle in (thing.x, thing.y))
         span = round(thing.size * SIDE)
-        found[top : top + span, left : left + span] = words.index(thing.word)
+        found[top : top + span, left : left + span] = value
     return found.flatten()
 
 
@@ -67,13 +79,14 @@ class Reader(nn.Module):
         self.ask = nn.MultiheadAttention(width, 4, batch_first=True)
         self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU())
         self.thing = nn.Linear(2 * width, things + 1)
+        self.hand = nn.Linear(2 * width, len(HAND_WORDS) + 1)
         self.artist = nn.Linear(2 * width, artists)
         self.colour = nn.Linear(2 * width, len(COLOURS))
 
     def forward(
-        self, ids: torch.Tensor, thing: torch.Tensor, artist: torch.Tensor, colour: torch.Tensor
+        self, ids: torch.Tensor, thing: torch.Tensor, hand: torch.Tensor, artist: torch.Tensor, colour: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Caption tokens, and what they tell of (cells of things N×64, artists N, colours N), to the loss.
+        """Caption tokens, and what they tell of (cells of things N×64, of hands N×64, artists N, colours N), to the loss.
 
         `read` is the share of the things' cells that are told right; captions leave much open, so it stays below 1.
         """
@@ -83,6 +96,7 @@ class Reader(nn.Module):
         logits = self.thing(thoughts).flatten(0, 1)
         whole = thoughts.mean(1)
         loss = F.cross_entropy(logits, thing.flatten())
+        loss = loss + 0.3 * F.cross_entropy(self.hand(thoughts).flatten(0, 1), hand.flatten(), ignore_index=NOT_ASKED)
         loss = loss + 0.1 * (F.cross_entropy(self.artist(whole), artist) + F.cross_entropy(self.colour(whole), colour))
         drawn = thing.flatten() < logits.shape[1] - 1
         read = (logits[:, :-1].argmax(1) == thing.flatten())[drawn].float().mean()
@@ -97,6 +111,8 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
     tokens = tokenizer.load(loop.scratch("tokenizer"))
     torch.manual_seed(config.seed + 4)
     reader = Reader(build_text_encoder(part, tokens), part.width, len(world.words), len(world.artists))
+    if part.start_from is not None:
+        load_start(reader.text_encoder, Path(part.start_from))
     optimiser = torch.optim.AdamW(reader.parameters(), part.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     gradients = loop.Halves(reader)
     colours = list(COLOURS)
@@ -105,13 +121,14 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         for group in optimiser.param_groups:
             group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, 0.9)
         first = step * part.batch_size
-        scenes = [world.scene(config.seed + 4, first + i, pairs=0.6, hands=0.2) for i in range(part.batch_size)]
+        scenes = [world.scene(config.seed + 4, first + i, pairs=0.6, hands=0.35) for i in range(part.batch_size)]
         draw = random.Random(f"text/{config.seed}/{step}")
         texts = ["" if draw.random() < 0.05 else caption(scene, draw) for scene in scenes]
         ids = tokens(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         numbers = gradients(
             ids,
             torch.stack([cells(scene, world.words) for scene in scenes]),
+            torch.stack([hand_cells(scene) for scene in scenes]),
             torch.tensor([world.artists.index(scene.artist) for scene in scenes]),
             torch.tensor([colours.index(scene.colour) for scene in scenes]),
         )

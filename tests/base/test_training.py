@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from svdiff.base.world import World
 from svdiff.errors import SvdiffError
 
 
-def tiny(world_folder: Path, **parts: dict[str, object]) -> BaseTrainingConfig:
+def tiny(world_folder: Path, **parts: object) -> BaseTrainingConfig:
     settings: dict[str, object] = {
         "world": str(world_folder),
         "things": None,
@@ -269,6 +270,42 @@ def test_cells_are_where_the_picture_shows_something(world_folder: Path) -> None
         assert not (drawn & (grid == len(world.words))).any()
         for thing in scene.things:
             assert grid[int(thing.y * 8 - 0.5), int(thing.x * 8 - 0.5)] == world.words.index(thing.word)
+
+
+def test_cells_of_hands_are_those_of_their_things(world_folder: Path) -> None:
+    world = World(world_folder)
+    asked = 0
+    for index in range(60):
+        scene = world.scene(8, index, pairs=0.5, hands=0.5)
+        things, hands = reading.cells(scene, world.words), reading.hand_cells(scene)
+        assert torch.equal(hands == reading.NOT_ASKED, things == len(world.words))
+        for thing in scene.things:
+            own = hands[things == world.words.index(thing.word)].unique().tolist()
+            assert own == [len(HAND_WORDS) if thing.hand is None else HAND_WORDS.index(thing.hand)]
+            asked += thing.hand is not None
+    assert asked > 20
+
+
+def test_reading_tells_hands_apart_and_goes_on(world_folder: Path, tmp_path: Path) -> None:
+    """A word that names a hand leaves its mark on what the encoder says, more than one that names nothing."""
+    from transformers import CLIPTextModel
+
+    settings = {"steps": 150, "batch_size": 32, "layers": 2, "width": 64, "lr": 3e-3}
+    assert reading.train(tiny(world_folder, text=settings), tmp_path / "one")
+    shutil.rmtree(loop.scratch("text"))
+    again = settings | {"steps": 1, "lr": 1e-9, "start_from": str(tmp_path / "one")}
+    assert reading.train(tiny(world_folder, text=again, seed=5), tmp_path / "two")
+    tokens = tokenizer.load(loop.scratch("tokenizer"))
+    first, second = (CLIPTextModel.from_pretrained(tmp_path / name) for name in ("one", "two"))
+
+    def said(encoder: CLIPTextModel, word: str) -> torch.Tensor:
+        ids = tokens(f"a {word} dog", padding="max_length", return_tensors="pt").input_ids
+        with torch.no_grad():
+            return encoder(ids).last_hidden_state[0]
+
+    hands = (said(first, HAND_WORDS[0]) - said(first, HAND_WORDS[1])).norm()
+    assert hands > 2 * (said(first, "cute") - said(first, "nice")).norm()
+    assert torch.allclose(said(first, HAND_WORDS[0]), said(second, HAND_WORDS[0]), atol=1e-4)
 
 
 def test_reading_learns_order(world_folder: Path, tmp_path: Path) -> None:
