@@ -197,6 +197,9 @@ class MixConfig(Section):
     layouts: list[Layout] = Field(["left-right"], min_length=1, description="drawn for each mix: left-right, up-down")
     split: Literal["even", "random"] = Field("even", description="halves, or a seam anywhere in the middle 40 %")
     fit: Fit = Field("cover", description="cover cuts the middle out of a picture, contain shrinks the whole picture")
+    draws: int = Field(
+        1, ge=1, le=1000, description="two pictures are drawn so many times for a mix, and the faintest seam is kept"
+    )
     seed: int = Field(0, ge=0, description="everything random in the mixes follows from it")
     prompts: list[str] = Field(
         ["a {first} beside a {second}", "a {first} sitting beside a {second}"],

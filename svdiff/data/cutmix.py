@@ -77,7 +77,7 @@ def make_mix(
         layout: side by side, or one above the other.
         split: share of the first part, between 0 and 1; the seam lies at the nearest pixel.
         fit: `cover` fills each part with the middle of its picture, as CutMix does; `contain` shows the whole picture and
-            continues its edge to the part's border, so that nothing of a subject is cut off.
+            fills the rest with the colour of its border, so that nothing of a subject is cut off.
 
     Raises:
         SvdiffError: an unknown layout or fit, or a split that leaves nothing of one picture.
@@ -97,6 +97,15 @@ def make_mix(
     return Mix(mixed, regions)
 
 
+def seam_contrast(mix: Mix, layout: Layout) -> float:
+    """How much the picture changes across its seam: mean absolute difference of the pixels on both sides, 0 to 255."""
+    pixels = np.asarray(mix.image, np.float32)
+    if layout == "up-down":
+        pixels = pixels.swapaxes(0, 1)
+    seam = mix.regions[1].pixels(*mix.image.size)[0 if layout == "left-right" else 1]
+    return float(np.abs(pixels[:, seam] - pixels[:, seam - 1]).mean())
+
+
 def split_regions(layout: Layout, at: float) -> tuple[Region, Region]:
     """The two parts of a picture that is split at the fraction `at` of its width (left-right) or height (up-down)."""
     if layout == "left-right":
@@ -107,10 +116,15 @@ def split_regions(layout: Layout, at: float) -> tuple[Region, Region]:
 def _fitted(picture: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
     if fit == "cover":
         return ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
-    whole = np.asarray(ImageOps.contain(picture, size, method=Image.Resampling.LANCZOS))
-    missing = (size[1] - whole.shape[0], size[0] - whole.shape[1])
-    rows, columns = ((n // 2, n - n // 2) for n in missing)
-    return Image.fromarray(np.pad(whole, (rows, columns, (0, 0)), mode="edge"))
+    whole = ImageOps.contain(picture, size, method=Image.Resampling.LANCZOS)
+    pixels = np.asarray(whole)
+    upright = whole.height < size[1]
+    sides = (pixels[0], pixels[-1]) if upright else (pixels[:, 0], pixels[:, -1])
+    before, after = (tuple(np.median(side, axis=0).astype(int).tolist()) for side in sides)
+    part = Image.new("RGB", size, before)
+    part.paste(after, (0, size[1] // 2, *size) if upright else (size[0] // 2, 0, *size))
+    part.paste(whole, ((size[0] - whole.width) // 2, (size[1] - whole.height) // 2))
+    return part
 
 
 def mix_prompts(first: str, second: str, *, layout: Layout = "left-right", article: str = "a") -> tuple[str, str, str]:
@@ -147,6 +161,7 @@ class MixRecipe:
     layouts: tuple[Layout, ...] = ("left-right",)
     split: tuple[float, float] = (0.5, 0.5)  # the range that the first part's share is drawn from
     fit: Fit = "cover"
+    draws: int = 1  # of so many draws of two pictures the one with the faintest seam is kept
     prompt: str = "a {subject}"
     prior_prompt: str = "a {subject}"
 
@@ -183,8 +198,9 @@ def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> Mi
     kind = draw.randrange(3)
 
     def mix(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Mix:
-        pictures = draw.choice(a), draw.choice(b)
-        return make_mix(*pictures, size=recipe.size, layout=layout, split=split, fit=recipe.fit)
+        drawn = [(draw.choice(a), draw.choice(b)) for _ in range(recipe.draws)]
+        made = (make_mix(*two, size=recipe.size, layout=layout, split=split, fit=recipe.fit) for two in drawn)
+        return min(made, key=lambda mix: seam_contrast(mix, layout))
 
     instance, prior = mix(first.images, second.images), mix(first.priors, second.priors)
     words = mix_prompts(first.words, second.words, layout=layout)[kind]

@@ -95,6 +95,7 @@ def mix_recipe(settings: MixConfig, size: int, prompt: str, prior_prompt: str) -
         layouts=tuple(settings.layouts),
         split=SPLITS[settings.split],
         fit=settings.fit,
+        draws=settings.draws,
         prompt=prompt,
         prior_prompt=prior_prompt,
     )

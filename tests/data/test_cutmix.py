@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from svdiff.data.cutmix import (
+    Mix,
     MixRecipe,
     Region,
     Subject,
@@ -21,6 +22,7 @@ from svdiff.data.cutmix import (
     mix_prompts,
     mixed_pair,
     prior_mix_prompts,
+    seam_contrast,
 )
 from svdiff.errors import SvdiffError
 
@@ -81,7 +83,39 @@ def test_cover_is_the_middle_of_the_picture_and_contain_the_whole() -> None:
     contained = np.asarray(make_mix(picture, white, size=32, fit="contain").image)[:, :16, 0].astype(int)
     assert contained.min() < 16  # both ends are there
     assert contained.max() > 232
-    assert (contained[0] == contained[8]).all()  # rows above the picture continue its edge
+    assert (
+        abs(int(contained[0, 0]) - np.median(contained[9])) < 9
+    )  # above the picture there is the colour of its border
+    assert (contained[0] == contained[0, 0]).all()
+
+
+def test_contain_fills_up_with_the_colours_of_the_border() -> None:
+    tall = Image.new("RGB", (8, 16), (9, 90, 200))
+    tall.paste((255, 0, 0), (3, 12, 5, 16))  # a subject that touches the lower border leaves no streak below it
+    mix = make_mix(tall, Image.new("RGB", (16, 8), (0, 0, 0)), size=16, layout="up-down", fit="contain")
+    upper = np.asarray(mix.image)[:8]
+    assert (upper[:, [0, 1, -1]] == (9, 90, 200)).all()
+    wide = Image.new("RGB", (16, 16), (9, 90, 200))
+    wide.paste((255, 0, 0), (6, 12, 10, 16))
+    left = np.asarray(make_mix(wide, wide, size=16, fit="contain").image)[:, :8]
+    assert (left[:4] == (9, 90, 200)).all()
+    assert (np.abs(left[12:].astype(int) - (9, 90, 200)) < 12).all()
+
+
+def test_of_several_draws_the_faintest_seam_is_kept() -> None:
+    colours = [(250, 250, 250), (20, 20, 20), (200, 30, 30), (30, 30, 200)]
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in colours]
+    group = [Subject(f"sks {word}", word, pictures, pictures) for word in ("dog", "cat")]
+    for layout in ("left-right", "up-down"):
+        once, often = (MixRecipe(size=16, layouts=(layout,), draws=draws) for draws in (1, 64))
+        contrasts = [
+            seam_contrast(Mix(m.image, m.regions), layout) for m in (mixed_pair(group, once, i) for i in range(8))
+        ]
+        assert max(contrasts) > 50
+        for index in range(8):
+            mix = mixed_pair(group, often, index)
+            assert len(np.unique(np.asarray(mix.image).reshape(-1, 3), axis=0)) == 1
+            assert len(np.unique(np.asarray(mix.prior_image).reshape(-1, 3), axis=0)) == 1
 
 
 def test_mask_of_a_coarse_map_is_the_covered_share() -> None:
