@@ -5,14 +5,17 @@ found; each is compared with both subjects. On the scale of *likeness* the real 
 average and those of the second at −1, whatever the evaluator; a picture's *separation* is how far its less distinct
 thing is on its own subject's side, the things being given to the subjects as fits them best. So it is about 1 where both
 are themselves, about 0 where they are blended, and negative where both things are rather the same subject.
+
+LPIPS judges, since identity is how a thing is drawn. CLIP tells a cat from a dog by whoever drew it: *clip_separation*, by
+its cosines, says whether there are two kinds of things.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-PAIR_MEASURES = (*MEASURES, "separation", "apart")
+PAIR_MEASURES = (*MEASURES, "separation", "apart", "clip_separation")
 PER_SUBJECT = ("image_alignment_first", "image_alignment_second")
 
 
@@ -49,35 +52,40 @@ def reference(pictures: Sequence[Image.Image], evaluators: Evaluators, side: int
     return Reference(cut, _embed(cut, evaluators))
 
 
-def likeness(things: Array, first: Array, second: Array) -> Array:
+class Nearness(NamedTuple):
+    """Similarities, the larger the more alike, by any evaluator: of things and of two subjects' real pictures."""
+
+    first: Array  # (n, n₁) things with pictures of the first subject
+    second: Array  # (n, n₂)
+    within_first: Array  # (n₁, n₁) its pictures with each other
+    within_second: Array  # (n₂, n₂)
+    across: Array  # (n₁, n₂) pictures of both
+
+
+def likeness(near: Nearness) -> Array:
     """Which of two subjects a thing is like: 1 as real pictures of the first are on average, −1 as those of the second.
 
-    Args:
-        things: (n, d) unit vectors.
-        first, second: unit vectors of the real pictures, (n₁, d) and (n₂, d); one picture counts as like itself.
-
     Returns:
-        (n,): d(x) = s̄(x, first) − s̄(x, second), with s̄ the mean cosine, moved and scaled so that the mean of d over the real
-        pictures is ±1; a real picture is not compared with itself.
+        (n,): d(x) = s̄(x, first) − s̄(x, second), with s̄ the mean similarity, moved and scaled so that the mean of d over the
+        real pictures is ±1; a real picture is not compared with itself, and a single one counts as like itself.
 
     Raises:
         SvdiffError: the real pictures of the two subjects cannot be told apart.
     """
-    own = _mean_of_others(first @ first.T), _mean_of_others(second @ second.T)
-    across = float((first @ second.T).mean())
-    middle, half = (own[0] - own[1]) / 2, (own[0] + own[1]) / 2 - across
+    own = _mean_of_others(near.within_first), _mean_of_others(near.within_second)
+    middle, half = (own[0] - own[1]) / 2, (own[0] + own[1]) / 2 - float(near.across.mean())
     if half <= 1e-6:
         raise SvdiffError(
             "the real pictures of the two subjects are as like each other as themselves to the evaluator; "
             "whether they are kept apart cannot be measured by it"
         )
-    return ((things @ first.T).mean(axis=1) - (things @ second.T).mean(axis=1) - middle) / half
+    return (near.first.mean(axis=1) - near.second.mean(axis=1) - middle) / half
 
 
-def _mean_of_others(cosines: Array) -> float:
-    """Mean cosine of different pictures."""
-    count = len(cosines)
-    return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1))) if count > 1 else 1.0
+def _mean_of_others(similarities: Array) -> float:
+    """Mean similarity of different pictures."""
+    count = len(similarities)
+    return float((similarities.sum() - np.trace(similarities)) / (count * (count - 1))) if count > 1 else 1.0
 
 
 def separation(likenesses: tuple[float, float]) -> float:
@@ -93,28 +101,46 @@ def score_things(
 
     Returns:
         One row a picture: `things` found (1 or 2); `likeness_first`, `likeness_second`: of the left (upper) and the other
-        thing; `separation`; `apart`, 1 where it is positive; `image_alignment` (1 − LPIPS) and `clip_i` (CLIP cosine): mean over
-        the subjects of each one's thing with the subject's real pictures, cut-outs both; `image_alignment_first`,
-        `image_alignment_second`: that of each subject.
+        thing; `separation`; `apart`, 1 where it is positive; `clip_separation`; `image_alignment` (1 − LPIPS) and `clip_i` (CLIP
+        cosine): mean over the subjects of each one's thing with the subject's real pictures, cut-outs both;
+        `image_alignment_first`, `image_alignment_second`: that of each subject.
     """
     found = [find_two(picture, side=subjects[0].pictures[0].width) for picture in pictures]
-    cut = [[things.first for things in found], [things.second for things in found]]
-    embedded = [_embed(part, evaluators) for part in cut]
-    likenesses = [likeness(part, subjects[0].embedded, subjects[1].embedded) for part in embedded]
+    parts = [[things.first for things in found], [things.second for things in found]]
+
+    def seen(one: list[Image.Image], other: list[Image.Image]) -> Array:
+        return 1 - _matrix(evaluators.distance(one, other))
+
+    drawn = _nearness(parts, [subject.pictures for subject in subjects], seen)
+    meant = _nearness(
+        [_embed(part, evaluators) for part in parts], [subject.embedded for subject in subjects], _cosines
+    )
+    likenesses = [likeness(near) for near in drawn]
     straight = likenesses[0] >= likenesses[1]  # whether the first thing is the first subject
     table = pd.DataFrame({"things": [things.found for things in found]})
     table["likeness_first"], table["likeness_second"] = likenesses
     table["separation"] = [separation(pair) for pair in zip(*likenesses, strict=True)]
     table["apart"] = (table["separation"] > 0).astype(float)
-    for place, (subject, name) in enumerate(zip(subjects, ("first", "second"), strict=True)):
-        near = [(part @ subject.embedded.T).mean(axis=1) for part in embedded]
-        far = [_matrix(evaluators.distance(part, subject.pictures)).mean(axis=1) for part in cut]
+    table["clip_separation"] = [separation(pair) for pair in zip(*map(likeness, meant), strict=True)]
+    for place, name in enumerate(("first", "second")):
         mine = straight if place == 0 else ~straight
-        table[f"clip_i_{name}"] = np.where(mine, near[0], near[1])
-        table[f"image_alignment_{name}"] = 1 - np.where(mine, far[0], far[1])
+        for measure, near in (("clip_i", meant), ("image_alignment", drawn)):
+            one, other = (part[place].mean(axis=1) for part in near)
+            table[f"{measure}_{name}"] = np.where(mine, one, other)
     for measure in ("clip_i", "image_alignment"):
         table[measure] = table[[f"{measure}_first", f"{measure}_second"]].mean(axis=1)
     return table
+
+
+def _nearness(parts: Sequence[Any], subjects: Sequence[Any], similarity: Callable[[Any, Any], Array]) -> list[Nearness]:
+    """Of the first and of the second things of pictures, to two subjects."""
+    first, second = subjects
+    real = similarity(first, first), similarity(second, second), similarity(first, second)
+    return [Nearness(similarity(part, first), similarity(part, second), *real) for part in parts]
+
+
+def _cosines(one: Array, other: Array) -> Array:
+    return one @ other.T
 
 
 def score_pair(
@@ -128,7 +154,7 @@ def score_pair(
     """Score the samples of a pair into out/score/<name>: metrics.json, images.csv and evaluators.json, as of a concept.
 
     Beside text and image alignment metrics.json has the latter of each subject (`image_alignment_first`, `…_second`, in the
-    order of the pair), `separation`, and `apart`, the share of pictures in which the two are kept apart.
+    order of the pair), `separation`, `clip_separation`, and `apart`, the share of pictures in which the two are kept apart.
 
     Raises:
         SvdiffError: no samples, or a prompt that does not name two of the subjects.

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.pairs import likeness, reference, score_pair, score_things, separation
+from svdiff.evaluation.pairs import Nearness, likeness, reference, score_pair, score_things, separation
 from svdiff.evaluation.things import cut_out, find_two, foreground
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,7 @@ def test_two_true_subjects_are_apart_and_twins_and_blends_are_not(subjects) -> N
     assert (scores["things"] == 2).all()
     assert (scores["apart"] == 1).all()
     assert scores["separation"].min() > 0.4
+    assert (scores["clip_separation"] > 0).all()
     assert (scores["likeness_first"].iloc[:3] > 0).all()
     assert (scores["likeness_first"].iloc[3:] < 0).all()
 
@@ -126,13 +127,19 @@ def test_likeness_is_one_for_the_real_subject_on_average_and_minus_one_for_the_o
         return points / np.linalg.norm(points, axis=1, keepdims=True)
 
     centres = random.standard_normal((2, 8))
+
+    def like(things: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return likeness(Nearness(*(a @ b.T for a, b in (
+            (things, first), (things, second), (first, first), (second, second), (first, second)
+        ))))  # fmt: skip
+
     first, second = cloud(centres[0], 400), cloud(centres[1], 300)
     more = cloud(centres[0], 400), cloud(centres[1], 400)
-    assert likeness(more[0], first, second).mean() == pytest.approx(1, abs=0.05)
-    assert likeness(more[1], first, second).mean() == pytest.approx(-1, abs=0.05)
-    np.testing.assert_allclose(likeness(more[0], first, second), -likeness(more[0], second, first), atol=1e-12)
+    assert like(more[0], first, second).mean() == pytest.approx(1, abs=0.05)
+    assert like(more[1], first, second).mean() == pytest.approx(-1, abs=0.05)
+    np.testing.assert_allclose(like(more[0], first, second), -like(more[0], second, first), atol=1e-12)
     with pytest.raises(SvdiffError, match="cannot be measured"):
-        likeness(more[0], first[:1], first[:1])
+        like(more[0], first[:1], first[:1])
 
 
 def test_separation_is_of_the_less_distinct_thing_in_the_better_assignment() -> None:
