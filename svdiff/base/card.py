@@ -26,6 +26,8 @@ from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, HAND_WORD
 from svdiff.base.world import World
 from svdiff.files import atomic_file, write_atomic
 
+VERSION = 1  # of the frozen weights: weights that replace them are the next, and make new every number taken on them
+
 
 def nearest_training(world: World, pictures: list[Image.Image], seed: int, count: int = 4000) -> list[Image.Image]:
     """For each picture the nearest in pixels among `count` of the training's compositions."""
@@ -139,7 +141,7 @@ def _text(
 license: apache-2.0
 library_name: diffusers
 ---
-# The embedded base
+# The embedded base, version {VERSION}
 
 A small Stable Diffusion in diffusers' layout, trained from nothing on compositions of openly licensed emoji drawings:
 {len(world.words)} things ({", ".join(world.words)}), {len(world.artists)} artists, {len(COLOURS)} backgrounds, one thing or
