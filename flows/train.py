@@ -93,7 +93,10 @@ def _one(name: str, kind: str, where: str, timeout_minutes: float | None) -> Non
     from flows.edit import edit_image
 
     part: Any = {"concept": train_concept, "pair": train_pair, "edit": edit_image}[kind]
-    parameters = {kind: name, "timeout_minutes": timeout_minutes} | ({} if kind == "edit" else {"prior": False})
+    parameters: dict[str, Any] = {kind: name, "timeout_minutes": timeout_minutes}
+    if kind != "edit":
+        # Here they are made already; a worker's own clone has yet to take them from the DVC remote.
+        parameters["prior"] = where == "workers"
     if where == "workers":
         run_elsewhere(part.name, name, parameters)
     else:

@@ -168,7 +168,7 @@ def test_a_worker_that_dies_before_its_run_begins_is_replaced(team: Team, origin
     first, second = (team.clone(origin, name) for name in ("one", "two"))
     victim = team.worker(first)
     run = team.start("train-concept", concept=dog)
-    until(lambda: team.state(run) == "Pending")
+    until(lambda: team.state(run) == "Pending", 120, f"flow run is {team.states(run)}")
     victim.kill()
     assert team.states(run)[-1] == "Pending"
     team.worker(second)
