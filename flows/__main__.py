@@ -44,7 +44,7 @@ def register(concept: Concept, params: Params = PARAMS) -> None:
     record = {"concept": concept, "version": done.version, "run_id": done.run_id}
     record |= {"run_url": tracking.run_url(done.run_id)}
     record |= {"delta_sha256": done.delta_sha256, "base_hash": done.base_hash}
-    record |= {"role": "champion" if done.verdict.promoted else "challenger", "reason": done.verdict.reason}
+    record |= {"role": done.role, "reason": done.verdict.reason}
     write_atomic(root / "out" / "register" / f"{concept}.json", json.dumps(record, indent=2) + "\n")
     typer.echo(
         f"{concept}: version {done.version} {'registered' if done.new else 'was registered already'}, "

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import pandas as pd
 from PIL.Image import Image
 from prefect.artifacts import (
     create_image_artifact,
@@ -19,18 +18,19 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from flows import summary
 from flows.results import Results
 from flows.runs import sample_grids
 
 PERCENT = re.compile(r"(\d+)%\|")  # as tqdm writes it
-MEASURES = ("image_alignment", "text_alignment", "clip_i")
 
 
 def publish_concept(concept: str, root: Path) -> None:
     """A markdown artifact with scores and links, and an image artifact with the sample grid."""
     results = Results(concept, root)
     record = json.loads((root / "out" / "register" / f"{concept}.json").read_text())
-    create_markdown_artifact(summary(results, record), key=key("concept", concept), description=f"Scores of {concept}")
+    text = summary.artifact(results, record)
+    create_markdown_artifact(text, key=key("concept", concept), description=f"Scores of {concept}")
     grid = sample_grids(results)["trained"]
     create_image_artifact(data_uri(grid), key=key("samples", concept), description=f"{concept}: prompts by seeds")
 
@@ -57,38 +57,6 @@ class Progress:
 def key(*parts: str) -> str:
     """An artifact's key: small letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower())
-
-
-def summary(results: Results, record: dict[str, Any]) -> str:
-    """Scores of the trained model beside the untouched base's, and the way to the registered version."""
-    metrics = results.metrics
-    rows = [
-        f"| {measure.replace('_', ' ')} | {metrics[measure]:.4f} | {metrics.get('base_' + measure, float('nan')):.4f} |"
-        for measure in MEASURES
-        if measure in metrics
-    ]
-    return "\n".join(
-        [
-            f"# {results.concept}, version {record['version']} ({record['role']})",
-            "",
-            record["reason"],
-            "",
-            "| | trained | base |",
-            "|---|---|---|",
-            *rows,
-            "",
-            f"- model: `models:/{results.concept}/{record['version']}`",
-            f"- [run in MLflow]({record['run_url']}), `{record['run_id']}`",
-            f"- delta `{record['delta_sha256'][:16]}…` on base `{record['base_hash'][:16]}…`",
-            f"- {prompts(results)}",
-        ]
-    )
-
-
-def prompts(results: Results) -> str:
-    """The evaluation prompts, in the order of the grid's rows."""
-    table = pd.read_csv(results.folder("sample") / "images.csv").sort_values("prompt_index")
-    return "rows of the sample grid: " + "; ".join(table["prompt"].drop_duplicates())
 
 
 def data_uri(picture: Image) -> str:

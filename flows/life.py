@@ -63,6 +63,7 @@ def rollback(tracking: Tracking, concept: str, reason: str) -> tuple[int, int]:
         model_version(tracking, concept, previous)
         client = tracking.client
         client.set_model_version_tag(concept, str(number), ROLLED_BACK, f"{now()}: {reason}")
+        client.set_model_version_tag(concept, str(number), REASON, f"rolled back to version {previous}: {reason}")
         client.set_model_version_tag(concept, str(previous), REASON, f"put back after version {number}: {reason}")
         client.set_registered_model_alias(concept, CHAMPION, str(previous))
         if found.aliases.get(CHALLENGER) == previous:

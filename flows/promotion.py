@@ -43,7 +43,7 @@ class Verdict:
 
     promoted: bool
     reason: str
-    retired: bool = False
+    barred: bool = False  # retired or rolled back: not even challenger
 
 
 def judge(challenger: Scores, champion: Scores, rule: PromoteConfig) -> Verdict:
@@ -104,7 +104,7 @@ def _apply(tracking: Tracking, version: ModelVersion, verdict: Verdict) -> None:
         promote(tracking, name, int(number), verdict.reason)
         return
     tracking.client.set_model_version_tag(name, number, REASON, verdict.reason)
-    if not verdict.retired:
+    if not verdict.barred:
         tracking.client.set_registered_model_alias(name, CHALLENGER, number)
 
 
@@ -114,14 +114,14 @@ def _verdict(
     model = registered_model(tracking, version.name)
     for retired in (model.tags.get(RETIRED), version.tags.get(RETIRED)):
         if retired is not None:
-            return Verdict(False, f"retired ({retired}); `python -m flows retire --undo` takes it back", retired=True)
+            return Verdict(False, f"retired ({retired}); `python -m flows retire --undo` takes it back", barred=True)
     if CHAMPION not in model.aliases:
         return Verdict(True, "no champion to compare with")
     number = int(model.aliases[CHAMPION])
     if number == int(version.version):
         return Verdict(True, version.tags.get(REASON, "champion already"))
     if ROLLED_BACK in version.tags:
-        return Verdict(False, f"was rolled back ({version.tags[ROLLED_BACK]}); only promoted by hand")
+        return Verdict(False, f"was rolled back ({version.tags[ROLLED_BACK]}); only promoted by hand", barred=True)
     champion = tracking.client.get_model_version(version.name, str(number))
     base = champion.tags.get("base_hash", "unknown")
     if base != version.tags.get("base_hash"):

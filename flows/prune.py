@@ -13,12 +13,15 @@ Every part can be asked for by itself; a part that cannot be looked at says why 
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,7 +210,7 @@ def _dvc(root: Path) -> Found:
 
     try:
         repo = Repo(str(root))
-        with repo:
+        with repo, _unheard():
             used = {o.value for objects in _used(repo) for o in objects}
             cache = repo.cache.local
             unused = [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in used]
@@ -216,10 +219,23 @@ def _dvc(root: Path) -> Found:
 
     def remove() -> None:
         if unused:
-            with Repo(str(root)) as again:
+            with Repo(str(root)) as again, _unheard():
                 again.gc(workspace=True, all_commits=True, all_experiments=True, force=True)
 
     return [Removable("object that no commit refers to", str(path), path.lstat().st_size) for path in unused], remove
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """DVC tells of every stage of every commit that was not run then, and of every object that it removes."""
+    logger = logging.getLogger("dvc")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _used(repo: Any) -> Iterator[set[Any]]:

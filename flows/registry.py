@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import svdiff
-from flows import runs
+from flows import runs, summary
 from flows.lineage import data_hash, git_state
-from flows.promotion import Verdict, decide
-from flows.registered import model_id
+from flows.promotion import Verdict, aliases_of, decide
+from flows.registered import CHALLENGER, CHAMPION, model_id
 from flows.results import Results
 from flows.tracking import Tracking, locked
 from svdiff.config import Config
@@ -38,6 +38,7 @@ class Registration:
     base_hash: str
     new: bool
     verdict: Verdict
+    role: str  # `champion`, `challenger` or `neither champion nor challenger`
 
 
 def register(tracking: Tracking, config: Config, results: Results) -> Registration:
@@ -57,10 +58,20 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
             _clean_lineage(tracking, config, results, version)
         run_id = str(version.run_id)
         runs.log_scores(tracking, results, run_id, model_id(version))
+        _describe(tracking, version, summary.description(config, results))
         runs.link_flow_run(tracking, run_id)
         verdict = decide(tracking, config, results, version)
+        number = int(version.version)
+        roles = [alias for alias, holder in aliases_of(tracking, version.name).items() if holder == number]
     return Registration(
-        results.concept, int(version.version), run_id, results.delta_sha256, results.base_hash, new, verdict
+        results.concept,
+        number,
+        run_id,
+        results.delta_sha256,
+        results.base_hash,
+        new,
+        verdict,
+        next((role for role in (CHAMPION, CHALLENGER) if role in roles), f"neither {CHAMPION} nor {CHALLENGER}"),
     )
 
 
@@ -133,6 +144,11 @@ def _create_version(tracking: Tracking, config: Config, results: Results, run_id
             f"version {created.version} of '{results.concept}' vanished while it was registered; register it again"
         )
     return kept
+
+
+def _describe(tracking: Tracking, version: ModelVersion, text: str) -> None:
+    if version.description != text:
+        tracking.client.update_model_version(version.name, str(version.version), text)
 
 
 def _find_logged(tracking: Tracking, results: Results) -> LoggedModel | None:

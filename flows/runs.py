@@ -14,6 +14,7 @@ from flows import lineage
 from flows.results import Results
 from flows.tracking import Tracking
 from svdiff.config import Config
+from svdiff.data.concepts import concept_folder
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -23,6 +24,7 @@ TRAIN_KEY, CONCEPT = "svdiff.train_key", "svdiff.concept"
 DELTA, SCORES = "svdiff.delta_sha256", "svdiff.scores_sha256"
 FLOW_RUN, FLOW_RUN_URL = "prefect.flow_run_id", "prefect.flow_run_url"
 FLOW_RUN_VARIABLE, FLOW_RUN_URL_VARIABLE = "SVDIFF_FLOW_RUN_ID", "SVDIFF_FLOW_RUN_URL"
+DIGEST = 36  # characters that MLflow takes of a dataset's digest
 BATCH = 500  # metrics a request; MLflow takes at most 1000
 CELL = 160  # pixels a picture of the sample grid at most
 
@@ -107,12 +109,23 @@ def _create(tracking: Tracking, results: Results) -> Run:
 
 
 def _log_training(tracking: Tracking, config: Config, results: Results, run: Run) -> None:
-    from mlflow.entities import Param
+    from mlflow.entities import Dataset, DatasetInput, Param
 
     client, run_id = tracking.client, run.info.run_id
     # Parameters cannot change in MLflow: what the live curve logged already stays.
     new = {key: value for key, value in _parameters(config, results).items() if key not in run.data.params}
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in new.items()])
+    pictures = {name: lineage.data_hash(results.root, [name]) for name in config.entry(results.concept).concepts}
+    data = [
+        Dataset(
+            name,
+            digest.rpartition(":")[2][:DIGEST],
+            "dvc",
+            json.dumps({"path": str(concept_folder(name)), "hash": digest}),
+        )
+        for name, digest in pictures.items()
+    ]
+    client.log_inputs(run_id, [DatasetInput(dataset) for dataset in data])
     missing = _missing_points(tracking, results, run)
     for start in range(0, len(missing), BATCH):
         client.log_batch(run_id, metrics=missing[start : start + BATCH])

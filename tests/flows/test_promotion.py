@@ -75,6 +75,7 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     project.register(value=1, image=0.5)
     worse = project.register(value=2, image=0.4)
     assert not worse.verdict.promoted
+    assert worse.role == "challenger"
     assert aliases_of(project.tracking, "dog") == {"champion": 1, "challenger": 2}
     assert "image alignment -0.1000 (not above" in tags(2)["promotion_reason"]
 
@@ -87,6 +88,9 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     assert rollback(project.tracking, "dog", "smears on red") == (3, 1)
     assert champion_of(project.tracking, "dog") == 1
     assert "smears on red" in tags(3)["rolled_back"]
+    repeated = project.register(value=3, image=0.6)
+    assert repeated.role == "neither champion nor challenger"
+    assert repeated.verdict.reason == "rolled back to version 1: smears on red"
     again = project.register(value=3, image=0.7)
     assert not again.verdict.promoted
     assert "rolled back" in again.verdict.reason
@@ -96,7 +100,7 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     assert champion_of(project.tracking, "dog") == 3
     assert "rolled_back" not in tags(3)
     assert tags(3)["promotion_reason"] == "by hand: was the scanner"
-    assert aliases_of(project.tracking, "dog") == {"champion": 3}  # the challenger was 3 since its new scoring
+    assert aliases_of(project.tracking, "dog") == {"champion": 3, "challenger": 2}
 
 
 def test_hands_are_told_what_cannot_be(project: Project) -> None:

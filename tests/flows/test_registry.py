@@ -38,6 +38,8 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     assert version.tags["token"] == "sks"
     assert version.tags["subset"] == "UNet"
     assert {"git_commit", "git_dirty", "data_hash", "train_key"} <= set(version.tags)
+    assert "`a sks dog`" in version.description
+    assert "| image alignment | 0.6000 |" in version.description
 
     stored = {path.name for path in (project.root / "mlruns" / "artifacts").rglob("*") if path.is_file()}
     assert {"pyfunc_model.py", "delta.safetensors", "concept.json", "MLmodel", "input_example.json"} <= stored
@@ -46,6 +48,7 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     run = client.get_run(done.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.001"
+    assert [(data.dataset.name, data.dataset.digest) for data in run.inputs.dataset_inputs] == [("dog", "none")]
     assert run.data.metrics["image_alignment"] == pytest.approx(0.6)
     stored_model = client.get_logged_model(model_id(version))
     assert {m.key for m in stored_model.metrics} >= {"image_alignment", "text_alignment"}
@@ -158,8 +161,9 @@ def test_a_new_scoring_of_the_same_delta_is_logged_without_a_new_version(project
     assert again.version == done.version
     run = project.tracking.client.get_run(done.run_id)
     assert run.data.metrics["image_alignment"] == pytest.approx(0.7)
-    tags = project.tracking.client.get_model_version("dog", str(done.version)).tags
-    assert float(tags["image_alignment"]) == pytest.approx(0.7)
+    version = project.tracking.client.get_model_version("dog", str(done.version))
+    assert float(version.tags["image_alignment"]) == pytest.approx(0.7)
+    assert "| image alignment | 0.7000 |" in version.description
 
 
 def test_flow_run_is_linked(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,60 @@
+"""What people read about a finished concept, in markdown: in the MLflow registry and in the Prefect UI."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flows.results import Results
+    from svdiff.config import Config
+
+MEASURES = ("image_alignment", "text_alignment", "clip_i", "separation", "apart")
+
+
+def description(config: Config, results: Results) -> str:
+    """Of a registered version: what it draws, how it was trained, its scores."""
+    training = results.training.get("config", {})
+    settings = ", ".join(f"{key} {training[key]}" for key in ("steps", "lr", "prior_weight", "seed") if key in training)
+    what = f"`a {config.entry(results.concept).subject}`: {training.get('method', 'svdiff')}, {settings}"
+    return "\n".join([what, "", *scores(results), "", prompts(results)])
+
+
+def artifact(results: Results, record: dict[str, Any]) -> str:
+    """Of a flow run: what came of it, and the way to the registered version.
+
+    Args:
+        results: of the concept.
+        record: out/register/<concept>.json.
+    """
+    return "\n".join(
+        [
+            f"# {results.concept}, version {record['version']} ({record['role']})",
+            "",
+            record["reason"],
+            "",
+            *scores(results),
+            "",
+            f"- model: `models:/{results.concept}/{record['version']}`",
+            f"- [run in MLflow]({record['run_url']}), `{record['run_id']}`",
+            f"- delta `{record['delta_sha256'][:16]}…` on base `{record['base_hash'][:16]}…`",
+            f"- {prompts(results)}",
+        ]
+    )
+
+
+def scores(results: Results) -> list[str]:
+    """Table of the trained model's scores beside the untouched base's."""
+    found = [measure for measure in MEASURES if measure in results.metrics]
+    rows = [
+        f"| {m.replace('_', ' ')} | {results.metrics[m]:.4f} | {results.metrics.get(f'base_{m}', float('nan')):.4f} |"
+        for m in found
+    ]
+    return ["| | trained | base |", "|---|---|---|", *rows]
+
+
+def prompts(results: Results) -> str:
+    """The evaluation prompts, in the order of the sample grid's rows."""
+    import pandas as pd
+
+    table = pd.read_csv(results.folder("sample") / "images.csv").sort_values("prompt_index")
+    return "rows of the sample grid: " + "; ".join(table["prompt"].drop_duplicates())
