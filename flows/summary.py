@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from flows.results import Results
     from svdiff.config import Config
 
-MEASURES = ("image_alignment", "text_alignment", "clip_i", "separation", "apart")
+MEASURES = {
+    "image_alignment": "image alignment",
+    "text_alignment": "text alignment",
+    "clip_i": "CLIP-I",
+    "separation": "separation",
+    "apart": "kept apart",
+}
 
 
 def description(config: Config, results: Results) -> str:
@@ -44,10 +50,11 @@ def artifact(results: Results, record: dict[str, Any]) -> str:
 
 def scores(results: Results) -> list[str]:
     """Table of the trained model's scores beside the untouched base's."""
-    found = [measure for measure in MEASURES if measure in results.metrics]
+    metrics = results.metrics
     rows = [
-        f"| {m.replace('_', ' ')} | {results.metrics[m]:.4f} | {results.metrics.get(f'base_{m}', float('nan')):.4f} |"
-        for m in found
+        f"| {words} | {metrics[measure]:.4f} | {metrics.get(f'base_{measure}', float('nan')):.4f} |"
+        for measure, words in MEASURES.items()
+        if measure in metrics
     ]
     return ["| | trained | base |", "|---|---|---|", *rows]
 
