@@ -62,6 +62,15 @@ def tiny_evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server for flows that run in this process: one, since the client sends all events to the first it knew."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=600):  # a limit: a busy machine takes minutes
+        yield
+
+
+@pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """Prefect's server on PostgreSQL with pool, automations, limit and deployments, and an MLflow server."""
     folder = tmp_path_factory.mktemp("team")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.edit import edit_image
 from svdiff.errors import SvdiffError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 STAGES = """
   train-edit:
@@ -43,12 +41,6 @@ numbers = dict.fromkeys([*names, "input_edit", "reconstruction_psnr", "autoencod
 (folder / "metrics.json").write_text(json.dumps(numbers | {"inversion_edit": 0.75}))
 Image.new("RGB", (48, 16), "red").save(folder / "sheet.png")
 """
-
-
-@pytest.fixture(scope="session", autouse=True)
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=600):  # a limit: a busy machine takes minutes
-        yield
 
 
 @pytest.fixture

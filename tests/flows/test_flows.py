@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from miniature import mlflow_client, registered, write_params
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import ParameterTypeError
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.train import train_all, train_concept
 from svdiff.errors import SvdiffError
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session", autouse=True)
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=600):  # a limit: a busy machine takes minutes
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 
 def dvc_status(root: Path) -> str:
@@ -33,7 +27,8 @@ def dvc_status(root: Path) -> str:
 
 def messages(fragment: str) -> list[str]:
     with get_client(sync_client=True) as client:
-        return [log.message for log in client.read_logs(limit=200) if fragment in log.message]
+        newest = client.read_logs(limit=200, sort=LogSort.TIMESTAMP_DESC)
+    return [log.message for log in newest if fragment in log.message]
 
 
 def test_train_concept_from_pictures_to_registry(dvc_project: Path) -> None:
@@ -51,7 +46,8 @@ def test_train_concept_from_pictures_to_registry(dvc_project: Path) -> None:
     with get_client(sync_client=True) as prefect:
         linked = prefect.read_flow_run(client.get_run(record["run_id"]).data.tags["prefect.flow_run_id"])
         assert linked.name == "train-dog"
-        tasks = {run.name for run in prefect.read_task_runs() if run.flow_run_id == linked.id}
+        of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[linked.id]))
+        tasks = {run.name for run in prefect.read_task_runs(flow_run_filter=of_this_run)}
         assert {"prior@dog", "train@dog", "register@dog"} <= tasks
         artifacts = {artifact.key: artifact for artifact in prefect.read_artifacts()}
     assert record["run_url"] in artifacts["concept-dog"].data
