@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from flows.keeper import keep
 from flows.processes import bearers, kill, marked, new_mark, wait_gone
 from svdiff.errors import SvdiffError
 
@@ -150,7 +151,7 @@ def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bo
         yield f"worker is running already (log: {worker.log})"
     else:
         command, name = worker_command(root, worker_limit)
-        worker.start(*command, environment=environment, cwd=root)
+        worker.start("flows.keeper", *command, environment=environment, cwd=root)
         yield f"worker '{name}' started in {root}, {worker_limit} flow runs at once (log: {worker.log})"
     if mlflow_ui:
         yield _mlflow(home, environment, root)
@@ -186,7 +187,7 @@ def worker_command(root: Path, limit: int) -> tuple[list[str], str]:
 def worker(root: Path, limit: int) -> Iterator[str]:
     """Become a worker in a clone of its own, which shares stages with others through the DVC remote.
 
-    Pulls data and base first. Does not return: the process becomes the worker, and a service manager can hold it.
+    Pulls data and base first. Returns when it is asked to stop: a service manager can hold it.
     Raises SvdiffError if the server does not answer or the inputs cannot be pulled.
     """
     environment = settings(root) | {SHARE: "1"}
@@ -202,7 +203,7 @@ def worker(root: Path, limit: int) -> Iterator[str]:
     yield f"worker '{name}' in {root}, {limit} flow runs at once; server {url}"
     sys.stdout.flush()
     os.chdir(root)
-    os.execve(sys.executable, [sys.executable, "-m", *command], os.environ | environment)
+    keep(command, environment)
 
 
 def inputs(root: Path) -> list[str]:

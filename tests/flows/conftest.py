@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from miniature import Project, make_dvc_project, write_params
-from team import Team, bring_flows, postgres
+from team import UP, Team, bring_flows, postgres
 
 from flows.tracking import connect
 from svdiff.config import TrackingConfig
@@ -76,16 +76,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     folder = tmp_path_factory.mktemp("team")
     with postgres() as database:
         team = Team(folder, database)
-        office = folder / "office"
-        office.mkdir()
-        bring_flows(office)
+        bring_flows(team.office)
         try:
-            report = team.run(office, "flows", "up", "--workers", "0", "--gpus", "2")
+            report = team.run(team.office, *UP)
             assert "automation 'svdiff: a crashed run is tried again' made" in report
             assert "2 at once" in report
             yield team
         finally:
-            team.run(office, "flows", "down")
+            team.run(team.office, "flows", "down")
             team.close()
 
 

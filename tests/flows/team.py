@@ -24,6 +24,7 @@ import flows
 from flows.processes import bearers, kill, marked, new_mark, wait_gone
 from flows.services import POOL, answers
 
+UP = ["flows", "up", "--workers", "0", "--gpus", "2"]
 REPOSITORY = Path(flows.__file__).parents[1]
 
 
@@ -127,7 +128,8 @@ class Team:
     """The servers, and what a person would do with them."""
 
     def __init__(self, folder: Path, database: str) -> None:
-        self.folder = folder
+        self.folder, self.office = folder, folder / "office"
+        self.office.mkdir()
         self.api = f"http://127.0.0.1:{free_port()}/api"
         self.tracking = f"http://127.0.0.1:{free_port()}"
         self.workers: list[Process] = []
@@ -179,6 +181,13 @@ class Team:
         process = Process(self.folder / f"worker-{root.name}.log", *command, cwd=root, env=self._in(root))
         self.workers.append(process)
         return process
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The Prefect server is stopped; at the end it is there again."""
+        self.run(self.office, "flows", "down")
+        yield
+        self.run(self.office, *UP)
 
     def post(self, path: str, **body: Any) -> Any:
         answer = httpx.post(f"{self.api}{path}", json=body, timeout=60)

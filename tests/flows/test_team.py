@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -254,6 +255,35 @@ def test_an_engine_that_is_killed_takes_its_stage_along_and_its_run_begins_anew(
     team.completed(run)
     assert team.states(run).count("Crashed") == 1
     assert ran(clone).count(f"train@{dog}") == 2
+    assert len(team.registered(dog)) == 1
+
+
+def test_a_server_that_is_away_for_minutes_costs_nothing(team: Team, origin: Path, names: list[str]) -> None:
+    dog, cat, clone = names[0], names[1], team.clone(origin, "one")
+    go_on = hold(clone, f"train-{dog}")
+    team.worker(clone)
+    run = team.start("train-concept", concept=dog)
+    until(begun(clone, f"train@{dog}"))
+    with team.away():
+        time.sleep(200)  # longer than a run may be silent
+    go_on()
+    team.completed(run)
+    team.completed(team.start("train-concept", concept=cat))
+    assert trained(clone) == ["prior@dog", f"train@{dog}", f"train@{cat}"]
+    assert len(team.registered(dog)) == 1
+
+
+def test_a_worker_that_ends_by_itself_is_started_again(team: Team, origin: Path, names: list[str]) -> None:
+    dog, clone = names[0], team.clone(origin, "one")
+    go_on = hold(clone, f"train-{dog}")
+    keeper = team.worker(clone)
+    run = team.start("train-concept", concept=dog)
+    until(begun(clone, f"train@{dog}"))
+    (worker,) = [process for process in bearers(keeper.mark) if process.cmdline()[1:4] == ["-m", "prefect", "worker"]]
+    worker.kill()
+    go_on()
+    team.completed(run)
+    assert keeper.alive
     assert len(team.registered(dog)) == 1
 
 
