@@ -35,20 +35,23 @@ def plan(config: Config) -> list[str]:
     forward = seconds_per_picture(config)
     seconds = {stage: estimate(config, stage, forward) for stage in stages}
     width = max(map(len, stages))
-    lines = [f"{stage:<{width}}  {_duration(spent)}" for stage, spent in seconds.items()]
-    return [
-        *lines,
-        f"{'together':<{width}}  {_duration(sum(seconds.values()))}  (one after another, by a pass of the UNet timed now)",
+    lines = [
+        f"{stage:<{width}}  {_duration(seconds[stage]):<12}" + (f"  if {' or '.join(causes)} changes" if causes else "")
+        for stage, causes in stages.items()
     ]
+    total = f"{'together':<{width}}  {_duration(sum(seconds.values())):<12}"
+    return [*(line.rstrip() for line in lines), f"{total}  one after another, by a pass of the UNet timed now"]
 
 
-def stages_to_run() -> list[str]:
-    """Names of the stages that `dvc repro` would run, in order: what is stale, and what depends on it.
+def stages_to_run() -> dict[str, list[str]]:
+    """The stages that `dvc repro` would run, in order: what is stale, and what depends on it.
 
-    Not by `dvc repro --dry`, which fails where an upstream output is not there yet. Raises SvdiffError if DVC cannot say.
+    A stage that is not stale itself has the stages whose outputs it waits for: should they come out as they were, it does
+    not run. Not by `dvc repro --dry`, which fails where an upstream output is not there yet. Raises SvdiffError if DVC cannot say.
     """
-    stale = set(json.loads(_dvc("status", "--json")))
+    itself = set(json.loads(_dvc("status", "--json")))
     edges = re.findall(r'"([^"]+)" -> "([^"]+)"', _dvc("dag", "--dot"))
+    stale = set(itself)
     upstream: dict[str, set[str]] = {stage: set() for stage in stale}
     for before, after in edges:
         upstream.setdefault(after, set()).add(before)
@@ -59,7 +62,11 @@ def stages_to_run() -> list[str]:
     frozen = {
         name for name, stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items() if "frozen" in stage
     }
-    return [stage for stage in order if stage in stale - frozen and not stage.endswith(".dvc")]
+    return {
+        stage: [] if stage in itself else sorted(upstream[stage] & stale)
+        for stage in order
+        if stage in stale - frozen and not stage.endswith(".dvc")
+    }
 
 
 def _dvc(*arguments: str) -> str:

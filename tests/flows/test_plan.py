@@ -1,0 +1,32 @@
+"""What `svdiff plan` says would run, against what DVC then runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from svdiff.plan import stages_to_run
+
+
+def repro(root: Path, *arguments: str) -> list[str]:
+    """Stages whose commands `dvc repro` ran."""
+    command = [sys.executable, "-m", "dvc", "repro", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+
+
+def test_stages_that_wait_for_others_run_only_if_those_change(dvc_project: Path) -> None:
+    planned = stages_to_run()
+    assert not any(planned.values())  # nothing was ever made
+    assert sorted(repro(dvc_project)) == sorted(planned)
+    assert stages_to_run() == {}
+
+    picture = next((dvc_project / "data/concepts/dog2").glob("*.png"))
+    picture.write_bytes(picture.read_bytes() + b"changed")
+    planned = stages_to_run()
+    assert planned["train@dog2"] == []
+    assert planned["sample@dog2"] == ["train@dog2"]
+    assert not any("@dog" in stage and "@dog2" not in stage for stage in planned)
+    assert set(repro(dvc_project)) <= set(planned)
+    assert stages_to_run() == {}
