@@ -41,6 +41,8 @@ def keep(command: Sequence[str], environment: Mapping[str, str]) -> None:
             child = subprocess.Popen(
                 [sys.executable, "-m", *command], env=os.environ | environment | marked(mark), start_new_session=True
             )
+            if asked:  # between the look at it and the start
+                child.send_signal(asked[-1])
             status = child.wait()
             if asked or status == 0:
                 break

@@ -61,17 +61,16 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
         _describe(tracking, version, summary.description(config, results))
         runs.link_flow_run(tracking, run_id)
         verdict = decide(tracking, config, results, version)
-        number = int(version.version)
-        roles = [alias for alias, holder in aliases_of(tracking, version.name).items() if holder == number]
+        role = _role(tracking, version)
     return Registration(
         results.concept,
-        number,
+        int(version.version),
         run_id,
         results.delta_sha256,
         results.base_hash,
         new,
         verdict,
-        next((role for role in (CHAMPION, CHALLENGER) if role in roles), f"neither {CHAMPION} nor {CHALLENGER}"),
+        role,
     )
 
 
@@ -149,6 +148,11 @@ def _create_version(tracking: Tracking, config: Config, results: Results, run_id
 def _describe(tracking: Tracking, version: ModelVersion, text: str) -> None:
     if version.description != text:
         tracking.client.update_model_version(version.name, str(version.version), text)
+
+
+def _role(tracking: Tracking, version: ModelVersion) -> str:
+    held = {alias for alias, number in aliases_of(tracking, version.name).items() if number == int(version.version)}
+    return next((role for role in (CHAMPION, CHALLENGER) if role in held), f"neither {CHAMPION} nor {CHALLENGER}")
 
 
 def _find_logged(tracking: Tracking, results: Results) -> LoggedModel | None:

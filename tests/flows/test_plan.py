@@ -28,5 +28,6 @@ def test_stages_that_wait_for_others_run_only_if_those_change(dvc_project: Path)
     assert planned["train@dog2"] == []
     assert planned["sample@dog2"] == ["train@dog2"]
     assert not any("@dog" in stage and "@dog2" not in stage for stage in planned)
-    assert set(repro(dvc_project)) <= set(planned)
+    surely = {stage for stage, causes in planned.items() if not causes}
+    assert surely <= set(repro(dvc_project)) <= set(planned)
     assert stages_to_run() == {}
