@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from svdiff.cli.spectral import subsets
 from svdiff.config import BaseModelConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline, native_size
-from svdiff.spectral.cli import subsets
 
 OTHERS = ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from svdiff.cli import app
 from svdiff.errors import SvdiffError
 from svdiff.spectral import SUBSETS, SpectralDelta
-from svdiff.spectral.cli import app
 from tests.spectral.test_pipeline import draw, make_delta
 
 

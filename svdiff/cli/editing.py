@@ -1,4 +1,4 @@
-"""`svdiff edit | edit-curves`: the editing of single pictures from the command line."""
+"""`svdiff edit`: the editing of single pictures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, wrote
 from svdiff.errors import SvdiffError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-
-Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
-PARAMS = Path("params.yaml")
-PICTURES = Path("pictures")
+app = typer.Typer()
 
 
 @app.command()
@@ -37,13 +34,12 @@ def edit(
 
     Example: svdiff edit cat.png --prompt "a cat on a blue background" --target "a cat on a red background"
     """
-    from svdiff.config import load_config
     from svdiff.editing.stage import choose_starts, edit_any
     from svdiff.editing.stage import edit as run
 
-    config = load_config(params)
+    config = read(params)
     if all(option is None for option in (prompt, target, method, steps, inversion, eta, alpha)):
-        typer.echo(f"wrote {run(config, what)}")
+        wrote(run(config, what))
         return
     if prompt is None or not target:
         raise SvdiffError(
@@ -53,24 +49,4 @@ def edit(
     config = config.model_copy(update={"edit": choose_starts(config.edit, inversion=inversion, eta=eta, alpha=alpha)})
     overrides: dict[str, Any] = {k: v for k, v in (("method", method), ("steps", steps)) if v is not None}
     folder = edit_any(config, Path(what), prompt, target, overrides=overrides, output=output)
-    typer.echo(f"wrote {folder}/sheet.png")
-
-
-@app.command("edit-curves")
-def edit_curves(
-    name: Annotated[list[str] | None, typer.Option("--edit", help="one of the eight edits; default all")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="training method; default svdiff, full and lora")] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="a length of training; default 50, 100, 200 and 400")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for tables and figures")] = PICTURES
-    / "edit-curves",
-    params: Params = PARAMS,
-) -> None:
-    """Edit score against reconstruction, for methods and lengths of training, on edits whose answer is known."""
-    from svdiff.config import load_config
-    from svdiff.editing.curves import LENGTHS, METHODS
-    from svdiff.editing.curves import edit_curves as run
-
-    folder = run(
-        load_config(params), names=name or (), methods=method or METHODS, lengths=steps or LENGTHS, output=output
-    )
-    typer.echo(f"wrote {folder}")
+    wrote(folder / "sheet.png")

@@ -1,4 +1,4 @@
-"""`svdiff subsets | cache | delta | export`: the spectral parameter space from the command line."""
+"""`svdiff subsets | cache | delta | export`: the spectral parameter space."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from svdiff.cli.arguments import AsJson
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     from svdiff.spectral.delta import SpectralDelta
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer()
 delta_app = typer.Typer(no_args_is_help=True, help="Show, combine and compare delta files.")
 app.add_typer(delta_app, name="delta")
 
 Base = Annotated[str, typer.Option("--base", help="a diffusers folder or Hub id with a Stable Diffusion layout")]
-AsJson = Annotated[bool, typer.Option("--json", help="for machines")]
 Half = Annotated[bool, typer.Option("--half", help="store float16 instead of float32")]
 EMBEDDED = "models/base"
 

@@ -1,26 +1,24 @@
-"""`svdiff attention | strip | compare-pairs`: pictures and tables for looking closer, from the command line."""
+"""`svdiff attention | strip`: pictures for looking closer."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, wrote
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
-    from svdiff.config import Config
     from svdiff.evaluation.strips import Column
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer()
 strip_app = typer.Typer(
     no_args_is_help=True, help="Strips of pictures under combined deltas: scale, interpolate, add, style."
 )
 app.add_typer(strip_app, name="strip")
 
-Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
-PARAMS = Path("params.yaml")
 Delta = Annotated[str, typer.Argument(help="name of a trained concept, pair or edit, or a delta file")]
 Prompts = Annotated[list[str], typer.Option("--prompt", help="a row a prompt and seed")]
 Seeds = Annotated[list[int] | None, typer.Option("--seed", help="noise of a row (default 0)")]
@@ -44,9 +42,7 @@ def attention(
     params: Params = PARAMS,
 ) -> None:
     """Draw what the words of a prompt attend to, before and after the training (Fig. 20, 24)."""
-    from svdiff.config import load_config
-
-    config = load_config(params)
+    config = read(params)
     entry = config.entry(name)
     [chosen, *others] = entry.prompts([prompt])
     if others:
@@ -57,8 +53,8 @@ def attention(
     shown = [entry.concepts[concept] for concept in entry.shown(chosen)]
     words = word or [part for concept in shown for part in (concept.token, concept.class_word)]
     deltas = {text: find_delta(text)[0] for text in (name, *(delta or []))}
-    path = output or Path("pictures") / f"attention-{name}.png"
-    _report(draw_attention(config, deltas, chosen, words, path, seed=seed, layers=layers, sides=side))
+    path = output or PICTURES / f"attention-{name}.png"
+    wrote(draw_attention(config, deltas, chosen, words, path, seed=seed, layers=layers, sides=side))
 
 
 @strip_app.command()
@@ -133,44 +129,6 @@ def style(
     _draw("style", columns, [geometry, appearance], prompt, seed, output, params)
 
 
-@app.command("compare-pairs")
-def compare_pairs(
-    pair: Annotated[list[str] | None, typer.Argument(help="names under `pairs:` (default: all)")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="of training (default: svdiff and full)")] = None,
-    way: Annotated[
-        list[str] | None, typer.Option(help="without, cut-mix-unmix, unmix; the first is what others are compared with")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="trainings of each way")] = 3,
-    pictures: Annotated[int, typer.Option(min=1, help="pictures of each training")] = 40,
-    prompt: Annotated[str, typer.Option(help="with {first} and {second}")] = "a {first} sitting beside a {second}",
-    unmix_weight: Annotated[float, typer.Option(help="of the way `unmix`")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="training steps (default: the pair's)")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("out/compare-pairs"),
-    params: Params = PARAMS,
-) -> None:
-    """How well identities are kept apart, with and without Cut-Mix-Unmix (Fig. 6). Resumes: what is finished is kept."""
-    from svdiff.config import load_config
-
-    config = load_config(params)
-    from svdiff.evaluation import comparison
-
-    overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
-    path = comparison.compare_pairs(
-        config,
-        pair or [],
-        methods=method or comparison.METHODS,
-        ways=way or comparison.WAYS,
-        seeds=seeds,
-        pictures=pictures,
-        prompt=prompt,
-        unmix_weight=unmix_weight,
-        overrides=overrides,
-        output=output,
-    )
-    typer.echo((path / "table.md").read_text())
-    _report(path)
-
-
 def _find(delta: str) -> Path:
     from svdiff.sampling.stage import find_delta
 
@@ -187,17 +145,12 @@ def _draw(
     params: Path,
 ) -> None:
     """Draw a strip; {subject} in a prompt becomes that of the first delta, if it is an entry."""
-    from svdiff.config import load_config
     from svdiff.evaluation.strips import draw_strip
 
-    config: Config = load_config(params)
+    config = read(params)
     names = [text.partition(":")[0] for text in deltas]
     if any("{" in prompt for prompt in prompts):
         prompts = config.entry(names[0]).prompts(prompts)
     stems = [Path(name).parent.name if name.endswith(".safetensors") else name for name in names]
-    path = output or Path("pictures") / f"{kind}-{'-'.join(stems)}.png"
-    _report(draw_strip(config, columns, prompts, seeds or [0], path))
-
-
-def _report(path: Path) -> None:
-    typer.echo(f"wrote {path}")
+    path = output or PICTURES / f"{kind}-{'-'.join(stems)}.png"
+    wrote(draw_strip(config, columns, prompts, seeds or [0], path))

@@ -1,0 +1,102 @@
+"""The command line `svdiff …`: which commands there are, and where each is written.
+
+A command's module is imported when the command is named, so `svdiff --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from svdiff import __version__
+from svdiff.errors import SvdiffError
+
+
+class Place(NamedTuple):
+    """Where a command is written, and what the list of commands says of it."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "prior": Place("svdiff.cli.stages", "Stage: prior images of a class word, from the base."),
+    "mix": Place("svdiff.cli.stages", "Stage: the Cut-Mix-Unmix dataset of a pair (Sec. 3.3), and a contact sheet of it."),
+    "train": Place("svdiff.cli.stages", "Stage: train a concept, a pair or an edit; resumes by itself."),
+    "sample": Place("svdiff.cli.stages", "Stage: the evaluation pictures of a concept or a pair. With --prompt: pictures of your own."),
+    "score": Place("svdiff.cli.stages", "Stage: text and image alignment (Fig. 9b), beside the untrained base; for a pair also how well it is kept apart."),
+    "edit": Place("svdiff.cli.editing", "Edit a picture (Sec. 3.4): train on it, then sample other prompts. With a name alone: the stage."),
+    "correlate": Place("svdiff.cli.stages", "Stage: correlation of all concepts' shifts (Fig. 9a, 15)."),
+    "rank": Place("svdiff.cli.stages", "Stage: alignment against the rank trained with (Fig. 25)."),
+    "report": Place("svdiff.cli.stages", "Stage: one page to look at."),
+    "config": Place("svdiff.cli.checkout", "Describe every key of params.yaml, with the values in force."),
+    "plan": Place("svdiff.cli.checkout", "What `dvc repro` would run, and about how long it takes on this machine."),
+    "doctor": Place("svdiff.cli.checkout", "What this machine or checkout lacks; exit status 1 if anything does."),
+    "attention": Place("svdiff.cli.pictures", "Draw what the words of a prompt attend to, before and after the training (Fig. 20, 24)."),
+    "strip": Place("svdiff.cli.pictures", "Strips of pictures under combined deltas: scale, interpolate, add, style."),
+    "compare-pairs": Place("svdiff.cli.experiments", "How well identities are kept apart, with and without Cut-Mix-Unmix (Fig. 6)."),
+    "edit-curves": Place("svdiff.cli.experiments", "Edit score against reconstruction, for methods and lengths of training."),
+    "subsets": Place("svdiff.cli.spectral", "Table 1 for any base: tensors, shifts and bytes of each subset."),
+    "delta": Place("svdiff.cli.spectral", "Show, combine and compare delta files."),
+    "export": Place("svdiff.cli.spectral", "A delta as plain diffusers weights, or as LoRA for every other tool."),
+    "cache": Place("svdiff.cli.spectral", "Show cached decompositions, or prune them."),
+    "base": Place("svdiff.base.cli", "The embedded base: picture world, training, card."),
+}  # fmt: skip
+
+
+class Commands(TyperGroup):
+    """Lists the commands of COMMANDS, and imports the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The name and summary alone, for the list and for suggestions."""
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name].summary) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, load(str(name)) if found else None, rest
+
+
+def load(name: str) -> Any:
+    """The command or group of commands called `name`."""
+    group: Any = typer.main.get_group(import_module(COMMANDS[name].module).app)
+    return group.commands.get(name, group)
+
+
+app = typer.Typer(no_args_is_help=True, cls=Commands, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"svdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="the version, and nothing else")
+    ] = False,
+) -> None:
+    """Personalise diffusion models by shifting the singular values of their weights."""
+
+
+def main() -> None:
+    """Entry point: errors meant for people are printed without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        app()
+    except SvdiffError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(2)

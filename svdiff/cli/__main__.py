@@ -1,0 +1,5 @@
+"""`python -m svdiff.cli`: the same as the command `svdiff`."""
+
+from svdiff.cli import main
+
+main()

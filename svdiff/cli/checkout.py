@@ -1,0 +1,41 @@
+"""`svdiff config | plan | doctor`: what is set, what is to be done, what is missing."""
+
+from __future__ import annotations
+
+import typer
+
+from svdiff.cli.arguments import PARAMS, Params, read
+
+app = typer.Typer()
+
+
+@app.command("config")
+def showread(params: Params = PARAMS) -> None:
+    """Describe every key of params.yaml, with the values in force."""
+    from svdiff.config import describe
+
+    for line in describe(read(params)):
+        typer.echo(line)
+
+
+@app.command()
+def plan(params: Params = PARAMS) -> None:
+    """What `dvc repro` would run, and about how long it takes on this machine."""
+    from svdiff.plan import plan as run
+
+    for line in run(read(params)):
+        typer.echo(line)
+
+
+@app.command()
+def doctor(params: Params = PARAMS) -> None:
+    """What this machine or checkout lacks; exit status 1 if anything does."""
+    from svdiff.doctor import examine
+
+    findings = examine(params)
+    for finding in findings:
+        typer.echo(
+            f"{'ok  ' if finding.ok else 'MISS'} {finding.what}" + ("" if finding.ok else f"\n     fix: {finding.fix}")
+        )
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,65 @@
+"""`svdiff compare-pairs | edit-curves`: experiments beside the pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, wrote
+
+app = typer.Typer()
+
+
+@app.command("compare-pairs")
+def compare_pairs(
+    pair: Annotated[list[str] | None, typer.Argument(help="names under `pairs:` (default: all)")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="of training (default: svdiff and full)")] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="without, cut-mix-unmix, unmix; the first is what others are compared with")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each way")] = 3,
+    pictures: Annotated[int, typer.Option(min=1, help="pictures of each training")] = 40,
+    prompt: Annotated[str, typer.Option(help="with {first} and {second}")] = "a {first} sitting beside a {second}",
+    unmix_weight: Annotated[float, typer.Option(help="of the way `unmix`")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="training steps (default: the pair's)")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("out/compare-pairs"),
+    params: Params = PARAMS,
+) -> None:
+    """How well identities are kept apart, with and without Cut-Mix-Unmix (Fig. 6). Resumes: what is finished is kept."""
+    config = read(params)
+    from svdiff.evaluation import comparison
+
+    overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
+    path = comparison.compare_pairs(
+        config,
+        pair or [],
+        methods=method or comparison.METHODS,
+        ways=way or comparison.WAYS,
+        seeds=seeds,
+        pictures=pictures,
+        prompt=prompt,
+        unmix_weight=unmix_weight,
+        overrides=overrides,
+        output=output,
+    )
+    typer.echo((path / "table.md").read_text())
+    wrote(path)
+
+
+@app.command("edit-curves")
+def edit_curves(
+    name: Annotated[list[str] | None, typer.Option("--edit", help="one of the eight edits; default all")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="training method; default svdiff, full and lora")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="a length of training; default 50, 100, 200 and 400")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for tables and figures")] = PICTURES
+    / "edit-curves",
+    params: Params = PARAMS,
+) -> None:
+    """Edit score against reconstruction, for methods and lengths of training, on edits whose answer is known."""
+    from svdiff.editing.curves import LENGTHS, METHODS
+    from svdiff.editing.curves import edit_curves as run
+
+    folder = run(read(params), names=name or (), methods=method or METHODS, lengths=steps or LENGTHS, output=output)
+    wrote(folder)
