@@ -25,8 +25,8 @@ import yaml
 from PIL import Image
 
 from benchmarks.common import median, seconds, table
-from flows.registered import list_concepts, read_catalogue
-from flows.tracking import Tracking, connect
+from flows.registry.catalogue import list_concepts, read_catalogue
+from flows.registry.store import Tracking, connect
 from svdiff.config import Config, load_config
 
 BASE_HASH = "b" * 64
@@ -92,8 +92,8 @@ def build(tracking: Tracking, config: Config, root: Path, versions: int) -> list
     """Register what is missing, version after version; seconds of each registration."""
     from tqdm import tqdm
 
-    from flows.registry import register
-    from flows.results import read_results
+    from flows.pipeline.results import read_results
+    from flows.registry.register import register
 
     known = {concept.name: len(concept.versions) for concept in read_catalogue(tracking)}
     missing = [(n, v) for v in range(1, versions + 1) for n in config.concepts if known.get(n, 0) < v]
@@ -108,9 +108,9 @@ def build(tracking: Tracking, config: Config, root: Path, versions: int) -> list
 
 def night(tracking: Tracking) -> None:
     """What a night's re-evaluation leaves: only then has a plan anything to compare."""
-    from flows.promotion import now
-    from flows.reevaluation import VERDICT, WHEN, WHY
-    from flows.verdicts import Verdict
+    from flows.monitoring.round import VERDICT, WHEN, WHY
+    from flows.monitoring.rule import Verdict
+    from flows.registry.promotion import now
 
     for version in filter(None, (concept.champion for concept in read_catalogue(tracking))):
         if WHEN not in version.tags:
@@ -120,11 +120,11 @@ def night(tracking: Tracking) -> None:
 
 def measure(tracking: Tracking, config: Config, root: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of each operation in a process that has MLflow loaded, as flows and servers have."""
-    from flows.life import promote_by_hand, rollback
-    from flows.lineage import read_lineage
-    from flows.promotion import decide_again
-    from flows.reevaluation import Reevaluation
-    from flows.registered import find
+    from flows.monitoring.round import Reevaluation
+    from flows.pipeline.lineage import read_lineage
+    from flows.registry.catalogue import find
+    from flows.registry.overrides import promote_by_hand, rollback
+    from flows.registry.promotion import decide_again
 
     names, challenged = list(config.concepts), challenged_concept(tracking)
     operations: dict[str, Callable[[], object]] = {
@@ -153,7 +153,7 @@ def challenged_concept(tracking: Tracking) -> str:
 
 def commands(tracking: Tracking, root: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of whole commands, most of which is importing MLflow."""
-    from flows.life import rollback
+    from flows.registry.overrides import rollback
 
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     environment.pop("MLFLOW_TRACKING_URI", None)

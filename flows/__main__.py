@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from flows import commands
-from flows.commands import PARAMS, Params, connected
+from flows.registry import commands
+from flows.registry.commands import PARAMS, Params, connected
 from svdiff.errors import SvdiffError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -30,14 +30,14 @@ def init(params: Params = PARAMS) -> None:
 @app.command()
 def register(concept: Concept, params: Params = PARAMS) -> None:
     """Stage: log a concept's training to MLflow and register its delta; writes out/register/<concept>.json."""
-    from flows.results import read_results
+    from flows.pipeline.results import read_results
     from svdiff.config import load_config
     from svdiff.files import write_atomic
 
     root = params.resolve().parent
     # Before MLflow is imported: a missing file or an unknown concept is told at once.
     results = read_results(load_config(params), concept, root)
-    from flows.registry import register as run
+    from flows.registry.register import register as run
 
     config, tracking = connected(params)
     done = run(tracking, config, results)
@@ -59,7 +59,7 @@ def up(
     mlflow: Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="start the MLflow UI as well")] = False,
 ) -> None:
     """Set up what is missing: Prefect server, work pool, automations, deployments, worker. `down` stops it."""
-    from flows.services import up as run
+    from flows.services.control import up as run
 
     for line in run(Path.cwd(), worker_limit=workers, gpus=gpus, mlflow_ui=mlflow):
         typer.echo(line)
@@ -68,7 +68,7 @@ def up(
 @app.command()
 def worker(limit: Annotated[int, typer.Option(help="flow runs that it takes at once")] = 2) -> None:
     """Work for a team's server in this clone: stages are shared with other clones through the DVC remote."""
-    from flows.services import worker as run
+    from flows.services.control import worker as run
 
     for line in run(Path.cwd(), limit):
         typer.echo(line)
@@ -79,7 +79,7 @@ def down(
     remove: Annotated[bool, typer.Option("--remove", help="also take deployments, automations and pool away")] = False,
 ) -> None:
     """Stop what `up` started here; the history stays, and runs in work go on when a worker is up again."""
-    from flows.services import down as run
+    from flows.services.control import down as run
 
     for line in run(Path.cwd(), remove):
         typer.echo(line)

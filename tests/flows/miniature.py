@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
-from flows.results import Results, read_results
-from flows.tracking import Tracking, connect
+from flows.pipeline.results import Results, read_results
+from flows.registry.store import Tracking, connect
 from svdiff.config import Config, load_config
 from svdiff.files import sort_safetensors_metadata
 
@@ -127,7 +127,7 @@ class Project:
 
     def register(self, concept: str = "dog", **values: object):
         """Write results and register them."""
-        from flows.registry import register
+        from flows.registry.register import register
 
         return register(self.tracking, self.config, self.results(concept, **values))
 

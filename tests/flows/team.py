@@ -21,8 +21,8 @@ import httpx
 import pytest
 
 import flows
-from flows.processes import bearers, kill, marked, new_mark, wait_gone
-from flows.services import POOL, answers
+from flows.services.control import POOL, answers
+from flows.services.processes import bearers, kill, marked, new_mark, wait_gone
 
 UP = ["flows", "up", "--workers", "0", "--gpus", "2"]
 REPOSITORY = Path(flows.__file__).parents[1]

@@ -14,12 +14,12 @@ from miniature import write_params
 from prefect.utilities.callables import parameter_schema
 
 import flows
-from flows.artifacts import PERCENT
-from flows.automations import ATTEMPTS, automations
-from flows.chains import analysis_stages, own_stages, prior_stages
-from flows.logs import StageLog
-from flows.services import inputs
-from flows.train import train_all, train_concept
+from flows.orchestration.artifacts import PERCENT
+from flows.orchestration.automations import ATTEMPTS, automations
+from flows.orchestration.logs import StageLog
+from flows.orchestration.train import train_all, train_concept
+from flows.pipeline.order import analysis_stages, own_stages, prior_stages
+from flows.services.control import inputs
 from svdiff.config import load_config
 
 ROOT = Path(flows.__file__).parents[1]

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from prefect.client.orchestration import get_client
 
-from flows.edit import edit_image
+from flows.orchestration.edit import edit_image
 from svdiff.errors import SvdiffError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]

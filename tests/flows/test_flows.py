@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import ParameterTypeError
 
-from flows.train import train_all, train_concept
+from flows.orchestration.train import train_all, train_concept
 from svdiff.errors import SvdiffError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]

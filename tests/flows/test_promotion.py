@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniature import Project
 
-from flows.life import promote_by_hand, rollback
-from flows.promotion import aliases_of, champion_of, judge
-from flows.results import Scores
+from flows.pipeline.results import Scores
+from flows.registry.overrides import promote_by_hand, rollback
+from flows.registry.promotion import aliases_of, champion_of, judge
 from svdiff.config import PromoteConfig
 from svdiff.errors import SvdiffError
 

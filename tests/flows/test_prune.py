@@ -12,10 +12,10 @@ import pytest
 from champions import Champions
 from miniature import Project
 
-from flows import prune
-from flows.prune import look
-from flows.registered import model_id
-from flows.storage import human, storage
+from flows.registry import prune
+from flows.registry.catalogue import model_id
+from flows.registry.prune import look
+from flows.registry.storage import human, storage
 
 
 def found(project: Project) -> dict[str, list[str]]:

@@ -11,8 +11,8 @@ import pytest
 from champions import Champions, disturb_autoencoder
 from prefect.client.orchestration import get_client
 
-from flows.reevaluate import reevaluate
-from flows.reevaluation import REEVALUATES
+from flows.monitoring.round import REEVALUATES
+from flows.orchestration.reevaluate import reevaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 

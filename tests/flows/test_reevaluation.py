@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from champions import EVALUATORS, SAMPLE, Champions, disturb_autoencoder
 
-from flows import reevaluation
-from flows.life import retire
-from flows.promotion import aliases_of, champion_of
-from flows.reevaluation import REEVALUATES, VERDICT, WHEN, Reevaluation
-from flows.registered import model_id
-from flows.verdicts import Verdict, compare
+from flows.monitoring import round as reevaluation
+from flows.monitoring.round import REEVALUATES, VERDICT, WHEN, Reevaluation
+from flows.monitoring.rule import Verdict, compare
+from flows.registry.catalogue import model_id
+from flows.registry.overrides import retire
+from flows.registry.promotion import aliases_of, champion_of
 from svdiff.config import ReevaluateConfig
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file
@@ -148,7 +148,7 @@ def test_a_killed_round_goes_on_and_nothing_is_measured_twice(
 def test_a_broken_champion_makes_way_for_a_sound_predecessor(champions: Champions, tiny_pipe) -> None:
     champions.train(tiny_pipe, "dog", seed=1)
     champions.train(tiny_pipe, "dog", seed=2)
-    from flows.life import promote_by_hand
+    from flows.registry.overrides import promote_by_hand
 
     if champion_of(champions.tracking, "dog") == 1:
         promote_by_hand(champions.tracking, "dog", 2, "for the test")

@@ -14,11 +14,13 @@ import pytest
 from miniature import BASE_HASH, Project, write_params, write_results
 from mlflow import MlflowClient
 
-from flows import registered, registry, snapshot
-from flows.promotion import aliases_of, champion_of
-from flows.registered import Registered, list_concepts, model_id
-from flows.results import read_results
-from flows.runs import TRAIN_KEY
+from flows.pipeline.results import read_results
+from flows.registry import catalogue as registered
+from flows.registry import register as registry
+from flows.registry import snapshot
+from flows.registry.catalogue import Registered, list_concepts, model_id
+from flows.registry.promotion import aliases_of, champion_of
+from flows.registry.runs import TRAIN_KEY
 from svdiff.errors import SvdiffError
 
 
@@ -42,7 +44,7 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     assert "| image alignment | 0.6000 |" in version.description
 
     stored = {path.name for path in (project.root / "mlruns" / "artifacts").rglob("*") if path.is_file()}
-    assert {"pyfunc_model.py", "delta.safetensors", "concept.json", "MLmodel", "input_example.json"} <= stored
+    assert {"concept_model.py", "delta.safetensors", "concept.json", "MLmodel", "input_example.json"} <= stored
     assert not [name for name in stored if name.endswith(".pkl")]
 
     run = client.get_run(done.run_id)

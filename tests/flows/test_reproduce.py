@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from miniature import Project
 
-from flows.lineage import read_lineage, upstream
-from flows.registered import find
-from flows.reproduce import Reproduction, reproduce
+from flows.pipeline.lineage import read_lineage, upstream
+from flows.pipeline.reproduce import Reproduction, reproduce
+from flows.registry.catalogue import find
 from svdiff.errors import SvdiffError
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 from miniature import registered
 
 import flows
-from flows.services import answers
+from flows.services.control import answers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 REPOSITORY = Path(flows.__file__).parents[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.stages import StageBusy, StageFailed, StageTimeout, run_stage
+from flows.pipeline.stages import StageBusy, StageFailed, StageTimeout, run_stage
 
 
 def pids(root: Path, patience: float = 300) -> list[int]:
@@ -131,7 +131,7 @@ def test_interrupting_or_killing_the_caller_ends_the_stage(dvc_project: Path, by
     run_stage("prior@dog", root=dvc_project, on_line=print)
     (dvc_project / ".marks/train-dog-hang").touch()
     code = (
-        "import signal, sys; from pathlib import Path; from flows.stages import run_stage\n"
+        "import signal, sys; from pathlib import Path; from flows.pipeline.stages import run_stage\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "run_stage('train@dog', root=Path.cwd(), on_line=print)"

@@ -17,8 +17,8 @@ import yaml
 from miniature import make_dvc_project
 from team import Team, bring_flows, ran, said, until
 
-from flows import automations
-from flows.processes import alive, bearers
+from flows.orchestration import automations
+from flows.services.processes import alive, bearers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
@@ -155,7 +155,7 @@ def impatience(team: Team, origin: Path) -> Iterator[None]:
     """Runs that nobody starts are given to another worker after half a minute instead of ten."""
 
     def install(stuck: int) -> None:
-        code = f"from flows import automations; automations.STUCK = {stuck}; print(automations.install(None))"
+        code = f"from flows.orchestration import automations; automations.STUCK = {stuck}; print(automations.install(None))"
         subprocess.run([sys.executable, "-c", code], cwd=origin, env=team.env, check=True)
 
     install(30)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.baseline import Measure, measure
+from flows.registry.baseline import Measure, measure
 from svdiff.catalogue import Entry
 from svdiff.config import BaseModelConfig, ConceptConfig, Config
 from svdiff.data.concepts import concept_folder, load_concept_images
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from PIL.Image import Image
 
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
     from svdiff.evaluation.alignment import Evaluators
     from svdiff.sampling import Job
 
-BASE_VARIABLE = "SVDIFF_BASE_MODEL"  # as in pyfunc_model.py, which must not depend on this module
+BASE_VARIABLE = "SVDIFF_BASE_MODEL"  # as in concept_model.py, which must not depend on this module
 
 
 class Broken(SvdiffError):

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flows.lineage import git, makers_of, packages, read_lineage
-from flows.processes import kill, marked, new_mark
+from flows.pipeline.lineage import git, makers_of, packages, read_lineage
+from flows.services.processes import kill, marked, new_mark
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file
 from svdiff.models import scratch
@@ -30,7 +30,7 @@ from svdiff.models import scratch
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
 
 Say = Callable[[str], None]
 TAIL = 20  # lines of a failed command that are shown
@@ -178,7 +178,7 @@ def _compare(
     registered, found = str(version.tags["delta_sha256"]), sha256_file(made)
     if registered == found:
         return Reproduction(which, registered, found)
-    from flows.examination import fetch
+    from flows.monitoring.measurement import fetch
 
     with tempfile.TemporaryDirectory() as folder:
         differences = differing(fetch(tracking, version, Path(folder))[0], made)

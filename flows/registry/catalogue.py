@@ -1,8 +1,8 @@
 """The registry as a whole: every concept with its versions and aliases, in two searches however many there are.
 
 MLflow's search for versions knows no aliases and its search for models no tags of versions, so both are asked and joined
-here; of a SQLite file `flows.snapshot` reads as much in a moment. What a concept's life leaves behind is in tags, see
-`flows.promotion`, `flows.life` and `flows.reevaluation`.
+here; of a SQLite file `flows.registry.snapshot` reads as much in a moment. What a concept's life leaves behind is in tags, see
+`flows.registry.promotion`, `flows.registry.overrides` and `flows.monitoring.round`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flows import snapshot
+from flows.registry import snapshot
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 RETIRED = "retired"  # tag of a concept or a version: when and why
@@ -32,7 +32,7 @@ class Registered:
     name: str
     aliases: dict[str, int]
     tags: dict[str, str]
-    versions: dict[int, Any]  # MLflow's ModelVersion, or Version of `flows.snapshot`
+    versions: dict[int, Any]  # MLflow's ModelVersion, or Version of `flows.registry.snapshot`
 
     @property
     def retired(self) -> bool:

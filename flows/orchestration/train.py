@@ -4,7 +4,7 @@
 then runs the analyses over all of them. They do nothing that is up to date. By hand, with a server at PREFECT_API_URL:
 
     prefect deployment run train-concept/train-concept --param concept=teapot --watch
-    python -c 'from flows.train import train_concept; train_concept("teapot")'
+    python -c 'from flows.orchestration.train import train_concept; train_concept("teapot")'
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.artifacts import publish_concept
-from flows.chains import analysis_stages, own_stages, prior_stages
-from flows.elsewhere import run_elsewhere
-from flows.tasks import dvc_stage
+from flows.orchestration.artifacts import publish_concept
+from flows.orchestration.dispatch import run_elsewhere
+from flows.orchestration.tasks import dvc_stage
+from flows.pipeline.order import analysis_stages, own_stages, prior_stages
 from svdiff.config import NAME, Config, load_config
 from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
 
@@ -90,7 +90,7 @@ def _train(config: Config, name: str, timeout_minutes: float | None, prior: bool
 @task(name="name", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def _one(name: str, kind: str, where: str, timeout_minutes: float | None) -> None:
     """One concept, pair or edit of `train-all`, as a flow run of its own."""
-    from flows.edit import edit_image
+    from flows.orchestration.edit import edit_image
 
     part: Any = {"concept": train_concept, "pair": train_pair, "edit": edit_image}[kind]
     parameters: dict[str, Any] = {kind: name, "timeout_minutes": timeout_minutes}

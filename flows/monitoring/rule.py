@@ -4,7 +4,7 @@ In the order in which it is asked:
 
 1. The delta is not in the registry, cannot be read, is not the one that was registered (SHA-256), or the base at hand
    is not the one that it was trained on: **broken artifact**.
-2. The measure (evaluators, prompts and seeds, sampler, the concept's pictures: `flows.baseline`) is another than that of
+2. The measure (evaluators, prompts and seeds, sampler, the concept's pictures: `flows.registry.baseline`) is another than that of
    the baseline, or there is no baseline, or a person accepts what is: **evaluator or prompts changed**. The scores of
    today become the baseline; nothing is alarming about it.
 3. Image or text alignment changed by more than `image_tolerance` or `text_tolerance` (`reevaluate` in params.yaml), in

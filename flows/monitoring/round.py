@@ -1,6 +1,6 @@
 """Re-evaluation of champions: which are due, what became of each, and what is written down about it.
 
-The rule is in `flows.verdicts`. Every measurement of one baseline goes to one MLflow run, a point a time, so that the run's
+The rule is in `flows.monitoring.rule`. Every measurement of one baseline goes to one MLflow run, a point a time, so that the run's
 curves show a champion's life; the version's tags hold the last verdict. All that a kill can leave behind is a run without a
 baseline, which the next attempt takes up; finished concepts are not measured again while their result is fresh.
 """
@@ -16,7 +16,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.baseline import (
+from flows.monitoring.measurement import Broken, Examiner, Measured
+from flows.monitoring.rule import Judgement, Verdict, compare, new_baseline
+from flows.registry.baseline import (
     BASELINE_RUN,
     SCORES_FOLDER,
     Measure,
@@ -25,20 +27,18 @@ from flows.baseline import (
     changed,
     set_baseline,
 )
-from flows.examination import Broken, Examiner, Measured
-from flows.life import predecessor, rollback
-from flows.promotion import decide_again, now
-from flows.registered import RETIRED, Registered, model_id, read_catalogue, read_concept
-from flows.runs import CONCEPT
-from flows.tracking import locked
-from flows.verdicts import Judgement, Verdict, compare, new_baseline
+from flows.registry.catalogue import RETIRED, Registered, model_id, read_catalogue, read_concept
+from flows.registry.overrides import predecessor, rollback
+from flows.registry.promotion import decide_again, now
+from flows.registry.runs import CONCEPT
+from flows.registry.store import locked
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
 
 VERDICT, WHY, WHEN = "reevaluation", "reevaluation_reason", "reevaluated_at"  # tags of a version
 REEVALUATES, OF_BASELINE = "svdiff.reevaluates", "svdiff.baseline_run"  # tags of a run

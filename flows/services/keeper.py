@@ -1,7 +1,7 @@
-"""Keeps a worker at work: `python -m flows.keeper prefect worker start …` starts it again whenever it ends by itself.
+"""Keeps a worker at work: `python -m flows.services.keeper prefect worker start …` starts it again whenever it ends by itself.
 
 Prefect's worker gives up once its server was away for some minutes, and dies of a run that it is given back while it still
-holds it. Its runs are tried again by then (flows/automations.py), so all they need is a worker.
+holds it. Its runs are tried again by then (flows/orchestration/automations.py), so all they need is a worker.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from flows.processes import guarded, kill, marked, new_mark
+from flows.services.processes import guarded, kill, marked, new_mark
 
 PAUSE = 10.0  # seconds before the next start
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import lineage
-from flows.results import Results
-from flows.tracking import Tracking
+from flows.pipeline import lineage
+from flows.pipeline.results import Results
+from flows.registry.store import Tracking
 from svdiff.config import Config
 from svdiff.data.concepts import concept_folder
 

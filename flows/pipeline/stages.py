@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flows.processes import guarded, kill, marked, new_mark
+from flows.services.processes import guarded, kill, marked, new_mark
 
 TAIL = 30  # lines that a failure carries
 POLL = 0.5  # seconds between looks at the process

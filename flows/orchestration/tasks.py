@@ -20,10 +20,10 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.runtime import flow_run
 from prefect.states import State
 
-from flows.artifacts import Progress
-from flows.logs import StageLog
-from flows.services import SHARE
-from flows.stages import StageRun, StageWaits, push_stage, run_stage
+from flows.orchestration.artifacts import Progress
+from flows.orchestration.logs import StageLog
+from flows.pipeline.stages import StageRun, StageWaits, push_stage, run_stage
+from flows.services.control import SHARE
 
 GPU = "gpu"  # tag of the tasks that a concurrency limit holds back where GPUs are scarce
 LIGHT = {"register", "register-pair", "correlate", "report"}  # stages that need none

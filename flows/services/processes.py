@@ -1,6 +1,6 @@
 """Processes known by a mark in their environment: a tree stays whole even when parents die before their children.
 
-`python -m flows.processes MARK` is the guard of a tree: it kills what carries the mark once its own input ends.
+`python -m flows.services.processes MARK` is the guard of a tree: it kills what carries the mark once its own input ends.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def guarded(mark: str) -> Iterator[None]:
     The guard reads from a pipe that only this process writes to, so the kernel tells it of any death.
     """
     guard = subprocess.Popen(
-        [sys.executable, "-m", "flows.processes", mark],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "flows.services.processes", mark],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

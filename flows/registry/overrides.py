@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from flows.promotion import PREVIOUS, ROLLED_BACK, now, promote
-from flows.registered import CHALLENGER, CHAMPION, REASON, RETIRED, Registered, model_version, read_concept
-from flows.tracking import locked
+from flows.registry.catalogue import CHALLENGER, CHAMPION, REASON, RETIRED, Registered, model_version, read_concept
+from flows.registry.promotion import PREVIOUS, ROLLED_BACK, now, promote
+from flows.registry.store import locked
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
 
 ALIASES = "retired_aliases"  # tag: what a retired concept or version was, for its return
 

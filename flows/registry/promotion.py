@@ -14,7 +14,7 @@ The rule (`promote` in params.yaml), in the order in which it is asked:
 
 The champion of a concept has the alias `champion`; the newest version that failed to become it, `challenger`. MLflow
 keeps no history of aliases, so each champion remembers its predecessor in the tag `previous_champion`. What hands may do
-beside the rule is in `flows.life`.
+beside the rule is in `flows.registry.overrides`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flows.baseline import Measure, baseline_of, baseline_scores, registered_measure, set_baseline
-from flows.registered import CHALLENGER, CHAMPION, REASON, RETIRED, model_version, registered_model
-from flows.results import Results, Scores
-from flows.tracking import Tracking
+from flows.pipeline.results import Results, Scores
+from flows.registry.baseline import Measure, baseline_of, baseline_scores, registered_measure, set_baseline
+from flows.registry.catalogue import CHALLENGER, CHAMPION, REASON, RETIRED, model_version, registered_model
+from flows.registry.store import Tracking
 from svdiff.config import Config, PromoteConfig
 
 if TYPE_CHECKING:

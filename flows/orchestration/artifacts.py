@@ -18,9 +18,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows import summary
-from flows.results import Results
-from flows.runs import sample_grids
+from flows.pipeline.results import Results
+from flows.registry import summary
+from flows.registry.runs import sample_grids
 
 PERCENT = re.compile(r"(\d+)%\|")  # as tqdm writes it
 

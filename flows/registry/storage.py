@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from flows.tracking import SQLITE
+from flows.registry.store import SQLITE
 from svdiff.models import scratch
 
 if TYPE_CHECKING:
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
 
 # Folders of the scratch folder by what they hold; others are shown by their names.
 SCRATCH = {

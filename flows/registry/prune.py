@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.baseline import BASELINE_RUN
-from flows.registered import Registered, model_id, read_catalogue
-from flows.storage import local_path, usage
+from flows.registry.baseline import BASELINE_RUN
+from flows.registry.catalogue import Registered, model_id, read_catalogue
+from flows.registry.storage import local_path, usage
 from svdiff.errors import SvdiffError
 from svdiff.models import scratch
 
 if TYPE_CHECKING:
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
     from svdiff.config import Config
 
 DAY = 86_400.0

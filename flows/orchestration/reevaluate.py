@@ -15,11 +15,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from flows.reevaluation import Reevaluation, Result
-from flows.runs import FLOW_RUN, FLOW_RUN_URL
-from flows.tracking import connect
-from flows.train import Name
-from flows.verdicts import Verdict
+from flows.monitoring.round import Reevaluation, Result
+from flows.monitoring.rule import Verdict
+from flows.orchestration.train import Name
+from flows.registry.runs import FLOW_RUN, FLOW_RUN_URL
+from flows.registry.store import connect
 from svdiff.config import load_config
 
 EVENTS = {Verdict.DRIFT: "svdiff.champion.drifted", Verdict.BROKEN: "svdiff.champion.broken"}

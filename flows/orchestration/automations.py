@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import StateType
 
-from flows.tasks import GPU
+from flows.orchestration.tasks import GPU
 
 ATTEMPTS = 3
 PAUSE = 20  # seconds between a crash and the next attempt

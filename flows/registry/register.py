@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import svdiff
-from flows import runs, summary
-from flows.lineage import data_hash, git_state
-from flows.promotion import Verdict, aliases_of, decide
-from flows.registered import CHALLENGER, CHAMPION, model_id
-from flows.results import Results
-from flows.tracking import Tracking, locked
+from flows.pipeline.lineage import data_hash, git_state
+from flows.pipeline.results import Results
+from flows.registry import runs, summary
+from flows.registry.catalogue import CHALLENGER, CHAMPION, model_id
+from flows.registry.promotion import Verdict, aliases_of, decide
+from flows.registry.store import Tracking, locked
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
 from svdiff.models import scratch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
-MODEL_FILE = Path(__file__).with_name("pyfunc_model.py")
+MODEL_FILE = Path(__file__).with_name("concept_model.py")
 REQUIREMENTS = ("mlflow", "torch", "diffusers", "transformers", "safetensors", "pandas", "pillow")
 
 
@@ -206,7 +206,7 @@ class _Pyfunc:
 
 
 def describe(config: Config, results: Results) -> dict[str, Any]:
-    """concept.json of the model: what pyfunc_model.py needs to know beside the delta."""
+    """concept.json of the model: what concept_model.py needs to know beside the delta."""
     local = (results.root / config.base.model).resolve()
     return {
         "concept": results.concept,

@@ -25,8 +25,8 @@ from svdiff.files import sha256_tree
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-    from flows.results import Results
-    from flows.tracking import Tracking
+    from flows.pipeline.results import Results
+    from flows.registry.store import Tracking
     from svdiff.config import Config
 
 FOLDER, FILE = "lineage", "lineage.json"

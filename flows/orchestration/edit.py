@@ -1,7 +1,7 @@
 """Flow `edit-image`: one entry of `edits:` in params.yaml, from its picture to the sheet of its edits and their scores.
 
 prefect deployment run edit-image/edit-image --param edit=cat-on-red --watch
-python -c 'from flows.edit import edit_image; edit_image("cat-on-red")'
+python -c 'from flows.orchestration.edit import edit_image; edit_image("cat-on-red")'
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from PIL import Image
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
-from flows.artifacts import data_uri, key
-from flows.chains import own_stages
-from flows.tasks import dvc_stage
-from flows.train import Minutes, Name, check
+from flows.orchestration.artifacts import data_uri, key
+from flows.orchestration.tasks import dvc_stage
+from flows.orchestration.train import Minutes, Name, check
+from flows.pipeline.order import own_stages
 from svdiff.config import Config, EditConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flows.results import Results
+    from flows.pipeline.results import Results
     from svdiff.config import Config
 
 MEASURES = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
     from svdiff.config import Config
 
 app = typer.Typer()
@@ -24,7 +24,7 @@ PARAMS = Path("params.yaml")
 
 def connected(params: Path) -> tuple[Config, Tracking]:
     """params.yaml, and the MLflow store that it names."""
-    from flows.tracking import connect
+    from flows.registry.store import connect
     from svdiff.config import load_config
 
     config = load_config(params)
@@ -33,7 +33,7 @@ def connected(params: Path) -> tuple[Config, Tracking]:
 
 def looked_at(params: Path) -> tuple[Config, Tracking]:
     """As `connected`, for commands that only read the catalogue: that of a SQLite file does without MLflow."""
-    from flows.tracking import locate
+    from flows.registry.store import locate
     from svdiff.config import load_config
 
     config = load_config(params)
@@ -49,7 +49,7 @@ def list_registered(
     as_json: AsJson = False,
 ) -> None:
     """Registered concepts: champion, challenger, scores, last re-evaluation, and why the champion is one."""
-    from flows.registered import list_concepts
+    from flows.registry.catalogue import list_concepts
 
     entries = list_concepts(looked_at(params)[1], retired=retired)
     if as_json:
@@ -66,8 +66,8 @@ def list_registered(
 @app.command()
 def lineage(which: Which, params: Params = PARAMS, as_json: AsJson = False) -> None:
     """Where a version comes from: data, commit, base, what DVC recorded, and what became of it."""
-    from flows.lineage import read_lineage
-    from flows.registered import find
+    from flows.pipeline.lineage import read_lineage
+    from flows.registry.catalogue import find
 
     _, tracking = connected(params)
     version = find(tracking, which)
@@ -80,7 +80,7 @@ def lineage(which: Which, params: Params = PARAMS, as_json: AsJson = False) -> N
 
 
 def _lineage_lines(version: Any, content: dict[str, Any], url: str) -> list[str]:
-    from flows.lineage import outputs
+    from flows.pipeline.lineage import outputs
 
     dirty = "dirty: tracked files differed from it" if content["git_dirty"] != "false" else "clean"
     base = content["base"]
@@ -108,7 +108,7 @@ def promote(
     params: Params = PARAMS,
 ) -> None:
     """Make a version the champion, whatever the rule said."""
-    from flows.life import promote_by_hand
+    from flows.registry.overrides import promote_by_hand
 
     number = promote_by_hand(connected(params)[1], concept, version, reason)
     typer.echo(f"{concept}: champion is version {number} now")
@@ -117,7 +117,7 @@ def promote(
 @app.command()
 def rollback(concept: Name, reason: Reason, params: Params = PARAMS) -> None:
     """Put the previous champion back; the present one is not promoted again by itself."""
-    from flows.life import rollback as run
+    from flows.registry.overrides import rollback as run
 
     was, now = run(connected(params)[1], concept, reason)
     typer.echo(f"{concept}: champion was version {was}, is version {now} now")
@@ -132,8 +132,8 @@ def retire(
     params: Params = PARAMS,
 ) -> None:
     """Take a concept or a version out of use: no alias, not listed, not re-evaluated. Nothing is deleted."""
-    from flows.life import reinstate
-    from flows.life import retire as run
+    from flows.registry.overrides import reinstate
+    from flows.registry.overrides import retire as run
     from svdiff.errors import SvdiffError
 
     if not undo and not reason:
@@ -157,7 +157,7 @@ def reevaluate(
 
     Exit status 1 if any drifted, broke or could not be measured. The rule is under `reevaluate:` in params.yaml.
     """
-    from flows.reevaluation import Reevaluation
+    from flows.monitoring.round import Reevaluation
 
     config, tracking = (looked_at if plan else connected)(params)
     round_ = Reevaluation(tracking, config, params.resolve().parent, force=force, accept=accept)
@@ -189,8 +189,8 @@ def reproduce(
     params: Params = PARAMS,
 ) -> None:
     """Train a version again from its lineage alone, and compare it bit for bit. Exit status 1 if it differs."""
-    from flows.registered import find
-    from flows.reproduce import reproduce as run
+    from flows.pipeline.reproduce import reproduce as run
+    from flows.registry.catalogue import find
 
     _, tracking = connected(params)
     done = run(tracking, params.resolve().parent, find(tracking, which), into=into, say=typer.echo)
@@ -206,8 +206,8 @@ def reproduce(
 @app.command()
 def storage(params: Params = PARAMS, as_json: AsJson = False) -> None:
     """What checkpoints, decompositions, DVC and MLflow take on this disk."""
-    from flows.storage import human
-    from flows.storage import storage as run
+    from flows.registry.storage import human
+    from flows.registry.storage import storage as run
 
     found = run(connected(params)[1], params.resolve().parent)
     if as_json:
@@ -229,8 +229,8 @@ def prune(
 
     Says what it would remove, and asks first.
     """
-    from flows.prune import look
-    from flows.storage import human
+    from flows.registry.prune import look
+    from flows.registry.storage import human
 
     config, tracking = connected(params)
     parts = list(look(tracking, config, params.resolve().parent))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from miniature import Project
 
-from flows.life import promote_by_hand, reinstate, retire, rollback
-from flows.promotion import aliases_of, champion_of
-from flows.registered import find, list_concepts, read_concept
+from flows.registry.catalogue import find, list_concepts, read_concept
+from flows.registry.overrides import promote_by_hand, reinstate, retire, rollback
+from flows.registry.promotion import aliases_of, champion_of
 from svdiff.errors import SvdiffError
 
 

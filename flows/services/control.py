@@ -23,14 +23,16 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from flows.keeper import keep
-from flows.processes import bearers, kill, marked, new_mark, wait_gone
+from flows.services.keeper import keep
+from flows.services.processes import bearers, kill, marked, new_mark, wait_gone
 from svdiff.errors import SvdiffError
 
 API_URL = "http://127.0.0.1:4200/api"
 MLFLOW_URL = "http://127.0.0.1:5000"
 POOL = "local"
-SHARE = "SVDIFF_SHARE"  # a worker with a clone of its own: stages go through the DVC remote (flows/tasks.py)
+SHARE = (
+    "SVDIFF_SHARE"  # a worker with a clone of its own: stages go through the DVC remote (flows/orchestration/tasks.py)
+)
 CHECKOUT = "PROJECT_ROOT"  # where the runs of a worker work; the deployments' pull step reads it
 START_PATIENCE = 180.0  # seconds; a server's first start makes its database
 STOP_PATIENCE = 30.0
@@ -137,7 +139,7 @@ def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bo
         _check(_prefect(environment, root, "work-pool", "create", POOL, "--type", "process"))
         yield f"work pool '{POOL}' made"
 
-    from flows import automations
+    from flows.orchestration import automations
 
     yield from automations.install(gpus)
     # Where a run works is for its worker to say: without the variable the deployments keep its name.
@@ -151,7 +153,7 @@ def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bo
         yield f"worker is running already (log: {worker.log})"
     else:
         command, name = worker_command(root, worker_limit)
-        worker.start("flows.keeper", *command, environment=environment, cwd=root)
+        worker.start("flows.services.keeper", *command, environment=environment, cwd=root)
         yield f"worker '{name}' started in {root}, {worker_limit} flow runs at once (log: {worker.log})"
     if mlflow_ui:
         yield _mlflow(home, environment, root)
@@ -165,7 +167,7 @@ def down(root: Path, remove: bool = False) -> Iterator[str]:
     With `remove`, first take what `up` made away from the server: deployments, automations, limit and work pool.
     """
     if remove:
-        from flows import automations
+        from flows.orchestration import automations
 
         environment = settings(root)
         yield from automations.remove()
@@ -228,7 +230,7 @@ def _server(url: str, home: Path, environment: dict[str, str], root: Path) -> st
 
 
 def _mlflow(home: Path, environment: dict[str, str], root: Path) -> str:
-    from flows.tracking import connect
+    from flows.registry.store import connect
     from svdiff.config import load_config
 
     if answers(f"{MLFLOW_URL}/health"):

@@ -15,8 +15,8 @@ import torch
 from miniature import Project, write_params
 from PIL import Image
 
-from flows.registry import register
-from flows.results import read_results
+from flows.pipeline.results import read_results
+from flows.registry.register import register
 from svdiff.spectral import attach, load_basis
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.results import Results, Scores
+from flows.pipeline.results import Results, Scores
 from svdiff.config import Config, SampleConfig
 from svdiff.data.concepts import concept_folder
 from svdiff.errors import SvdiffError
@@ -23,7 +23,7 @@ from svdiff.files import sha256_tree
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-    from flows.tracking import Tracking
+    from flows.registry.store import Tracking
 
 BASELINE, BASELINE_RUN = "baseline", "baseline_run"  # tags of a version
 SCORES_FOLDER = "scores"  # artifacts of the run: images.csv and evaluators.json

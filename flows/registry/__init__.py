@@ -1,0 +1,1 @@
+"""MLflow: storing and registering versions, promotion and manual overrides, the model that serves a concept."""
