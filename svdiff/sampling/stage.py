@@ -17,8 +17,8 @@ from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling.guidance import sample_guided
 from svdiff.sampling.images import Job, sample_images
+from svdiff.sampling.weights_delta import is_weights_delta, load_weights_deltas
 from svdiff.spectral import SpectralDelta, SpectralPipeline
-from svdiff.training.methods.weights_delta import is_weights_delta, load_weights_deltas
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -13,14 +13,14 @@ from torch import nn
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.sampling import Job, sample_images
-from svdiff.spectral import SpectralDelta, select
-from svdiff.training.methods import Method, apply_method
-from svdiff.training.methods.weights_delta import (
+from svdiff.sampling.weights_delta import (
     is_weights_delta,
     load_weights_delta,
     load_weights_deltas,
     read_weights_delta,
 )
+from svdiff.spectral import SpectralDelta, select
+from svdiff.training.methods import Method, apply_method
 
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 BASELINES = METHODS[1:]

@@ -25,8 +25,8 @@ from svdiff.models import load_pipeline
 from svdiff.sampling.grid import image_grid
 from svdiff.sampling.images import Job
 from svdiff.sampling.stage import draw_pictures as draw
+from svdiff.sampling.weights_delta import is_weights_delta
 from svdiff.training import train
-from svdiff.training.methods.weights_delta import is_weights_delta
 
 STAGE = import_module("svdiff.training.train")  # the package's attribute of this name is the function
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")

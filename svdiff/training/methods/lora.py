@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
+from svdiff.sampling.weights_delta import base_hashes, save_weights_delta
 from svdiff.training.methods.weights import OpenWeights, copy_state, layers_of, load_state
-from svdiff.training.methods.weights_delta import base_hashes, save_weights_delta
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

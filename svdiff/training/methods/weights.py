@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
+from svdiff.sampling.weights_delta import TOKEN_ROW, base_hashes, row_name, save_weights_delta
 from svdiff.spectral import select
-from svdiff.training.methods.weights_delta import TOKEN_ROW, base_hashes, row_name, save_weights_delta
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
