@@ -160,7 +160,7 @@ def _score(cell: Cell, edited: EditedPicture, answer: Image.Image, evaluators: E
 
 def _discard(trained: Path) -> None:
     """Remove a training and its resume state: those of full weights would fill a disk with cells that are done."""
-    from svdiff.training.train import state_folder
+    from svdiff.training.stage import state_folder
 
     train_key = json.loads((trained / "train.json").read_text())["train_key"]
     shutil.rmtree(state_folder(train_key), ignore_errors=True)

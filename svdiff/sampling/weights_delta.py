@@ -1,4 +1,4 @@
-"""Files of the baselines: changes of weights, ΔW, and putting them on a pipeline as W₀ + sΔW (Fig. 26)."""
+"""Deltas of the baselines (full weights, LoRA, Custom Diffusion): files of ΔW, and loading them as W₀ + sΔW (Fig. 26)."""
 
 from __future__ import annotations
 

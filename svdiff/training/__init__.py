@@ -1,5 +1,5 @@
 """Training: losses, the loop, methods, and the `train` stage."""
 
-from svdiff.training.train import train
+from svdiff.training.stage import train
 
 __all__ = ["train"]

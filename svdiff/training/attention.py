@@ -1,4 +1,4 @@
-"""Cross-attention maps, through diffusers' attention-processor interface (supplement B, Fig. 20 and 24).
+"""Records cross-attention maps of the UNet through diffusers' attention processors (supplement B, Fig. 20 and 24).
 
 Nothing is replaced until a recorder is entered, and afterwards the very same processors are back: off costs nothing. On,
 a layer's output still comes from its own processor; its maps are computed beside it, with gradients.

@@ -1,4 +1,4 @@
-"""What each step sees, as a pure function of the seed and the step.
+"""Batches of training examples: encoded pictures with their prompts, drawn as a pure function of seed and step.
 
 Nothing here has a state: the pictures, the latents, the noise and the timesteps of step n follow from (seed, n) alone.
 So a resumed run needs no sampler position and no random-generator state to be bit-identical to an uninterrupted one.
@@ -98,17 +98,17 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """What a training is shown: concepts, pairs and edits differ in nothing else.
 
     `order(n)` says which instance picture and which prior picture sample n shows; it is a pure function, so that a batch
-    can be asked for again. `watched` are the instance pictures of the loss at fixed noise.
+    can be asked for again. `validation` are the instance pictures of the loss at fixed noise.
     """
 
     instance: Examples
     prior: Examples | None
     order: Callable[[int], tuple[int, int]]
-    watched: list[int]
+    validation: list[int]
 
 
 class Batch(NamedTuple):
@@ -120,12 +120,12 @@ class Batch(NamedTuple):
     instances: int
 
 
-def draw_batch(source: Source, number: int, size: int, random: torch.Generator) -> Batch:
-    """Batch `number`: `size` instance samples, and as many prior samples where the source has any."""
-    places = [source.order(position) for position in range(number * size, (number + 1) * size)]
-    chosen: list[tuple[Examples, list[int]]] = [(source.instance, [instance for instance, _ in places])]
-    if source.prior is not None:
-        chosen.append((source.prior, [prior for _, prior in places]))
+def draw_batch(dataset: Dataset, number: int, size: int, random: torch.Generator) -> Batch:
+    """Batch `number`: `size` instance samples, and as many prior samples where the dataset has any."""
+    places = [dataset.order(position) for position in range(number * size, (number + 1) * size)]
+    chosen: list[tuple[Examples, list[int]]] = [(dataset.instance, [instance for instance, _ in places])]
+    if dataset.prior is not None:
+        chosen.append((dataset.prior, [prior for _, prior in places]))
     return Batch(
         torch.cat([examples.latents.draw(indices, random) for examples, indices in chosen]),
         [examples.prompts[i] for examples, indices in chosen for i in indices],

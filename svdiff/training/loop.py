@@ -1,4 +1,4 @@
-"""The training loop: from examples to a delta, whatever they show."""
+"""The training loop: draws a batch, takes the loss of Eq. 3 and makes an optimiser step, for every method."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from svdiff.config import TrainConfig
-from svdiff.training.batches import Source, draw_batch, generator
+from svdiff.training.attention_losses import AttentionLosses
+from svdiff.training.batches import Dataset, draw_batch, generator
 from svdiff.training.losses import Loss, denoising_loss, denoising_target, prior_preservation_loss
 from svdiff.training.methods import Method
-from svdiff.training.regularisers import Regularisers
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -24,7 +24,7 @@ VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss
 
 
 class Trainer:
-    """Optimiser steps on Eq. 3, and on what regularises it where asked.
+    """Optimiser steps on Eq. 3, with attention losses where asked.
 
     Step n is a pure function of (seed, n) and of the state after step n − 1.
     """
@@ -34,12 +34,12 @@ class Trainer:
         pipe: StableDiffusionPipeline,
         method: Method,
         config: TrainConfig,
-        source: Source,
+        dataset: Dataset,
         accelerator: Accelerator,
     ) -> None:
         self.pipe, self.method, self.config, self.accelerator = pipe, method, config, accelerator
-        self.source = source
-        self.regularisers = Regularisers(pipe, config)
+        self.dataset = dataset
+        self.attention_losses = AttentionLosses(pipe, config)
         groups = [
             {"params": parameters, "lr": getattr(config, name), "name": name}
             for name, parameters in method.parameters().items()
@@ -56,7 +56,7 @@ class Trainer:
         self.step = 0
         self._contexts: dict[str, Tensor] = {}
         # Asked of the result: spectral shifts are not among the text encoder's own parameters.
-        self._text_encoder_trains = self._encode([source.instance.prompts[0]]).requires_grad
+        self._text_encoder_trains = self._encode([dataset.instance.prompts[0]]).requires_grad
         if config.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
             pipe.unet.train()  # diffusers checkpoints in training mode only
@@ -101,17 +101,17 @@ class Trainer:
             yield {"step": self.step, **parts, "lr": rate, "seconds": time.perf_counter() - started}
 
     def _loss(self, number: int) -> Loss:
-        """Eq. 3 on batch `number`, and the regularisers in force."""
+        """Eq. 3 on batch `number`, with attention losses where asked."""
         config = self.config
         random = generator(config.seed, "batch", number)
-        batch = draw_batch(self.source, number, config.batch_size, random)
+        batch = draw_batch(self.dataset, number, config.batch_size, random)
         noise = torch.randn(batch.latents.shape, generator=random).to(batch.latents.device)
         levels = self.pipe.scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, levels, (len(noise),), generator=random).to(noise.device)
-        with self.regularisers.recording():
+        with self.attention_losses.recording():
             predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
         loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight)
-        return self.regularisers.add_to(loss, batch)
+        return self.attention_losses.add_to(loss, batch)
 
     def _predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         scheduler = self.pipe.scheduler
@@ -139,12 +139,12 @@ class Trainer:
 
     @torch.no_grad()
     def fixed_noise_loss(self) -> float:
-        """Eq. 1 on the watched pictures at fixed noise and evenly spread timesteps.
+        """Eq. 1 on the validation pictures at fixed noise and evenly spread timesteps.
 
         The training loss jumps with its random timesteps; this one can be compared from step to step.
         """
-        instance, watched = self.source.instance, self.source.watched
-        mean, prompts = instance.latents.mean[watched], [instance.prompts[i] for i in watched]
+        instance, validation = self.dataset.instance, self.dataset.validation
+        mean, prompts = instance.latents.mean[validation], [instance.prompts[i] for i in validation]
         levels = self.pipe.scheduler.config.num_train_timesteps
         losses = []
         for level in range(VALIDATION_LEVELS):

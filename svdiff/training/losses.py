@@ -1,7 +1,11 @@
-"""The training losses: Eq. 1 and Eq. 3."""
+"""The training losses as formulas: Eq. 1, Eq. 3, and those on cross-attention maps (supplement B): unmix and Eq. 8.
+
+Attention maps are (B, h, w) of one token each, as `attention.token_map` gives them; their gradients reach the network.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """What a step minimises, and its parts: Eq. 3's two, and those of `regularisers`, each before its weight."""
+    """What a step minimises, and its parts: Eq. 3's two, and those on attention maps, each before its weight."""
 
     total: Tensor
     instance: Tensor
@@ -50,3 +54,42 @@ def prior_preservation_loss(predicted: Tensor, target: Tensor, instances: int, w
         return Loss(instance, instance, torch.zeros_like(instance))
     prior = denoising_loss(predicted[instances:], target[instances:])
     return Loss(instance + weight * prior, instance, prior)
+
+
+def unmix_loss(special: Sequence[Tensor], regions: Sequence[Tensor]) -> Tensor:
+    """MSE of each subject's map over the regions of the others: [V₁] shall not attend to subject 2, nor the reverse.
+
+    Args:
+        special: for each subject the map A of its special token, (B, h, w).
+        regions: for each subject where it is, (B, h, w), 0 to 1; `cutmix.Region.mask` makes them.
+
+    Returns:
+        The mean over subjects and pictures of Σ M ⊙ A² / Σ M, M being where the other subjects are; 0 where M is empty,
+        as for pictures that are not mixed.
+    """
+    losses = []
+    for i, attention in enumerate(special):
+        others = torch.stack([region for j, region in enumerate(regions) if j != i]).amax(0).to(attention)
+        area = others.sum(dim=(1, 2))
+        leaked = (others * attention.square()).sum(dim=(1, 2))
+        losses.append((leaked / area.clamp_min(1e-12)).mean())
+    return torch.stack(losses).mean()
+
+
+def subject_mask(class_map: Tensor, threshold: float = 0.5) -> Tensor:
+    """M_t: where the coarse class token's map exceeds `threshold` of its own maximum; (B, h, w) of 0 and 1, no gradient."""
+    class_map = class_map.detach()
+    return (class_map > threshold * class_map.amax(dim=(1, 2), keepdim=True)).to(class_map.dtype)
+
+
+def single_subject_loss(special: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 8: ‖A^V − sg(A^V ⊙ M)‖², summed over positions, averaged over pictures.
+
+    Its gradient is 2A outside the mask and zero inside: the special token's attention is drawn back from the background
+    and left alone on the subject.
+
+    Args:
+        special: A^V, the special token's map, (B, h, w).
+        mask: M, (B, h, w), of `subject_mask`.
+    """
+    return (special - (special * mask).detach()).square().sum(dim=(1, 2)).mean()

@@ -1,4 +1,4 @@
-"""Live curves through accelerate's own trackers. A tracker that fails is reported once and never costs the training."""
+"""Sends the loss curve to MLflow while a training runs; a tracker that fails is reported once and never stops it."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ from svdiff.sampling import Job, sample_images
 from svdiff.sampling.inversion import edit_image, encode_images, invert
 from svdiff.sampling.stage import personalise
 from svdiff.training import train
-from svdiff.training.sources import read_material
+from svdiff.training.datasets import read_training_data
 
-STAGE = import_module("svdiff.training.train")  # the package's attribute of this name is the function
+STAGE = import_module("svdiff.training.stage")  # the package's attribute of this name is the function
 PROMPT, TARGET = "a dog on a blue background", "a dog on a red background"
 
 
@@ -43,10 +43,10 @@ def test_an_edit_is_trained_on_one_picture_without_token_or_prior(checkout: Chec
     config = load_config()
     settings = config.train_config("on-red")
     assert (settings.prior_weight, settings.steps) == (0, 6)
-    source = read_material(config, config.entry("on-red"), settings).encode(load_pipeline(config.base))
-    assert source.instance.prompts == [PROMPT]
-    assert source.instance.shown == [()]
-    assert source.prior is None
+    dataset = read_training_data(config, config.entry("on-red"), settings).encode(load_pipeline(config.base))
+    assert dataset.instance.prompts == [PROMPT]
+    assert dataset.instance.shown == [()]
+    assert dataset.prior is None
     delta = train(config, "on-red")
     curve = pd.read_csv(delta.with_name("curve.csv"))
     assert len(curve) == 6

@@ -1,4 +1,4 @@
-"""Recorded maps against a softmax by hand; regularisation against formulas and gradients of its own."""
+"""Recorded maps against a softmax by hand; attention losses against formulas and gradients of their own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
+from svdiff.training.losses import single_subject_loss, subject_mask, unmix_loss
 from svdiff.training.methods import apply_method
-from svdiff.training.regularisation import single_subject_loss, subject_mask, unmix_loss
 
 PROMPTS = ["a sks dog and a zwx cat", "a red house"]
 
@@ -135,7 +135,7 @@ def test_token_positions(tiny_pipe) -> None:
         token_positions(tiny_pipe.tokenizer, PROMPTS[0], "panda")
 
 
-# ---- unmix regularisation and Eq. 8 ----
+# ---- unmix and Eq. 8 ----
 
 
 def some_map(seed: int, batch: int = 2) -> torch.Tensor:
@@ -210,7 +210,7 @@ def test_eq_8_stops_the_gradient_of_the_masked_map() -> None:
 
 
 def test_a_step_on_eq_8_moves_attention_off_the_background(tiny_pipe) -> None:
-    """Through the whole network: the special token's leak shrinks under gradient steps on the regularisation alone."""
+    """Through the whole network: the special token's leak shrinks under gradient steps on Eq. 8 alone."""
     method = apply_method(tiny_pipe, TrainConfig(), ["sks"])
     optimizer = torch.optim.Adam([p for group in method.parameters().values() for p in group], lr=1e-2)
     leaks = []

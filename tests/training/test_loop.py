@@ -14,10 +14,10 @@ from torch import Tensor
 
 from svdiff.config import BaseModelConfig, TrainConfig
 from svdiff.models import load_pipeline
-from svdiff.training.batches import Examples, LatentImages, Shown, Source, draw_indices, generator
-from svdiff.training.checkpoint import load_state, save_state
+from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices, generator
 from svdiff.training.loop import Trainer
 from svdiff.training.methods import apply_method
+from svdiff.training.resume import load_state, save_state
 
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 STEPS = 4
@@ -34,7 +34,7 @@ def examples(prompt: str, count: int, seed: int, *shown: Shown) -> Examples:
     return Examples.alike(LatentImages(mean, 0.1 * deviation), prompt, *shown)
 
 
-def source(config: TrainConfig) -> Source:
+def dataset(config: TrainConfig) -> Dataset:
     """Three pictures of a dog, and five prior images of its class where the training wants any."""
 
     def order(sample: int) -> tuple[int, int]:
@@ -43,7 +43,7 @@ def source(config: TrainConfig) -> Source:
         )
 
     prior = examples("a dog", 5, 2) if config.prior_weight > 0 else None
-    return Source(examples("a sks dog", 3, 1, Shown("sks", "dog")), prior, order, [0, 1, 2])
+    return Dataset(examples("a sks dog", 3, 1, Shown("sks", "dog")), prior, order, [0, 1, 2])
 
 
 def trainer_on(base: Path, scaler: torch.amp.GradScaler | None = None, **settings: object) -> Trainer:
@@ -57,7 +57,7 @@ def trainer_on(base: Path, scaler: torch.amp.GradScaler | None = None, **setting
     accelerator = Accelerator(mixed_precision=config.precision, cpu=True)
     if scaler is not None:  # as `Accelerator` prepares itself for fp16 on a GPU
         accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
-    return Trainer(pipe, apply_method(pipe, config, ["sks"]), config, source(config), accelerator)
+    return Trainer(pipe, apply_method(pipe, config, ["sks"]), config, dataset(config), accelerator)
 
 
 def run(trainer: Trainer, until: int = STEPS) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Joint training of a pair: what each sample shows, regularisers that cost nothing when off, and exact resuming."""
+"""Joint training of a pair: what each sample shows, attention losses that cost nothing when off, and exact resuming."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from svdiff.data.mixes import load_mixes, make_mixes
 from svdiff.models import load_pipeline
 from svdiff.training import train
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
-from svdiff.training.batches import Source, draw_batch, generator
+from svdiff.training.attention_losses import AttentionLosses
+from svdiff.training.batches import Dataset, draw_batch, generator
+from svdiff.training.datasets import read_training_data
 from svdiff.training.loop import Trainer
-from svdiff.training.regularisers import Regularisers
-from svdiff.training.sources import read_material
 
 
 @pytest.fixture
@@ -56,23 +56,23 @@ def checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
-def pair_source(config: Config, **overrides: Any) -> Source:
-    material = read_material(config, config.entry("both"), config.train_config("both", overrides))
-    return material.encode(load_pipeline(config.base))
+def pair_dataset(config: Config, **overrides: Any) -> Dataset:
+    data = read_training_data(config, config.entry("both"), config.train_config("both", overrides))
+    return data.encode(load_pipeline(config.base))
 
 
 def test_samples_are_mixes_with_their_probability_and_priors_are_their_counterparts(checkout: Path) -> None:
     config = load_config()
-    source, mixes = pair_source(config), load_mixes(config.entry("both")).mixes
-    assert source.prior is not None
+    dataset, mixes = pair_dataset(config), load_mixes(config.entry("both")).mixes
+    assert dataset.prior is not None
     kinds: Counter[str] = Counter()
     for sample in range(1500):
-        instance, prior = source.order(sample)
-        shown, prompt = source.instance.shown[instance], source.instance.prompts[instance]
+        instance, prior = dataset.order(sample)
+        shown, prompt = dataset.instance.shown[instance], dataset.instance.prompts[instance]
         if len(shown) == 2:
             kinds["mix"] += 1
             assert instance == prior < len(mixes)
-            assert source.prior.prompts[prior] == mixes[instance].prior_prompt
+            assert dataset.prior.prompts[prior] == mixes[instance].prior_prompt
             assert {s.token: s.region for s in shown} == {
                 config.concepts[name].token: region for name, region in mixes[instance].regions.items()
             }
@@ -80,26 +80,26 @@ def test_samples_are_mixes_with_their_probability_and_priors_are_their_counterpa
             [one] = shown
             kinds[one.token] += 1
             assert prompt == f"a {one.token} {one.class_word}"
-            assert source.prior.prompts[prior] == f"a {one.class_word}"
-        assert source.prior.shown[prior] == ()
+            assert dataset.prior.prompts[prior] == f"a {one.class_word}"
+        assert dataset.prior.shown[prior] == ()
     assert kinds["mix"] / 1500 == pytest.approx(0.6, abs=0.04)  # three standard deviations
     assert kinds["sks"] / 1500 == pytest.approx(0.2, abs=0.035)
-    again = pair_source(config)
-    assert [again.order(n) for n in range(50)] == [source.order(n) for n in range(50)]
+    again = pair_dataset(config)
+    assert [again.order(n) for n in range(50)] == [dataset.order(n) for n in range(50)]
 
 
 def test_without_cut_mix_unmix_only_single_subjects_are_shown(checkout: Path) -> None:
-    source = pair_source(load_config(), mix_probability=0.0)
-    assert len(source.instance.prompts) == 6
-    assert {source.instance.prompts[source.order(n)[0]] for n in range(60)} == {"a sks dog", "a zwx cat"}
-    assert {len(source.instance.shown[source.order(n)[0]]) for n in range(60)} == {1}
+    dataset = pair_dataset(load_config(), mix_probability=0.0)
+    assert len(dataset.instance.prompts) == 6
+    assert {dataset.instance.prompts[dataset.order(n)[0]] for n in range(60)} == {"a sks dog", "a zwx cat"}
+    assert {len(dataset.instance.shown[dataset.order(n)[0]]) for n in range(60)} == {1}
 
 
 def test_without_prior_preservation_there_are_no_prior_samples(checkout: Path) -> None:
-    source = pair_source(load_config(), prior_weight=0.0)
-    assert source.prior is None
-    assert draw_batch(source, 3, 2, generator("x")).instances == 2
-    assert len(draw_batch(source, 3, 2, generator("x")).latents) == 2
+    dataset = pair_dataset(load_config(), prior_weight=0.0)
+    assert dataset.prior is None
+    assert draw_batch(dataset, 3, 2, generator("x")).instances == 2
+    assert len(draw_batch(dataset, 3, 2, generator("x")).latents) == 2
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_pair_resumed_twice_equals_one_left_alone(
     assert (summary["kind"], summary["concept"], summary["token"]) == ("pair", "both", "sks, zwx")
 
 
-def test_regularisers_are_in_the_curve_and_change_the_delta(checkout: Path) -> None:
+def test_attention_losses_are_in_the_curve_and_change_the_delta(checkout: Path) -> None:
     config = load_config()
     plain = load_file(train(config, "both"))
     assert "loss_unmix" not in pd.read_csv("out/train/both/curve.csv")
@@ -153,11 +153,11 @@ def test_weights_of_zero_leave_no_trace(checkout: Path, monkeypatch: pytest.Monk
     """Nothing of the attention machinery is touched: no processor is exchanged, and the loss is the very same object."""
     monkeypatch.setattr(AttentionRecorder, "__init__", lambda *_, **__: pytest.fail("attention is recorded"))
     pipe = load_pipeline(load_config().base)
-    regularisers = Regularisers(pipe, TrainConfig(unmix_weight=0.0, single_subject_weight=0.0))
+    losses = AttentionLosses(pipe, TrainConfig(unmix_weight=0.0, single_subject_weight=0.0))
     loss = object()
-    assert regularisers.add_to(loss, None) is loss  # type: ignore[arg-type]
+    assert losses.add_to(loss, None) is loss  # type: ignore[arg-type]
     before = pipe.unet.attn_processors
-    with regularisers.recording():
+    with losses.recording():
         assert pipe.unet.attn_processors == before
 
 
@@ -165,8 +165,8 @@ def test_terms_by_hand(checkout: Path, tiny_base: Path) -> None:
     """Both terms on one recorded batch, against sums written out."""
     config = load_config()
     pipe = load_pipeline(BaseModelConfig(model=str(tiny_base)))
-    source = pair_source(config)
-    batch = draw_batch(source, 0, 6, generator("batch"))
+    dataset = pair_dataset(config)
+    batch = draw_batch(dataset, 0, 6, generator("batch"))
     settings = TrainConfig(
         unmix_weight=1.0,
         single_subject_weight=1.0,
@@ -174,15 +174,15 @@ def test_terms_by_hand(checkout: Path, tiny_base: Path) -> None:
         attention_layers="down_blocks",
         attention_sides=[8],
     )
-    regularisers = Regularisers(pipe, settings)
+    losses = AttentionLosses(pipe, settings)
     tokens = pipe.tokenizer(batch.prompts, padding="max_length", return_tensors="pt").input_ids
-    with regularisers.recording(), torch.no_grad():
+    with losses.recording(), torch.no_grad():
         pipe.unet(batch.latents, 500, encoder_hidden_states=pipe.text_encoder(tokens)[0])
-    assert regularisers.recorder is not None
-    assert set(regularisers.recorder.maps) == {"down_blocks.0.attentions.0.transformer_blocks.0.attn2"}
+    assert losses.recorder is not None
+    assert set(losses.recorder.maps) == {"down_blocks.0.attentions.0.transformer_blocks.0.attn2"}
 
     def word_map(row: int, word: str) -> torch.Tensor:
-        maps = {name: value[[row]] for name, value in regularisers.recorder.maps.items()}  # type: ignore[union-attr]
+        maps = {name: value[[row]] for name, value in losses.recorder.maps.items()}  # type: ignore[union-attr]
         return token_map(maps, [token_positions(pipe.tokenizer, batch.prompts[row], word)])[0]
 
     unmix, single = [], []
@@ -199,5 +199,5 @@ def test_terms_by_hand(checkout: Path, tiny_base: Path) -> None:
     assert unmix
     assert single
     assert torch.stack(single).mean() > 0
-    torch.testing.assert_close(regularisers._unmix(batch), torch.stack(unmix).mean())
-    torch.testing.assert_close(regularisers._single_subject(batch), torch.stack(single).mean())
+    torch.testing.assert_close(losses._unmix(batch), torch.stack(unmix).mean())
+    torch.testing.assert_close(losses._single_subject(batch), torch.stack(single).mean())

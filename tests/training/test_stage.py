@@ -28,7 +28,7 @@ from svdiff.sampling.stage import draw_pictures as draw
 from svdiff.sampling.weights_delta import is_weights_delta
 from svdiff.training import train
 
-STAGE = import_module("svdiff.training.train")  # the package's attribute of this name is the function
+STAGE = import_module("svdiff.training.stage")  # the package's attribute of this name is the function
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 
 

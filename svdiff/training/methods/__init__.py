@@ -1,4 +1,4 @@
-"""What is trained, behind one interface: spectral shifts and the paper's baselines (Sec. 4.1).
+"""Training methods behind one interface: spectral shifts, full weights, LoRA, Custom Diffusion (Sec. 4.1).
 
 A method changes the pipeline's networks in place so that some parameters are trainable, and can write what it learned.
 """

@@ -1,4 +1,7 @@
-"""Losses beside Eq. 3 that look at the cross-attention maps of a pass (supplement B); none costs anything while its weight is 0."""
+"""Attention losses in training (supplement B): records cross-attention maps and adds unmix and Eq. 8 to the loss of Eq. 3.
+
+An attention loss whose weight is 0 costs nothing: nothing is recorded.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from torch import Tensor
 from svdiff.config import TrainConfig
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
 from svdiff.training.batches import Batch
-from svdiff.training.losses import Loss
-from svdiff.training.regularisation import single_subject_loss, subject_mask, unmix_loss
+from svdiff.training.losses import Loss, single_subject_loss, subject_mask, unmix_loss
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 Words = list[tuple[int, str]]  # rows of a batch, each with the word whose map is wanted
 
 
-class Regularisers:
-    """The regularisers that `config` gives a weight, on one recorder of chosen layers and resolutions.
+class AttentionLosses:
+    """The attention losses that `config` gives a weight, on one recorder of chosen layers and resolutions.
 
     Raises SvdiffError if a weight is set and no layer matches `attention_layers`.
     """
@@ -39,14 +41,14 @@ class Regularisers:
             self.recorder = AttentionRecorder(pipe.unet, layers=config.attention_layers, sides=config.attention_sides)
 
     def recording(self) -> AbstractContextManager[object]:
-        """What the pass of the network is made in: nothing at all without regularisers."""
+        """What the pass of the network is made in: a recorder, or nothing without attention losses."""
         return nullcontext() if self.recorder is None else self.recorder
 
     def add_to(self, loss: Loss, batch: Batch) -> Loss:
-        """`loss` with each regulariser times its weight added; the very same object without regularisers."""
+        """`loss` with each attention loss times its weight added; the very same object without any."""
         for name, (weight, term) in self.terms.items():
             value = term(batch)
-            if value is None:  # nothing in this batch that it speaks of
+            if value is None:  # no picture of this kind in the batch
                 value = torch.zeros_like(loss.total)
             loss = loss._replace(total=loss.total + weight * value, extra=loss.extra | {name: value})
         return loss

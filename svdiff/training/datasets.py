@@ -1,4 +1,4 @@
-"""What distinguishes one training from another: its pictures and prompts. Everything else is the same for all."""
+"""Reads what a concept, a pair or an edit is trained on: pictures, prompts, prior images, and the order they are shown in."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from svdiff.data.mixes import load_mixes, mix_folder
 from svdiff.data.prior import load_prior_images, prior_folder
 from svdiff.files import sha256_file, sha256_tree
 from svdiff.models import image_size
-from svdiff.training.batches import Examples, LatentImages, Shown, Source, draw_indices
+from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
-WATCHED_MIXES = 4  # mixes among the pictures of the fixed-noise loss
+VALIDATION_MIXES = 4  # mixes among the pictures of the fixed-noise loss
 
 
 @dataclass(frozen=True)
-class Material:
-    """What an entry is trained on, read and checked before the base is loaded.
+class TrainingData:
+    """The pictures and prompts of an entry, read and checked before the base is loaded.
 
-    `encode` makes the examples with the base's autoencoder; `reads` says what they depend on, for the resume state's key.
+    `encode` runs the base's autoencoder on them; `reads` identifies the files, for the key of the resume state.
     """
 
-    encode: Callable[[StableDiffusionPipeline], Source]
+    encode: Callable[[StableDiffusionPipeline], Dataset]
     reads: dict[str, object]
     validation_prompts: list[str]
 
 
-def read_material(config: Config, entry: Entry, settings: TrainConfig) -> Material:
-    """The material of an entry. Raises SvdiffError for pictures that are missing or cannot be read."""
+def read_training_data(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
+    """The data of an entry. Raises SvdiffError for pictures that are missing or cannot be read."""
     return {"concept": _concept, "pair": _pair, "edit": _edit}[entry.kind](config, entry, settings)
 
 
-def _concept(config: Config, entry: Entry, settings: TrainConfig) -> Material:
+def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     """The concept's pictures under one prompt, and the prior images of its class."""
     [(name, concept)] = entry.concepts.items()
     pictures = [picture.image for picture in load_concept_images(concept_folder(name))]
     priors = load_prior_images(concept.class_word) if settings.prior_weight > 0 else []
 
-    def encode(pipe: StableDiffusionPipeline) -> Source:
+    def encode(pipe: StableDiffusionPipeline) -> Dataset:
         shown = Shown(concept.token, concept.class_word)
         instance = Examples.alike(_encoded(pipe, pictures), settings.prompt.format(subject=concept.subject), shown)
         prior = None
         if priors:
             prior = Examples.alike(_encoded(pipe, priors), config.prior.prompt.format(subject=concept.class_word))
-        return Source(instance, prior, _in_turn(settings.seed, len(pictures), len(priors)), list(range(len(pictures))))
+        return Dataset(instance, prior, _in_turn(settings.seed, len(pictures), len(priors)), list(range(len(pictures))))
 
     reads: dict[str, object] = {
         "pictures": sha256_tree(concept_folder(name)),
         "priors": sha256_tree(prior_folder(concept.class_word)) if priors else None,
     }
-    return Material(encode, reads, entry.prompts(settings.validation_prompts))
+    return TrainingData(encode, reads, entry.prompts(settings.validation_prompts))
 
 
 def _in_turn(seed: int, pictures: int, priors: int) -> Callable[[int], tuple[int, int]]:
@@ -71,7 +71,7 @@ def _in_turn(seed: int, pictures: int, priors: int) -> Callable[[int], tuple[int
     return order
 
 
-def _pair(config: Config, entry: Entry, settings: TrainConfig) -> Material:
+def _pair(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     """Mixes and single pictures of the pair's dataset: each sample is a mix with `mix_probability`, else one concept alone.
 
     Mixes come first in the examples, then the concepts one after another; the prior pictures have the same order.
@@ -81,7 +81,7 @@ def _pair(config: Config, entry: Entry, settings: TrainConfig) -> Material:
     singles = [(entry.concepts[name], pictures) for name, pictures in data.singles.items()]
     priors = [(entry.concepts[name], pictures) for name, pictures in data.priors.items()]
 
-    def encode(pipe: StableDiffusionPipeline) -> Source:
+    def encode(pipe: StableDiffusionPipeline) -> Dataset:
         instance = Examples(
             _encoded(pipe, [mix.image for mix in mixes] + [image for _, images in singles for image in images]),
             [mix.prompt for mix in mixes]
@@ -109,11 +109,11 @@ def _pair(config: Config, entry: Entry, settings: TrainConfig) -> Material:
         counts = [[len(images) for _, images in part] for part in (singles, priors)]
         order = _mixed(settings, len(mixes), *counts)
         last = len(instance.prompts)
-        watched = [*range(min(WATCHED_MIXES, len(mixes))), *range(len(mixes), last)]
-        return Source(instance, prior, order, watched)
+        validation = [*range(min(VALIDATION_MIXES, len(mixes))), *range(len(mixes), last)]
+        return Dataset(instance, prior, order, validation)
 
     reads: dict[str, object] = {"mixes": sha256_tree(mix_folder(entry.name))}
-    return Material(encode, reads, entry.prompts(settings.validation_prompts))
+    return TrainingData(encode, reads, entry.prompts(settings.validation_prompts))
 
 
 def _mixed(
@@ -135,15 +135,15 @@ def _mixed(
     return order
 
 
-def _edit(config: Config, entry: Entry, settings: TrainConfig) -> Material:
+def _edit(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     """One picture under one prompt, which has no special token; no prior (Sec. 3.4)."""
     edit = config.edit_of(entry.name)
     picture = load_picture(edit.image).image
 
-    def encode(pipe: StableDiffusionPipeline) -> Source:
-        return Source(Examples.alike(_encoded(pipe, [picture]), edit.prompt), None, lambda sample: (0, 0), [0])
+    def encode(pipe: StableDiffusionPipeline) -> Dataset:
+        return Dataset(Examples.alike(_encoded(pipe, [picture]), edit.prompt), None, lambda sample: (0, 0), [0])
 
-    return Material(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt}, [edit.prompt])
+    return TrainingData(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt}, [edit.prompt])
 
 
 def _encoded(pipe: StableDiffusionPipeline, images: list[Image]) -> LatentImages:

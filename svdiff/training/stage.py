@@ -1,4 +1,4 @@
-"""Stage `train`: pictures of a concept, pair or edit in, its delta out. Killed at any moment, it goes on where it was."""
+"""The stage `train`: trains a concept, pair or edit and writes its delta; killed and started again, it resumes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from svdiff.models import load_pipeline, scratch
 from svdiff.sampling import Job, sample_images
 from svdiff.sampling.grid import image_grid
 from svdiff.spectral import weights_hash
-from svdiff.training.checkpoint import load_state, save_state
+from svdiff.training.datasets import TrainingData, read_training_data
 from svdiff.training.loop import Trainer
 from svdiff.training.methods import Method, apply_method
-from svdiff.training.sources import Material, read_material
+from svdiff.training.resume import load_state, save_state
 from svdiff.training.tracking import LiveCurve
 
 PACKAGE = Path(svdiff.__file__).parent
 # A resume state is good for the code that wrote it only.
-CODE = ("spectral/**/*.py", "training/**/*.py", "data/*.py", "sampling/images.py")
+CODE = ("spectral/**/*.py", "training/**/*.py", "data/*.py", "sampling/images.py", "sampling/weights_delta.py")
 
 
 def train(config: Config, name: str, out_dir: Path | None = None, overrides: dict[str, Any] | None = None) -> Path:
@@ -56,20 +56,20 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     """
     entry, settings = config.entry(name), config.train_config(name, overrides)
     out_dir = out_dir or Path("out/train") / name
-    material = read_material(config, entry, settings)
+    data = read_training_data(config, entry, settings)
 
     pipe = load_pipeline(config.base)
     for token in entry.tokens:
         _check_token(pipe, token)
     accelerator = _accelerator(config, settings)
     set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
-    source = material.encode(pipe)
+    dataset = data.encode(pipe)
     frozen = [weights_hash(pipe.text_encoder), weights_hash(pipe.vae), pipe.scheduler.to_json_string()]
     method = apply_method(pipe, settings, entry.tokens)
     try:
-        trainer = Trainer(pipe, method, settings, source, accelerator)
-        key = _train_key(config, entry, settings, material, [method.base_hash, *frozen])
-        run = _Run(config, entry, settings, material.validation_prompts, key, LiveCurve(accelerator, config.tracking))
+        trainer = Trainer(pipe, method, settings, dataset, accelerator)
+        key = _train_key(config, entry, settings, data, [method.base_hash, *frozen])
+        run = _Run(config, entry, settings, data.validation_prompts, key, LiveCurve(accelerator, config.tracking))
         run.curve.start(name, key, settings.model_dump(mode="json"), run.state_dir / "tracker.json")
         rows = _train_resumably(trainer, run)
         run.curve.end()
@@ -194,16 +194,16 @@ def method_device(method: Method) -> torch.device:
     return next(p.device for group in method.parameters().values() for p in group)
 
 
-def _train_key(config: Config, entry: Entry, settings: TrainConfig, material: Material, base: list[str]) -> str:
+def _train_key(config: Config, entry: Entry, settings: TrainConfig, data: TrainingData, base: list[str]) -> str:
     """Hash of everything that the result depends on: a resume state is never taken up by another training."""
     result_neutral = {"save_every"}
     parts = {
         "base": base,
         "settings": settings.model_dump(mode="json", exclude=result_neutral),
         "sample": [config.sample.steps, config.sample.guidance, config.sample.eta],
-        "entry": [entry.kind, entry.name, entry.subjects, material.validation_prompts],
+        "entry": [entry.kind, entry.name, entry.subjects, data.validation_prompts],
         "prior_prompt": config.prior.prompt,
-        "reads": material.reads,
+        "reads": data.reads,
         "code": [sha256_file(file) for part in CODE for file in sorted(PACKAGE.glob(part))],
         "torch": torch.__version__,
     }

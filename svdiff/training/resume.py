@@ -1,4 +1,4 @@
-"""Resume states: whole or not at all, and never a pickle of anything but tensors and numbers."""
+"""Writes and reads resume states: files of tensors and numbers that an interrupted training goes on from."""
 
 from __future__ import annotations
 
