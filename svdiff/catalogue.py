@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
-    from svdiff.config import ConceptConfig
+    from svdiff.sections import ConceptConfig
 
 Kind = Literal["concept", "pair", "edit"]
 SECTIONS: dict[Kind, str] = {"concept": "concepts", "pair": "pairs", "edit": "edits"}

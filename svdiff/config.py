@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from svdiff.base.config import BaseTrainingConfig
 from svdiff.catalogue import SECTIONS, Entry, Kind
 from svdiff.errors import SvdiffError
 from svdiff.sections import (
@@ -82,7 +81,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     promote: PromoteConfig = PromoteConfig()
     reevaluate: ReevaluateConfig = ReevaluateConfig()
-    base_training: BaseTrainingConfig = BaseTrainingConfig()
+    base_training: dict[str, Any] = Field({}, description="how the embedded base is made: read by `svdiff base` alone")
 
     @model_validator(mode="after")
     def _names_agree(self) -> Config:

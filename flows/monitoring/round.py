@@ -214,7 +214,7 @@ class Reevaluation:
         client.set_terminated(run_id, "FINISHED")
 
     def _log_files(self, run_id: str, folder: str, measured: Measured) -> None:
-        from svdiff.sampling.grid import image_grid
+        from svdiff.data.grid import image_grid
 
         with tempfile.TemporaryDirectory() as temporary:
             here = Path(temporary)

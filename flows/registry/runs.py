@@ -75,7 +75,7 @@ def sample_grids(results: Results) -> dict[str, Image]:
     import pandas as pd
     from PIL import Image
 
-    from svdiff.sampling.grid import image_grid
+    from svdiff.data.grid import image_grid
 
     folder = results.folder("sample")
     grids = {}

@@ -49,9 +49,9 @@ def draw_concepts(config: Config, output: Path, work: Path, names: Sequence[str]
     All else goes to `work`, a folder that looks like the repository. A row of the sheet: a picture of the concept, then
     one picture a prompt, none chosen.
     """
-    from svdiff.data.prior import make_prior_images
     from svdiff.models import load_pipeline
     from svdiff.sampling import Job
+    from svdiff.sampling.prior import make_prior_images
     from svdiff.sampling.stage import draw_pictures, personalise
     from svdiff.training import train
 

@@ -12,9 +12,12 @@ app = typer.Typer()
 @app.command("config")
 def showread(params: Params = PARAMS) -> None:
     """Describe every key of params.yaml, with the values in force."""
+    from svdiff.base.config import load_base_training
     from svdiff.config import describe
 
-    for line in describe(read(params)):
+    config, base_training = read(params), load_base_training(params)
+    lines = describe(config.model_copy(update={"base_training": base_training}))
+    for line in lines:
         typer.echo(line)
 
 

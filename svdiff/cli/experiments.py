@@ -58,8 +58,14 @@ def edit_curves(
     params: Params = PARAMS,
 ) -> None:
     """Edit score against reconstruction, for methods and lengths of training, on edits whose answer is known."""
+    from svdiff.base.config import load_base_training
+    from svdiff.base.scenes import scene_edits
+    from svdiff.base.world import World
     from svdiff.editing.curves import LENGTHS, METHODS
     from svdiff.editing.curves import edit_curves as run
 
-    folder = run(read(params), names=name or (), methods=method or METHODS, lengths=steps or LENGTHS, output=output)
+    config = read(params)
+    world = World(load_base_training(params).world)
+    edits = [edit.known(world) for edit in scene_edits(world)]
+    folder = run(config, edits, names=name or (), methods=method or METHODS, lengths=steps or LENGTHS, output=output)
     wrote(folder)

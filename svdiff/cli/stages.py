@@ -32,7 +32,7 @@ def prior(
     params: Params = PARAMS,
 ) -> None:
     """Stage: prior images of a class word, from the base."""
-    from svdiff.data.prior import make_prior_images
+    from svdiff.sampling.prior import make_prior_images
 
     wrote(make_prior_images(read(params), class_word))
 

@@ -24,11 +24,11 @@ from svdiff.catalogue import Entry
 from svdiff.config import Config, MixConfig
 from svdiff.data.concepts import concept_folder, load_concept_images, to_square
 from svdiff.data.cutmix import MixedPair, MixRecipe, Region, Subject, mixed_pair, split_regions
+from svdiff.data.grid import contact_sheet
 from svdiff.data.prior import load_prior_images
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir
 from svdiff.models import native_size
-from svdiff.sampling.grid import contact_sheet
 from svdiff.sections import Layout
 
 MIXES = Path("out/mix")

@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 import svdiff
 from svdiff.catalogue import Entry
 from svdiff.config import Config, TrainConfig
+from svdiff.data.grid import image_grid
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, sha256_file, write_atomic
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling import Job, sample_images
-from svdiff.sampling.grid import image_grid
 from svdiff.spectral import weights_hash
 from svdiff.training.datasets import TrainingData, read_training_data
 from svdiff.training.loop import Trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,8 @@ from editing_parts import Checkout
 from PIL import Image
 
 import svdiff.training
+from svdiff.base.scenes import scene_edits
+from svdiff.base.world import World
 from svdiff.config import load_config
 from svdiff.editing.curves import MEASURES, edit_curves, summarise
 from svdiff.errors import SvdiffError
@@ -30,11 +33,13 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
         return train(*args, **kwargs)
 
     monkeypatch.setattr(svdiff.training, "train", killed_once)
-    config, asked = load_config(), {"names": ["dog-background"], "methods": ["svdiff", "full"], "lengths": [1, 2]}
+    config, world = load_config(), World(checkout.values["base_training"]["world"])
+    edits = [edit.known(world) for edit in scene_edits(world)]
+    asked: dict[str, Any] = {"names": ["dog-background"], "methods": ["svdiff", "full"], "lengths": [1, 2]}
     with pytest.raises(KeyboardInterrupt):
-        edit_curves(config, **asked, output=Path("curves"))
+        edit_curves(config, edits, **asked, output=Path("curves"))
     assert not Path("curves").exists()
-    folder = edit_curves(config, **asked, output=Path("curves"))
+    folder = edit_curves(config, edits, **asked, output=Path("curves"))
     assert trained == [("svdiff", 1), ("svdiff", 2), ("full", 1), ("full", 1), ("full", 2)]
 
     assert not list(Path("scratch").rglob("delta.safetensors")), "cells that are done keep pictures and scores only"
@@ -51,11 +56,11 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
         assert min(Image.open(folder / name).size) > 200
 
     with pytest.raises(SvdiffError, match=r"no edit 'fly'.*zoom-in-lion"):
-        edit_curves(config, names=["fly"], output=Path("curves"))
+        edit_curves(config, edits, names=["fly"], output=Path("curves"))
     with pytest.raises(SvdiffError, match="no method 'svd'"):
-        edit_curves(config, methods=["svd"], output=Path("curves"))
+        edit_curves(config, edits, methods=["svd"], output=Path("curves"))
     with pytest.raises(SvdiffError, match="steps"):
-        edit_curves(config, lengths=[0], output=Path("curves"))
+        edit_curves(config, edits, lengths=[0], output=Path("curves"))
 
 
 def test_means_keep_small_and_structural_edits_apart() -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from svdiff.base.captions import vocabulary
+from svdiff.base.scenes import RECIPES, SceneEdit, scene_edits
 from svdiff.base.things import COLOURS, THINGS
 from svdiff.base.world import World, is_held_out
-from svdiff.editing.scenes import RECIPES, SceneEdit, scene_edits
 from svdiff.errors import SvdiffError
 
 

@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from svdiff.config import load_config
+from svdiff.data.grid import image_grid
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline
-from svdiff.sampling.grid import image_grid
 from svdiff.sampling.images import Job
 from svdiff.sampling.stage import draw_pictures as draw
 from svdiff.sampling.weights_delta import is_weights_delta

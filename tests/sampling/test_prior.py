@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from svdiff.config import Config
-from svdiff.data.prior import load_prior_images, make_prior_images, prior_folder
+from svdiff.data.prior import load_prior_images, prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling import Job, sample_images
+from svdiff.sampling.prior import make_prior_images
 
 
 def configured(tiny_base: Path, **prior: object) -> Config:

@@ -25,6 +25,7 @@ from svdiff.base.world import (
     on_grid,
     places_left,
 )
+from svdiff.editing.curves import KnownEdit
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class SceneEdit:
     def structural(self) -> bool:
         """Whether things change their places or sizes."""
         return self.kind in STRUCTURAL
+
+    def known(self, world: World) -> KnownEdit:
+        """The edit as the experiment takes it."""
+        pictures = self.picture(world), self.answer(world)
+        return KnownEdit(self.name, self.kind, self.structural, self.prompt, self.target, *pictures)
 
     def picture(self, world: World) -> Image:
         """The picture to edit, SIZE × SIZE."""
