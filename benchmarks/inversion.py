@@ -14,14 +14,15 @@ import json
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from svdiff.editing.scenes import scene_edits
+
 from benchmarks.common import machine, table
 from svdiff.base.world import World
 from svdiff.config import load_config
 from svdiff.data.concepts import to_square
-from svdiff.editing.scenes import scene_edits
 from svdiff.editing.scores import psnr
 from svdiff.evaluation.alignment import load_evaluators
-from svdiff.models import image_size, load_pipeline
+from svdiff.models import family_of, load_pipeline
 from svdiff.sampling.guidance import decode
 from svdiff.sampling.inversion import encode_images, invert, reconstruct
 
@@ -35,7 +36,7 @@ def measure(lengths: list[int]) -> dict[str, dict[str, float]]:
     world, pipe = World(config.base_training.world), load_pipeline(config.base)
     distance = load_evaluators(config.evaluators).distance
     edits = scene_edits(world)
-    pictures = [to_square(edit.picture(world), image_size(pipe)) for edit in edits]
+    pictures = [to_square(edit.picture(world), family_of(pipe).image_size) for edit in edits]
     prompts = [edit.prompt for edit in edits]
     latents = encode_images(pipe, pictures)
 

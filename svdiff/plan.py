@@ -112,21 +112,23 @@ def _training(config: Config, name: str, overrides: dict[str, int], forward: flo
 
 
 def seconds_per_picture(config: Config) -> float:
-    """Time of one picture's pass through the UNet, in a batch of eight."""
+    """Time of one picture's pass through the denoising network, in a batch of eight."""
     import torch
 
-    from svdiff.models import load_pipeline
+    from svdiff.models import family_of, load_pipeline
 
     pipe = load_pipeline(config.base)
-    channels, side = pipe.unet.config.in_channels, pipe.unet.config.sample_size
-    latents = torch.zeros(8, channels, side, side, device=pipe.device)
-    context = torch.zeros(8, 4, pipe.unet.config.cross_attention_dim, device=pipe.device)
+    family = family_of(pipe)
+    latents = torch.zeros(8, *family.latent_shape, device=pipe.device)
+    timesteps = torch.full((8,), family.objective.level(0.5), device=pipe.device)
+    with torch.no_grad():
+        conditions = family.encode([""] * 8)
 
     def timings() -> Iterator[float]:
         for _ in range(4):
             started = time.perf_counter()
             with torch.no_grad():
-                pipe.unet(latents, 500, encoder_hidden_states=context)
+                family.predict(latents, timesteps, conditions)
             yield time.perf_counter() - started
 
     return min(timings()) / 8

@@ -19,7 +19,6 @@ from svdiff.files import sha256_file
 
 if TYPE_CHECKING:
     import pandas as pd
-    from diffusers import StableDiffusionPipeline
     from mlflow.entities.model_registry import ModelVersion
     from PIL.Image import Image
 
@@ -58,7 +57,7 @@ class Examiner:
 
     def __init__(self, config: Config, root: Path) -> None:
         self.config, self.root = config, root
-        self._loaded: tuple[BaseModelConfig, StableDiffusionPipeline, str] | None = None
+        self._loaded: tuple[BaseModelConfig, Any, str] | None = None
 
     def measure(self, version: ModelVersion) -> Measure:
         """What the scores of `version` would be measured with today."""
@@ -141,15 +140,15 @@ class Examiner:
 
         return load_evaluators(self.config.evaluators)
 
-    def _pipeline(self, version: ModelVersion, description: dict[str, Any]) -> StableDiffusionPipeline:
-        from svdiff.models import load_pipeline
+    def _pipeline(self, version: ModelVersion, description: dict[str, Any]) -> Any:
+        from svdiff.models import family_of, load_pipeline
         from svdiff.spectral import weights_hash
 
         base = self._base(description)
         if self._loaded is None or self._loaded[0] != base:
             self._loaded = None  # before the next is loaded: two would not fit everywhere
             pipe = load_pipeline(base)
-            self._loaded = (base, pipe, weights_hash(pipe.unet))
+            self._loaded = (base, pipe, weights_hash(family_of(pipe).network))
         _, pipe, found = self._loaded
         registered = version.tags.get("base_hash")
         if found != registered:

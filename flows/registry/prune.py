@@ -129,11 +129,11 @@ def _metadata(delta: Path) -> dict[str, str]:
 
 def _hashes_of(config: Config) -> set[str]:
     """Hashes of the networks of the base in params.yaml. Raises SvdiffError if it is not here."""
-    from svdiff.models import load_pipeline
+    from svdiff.models import family_of, load_pipeline
     from svdiff.spectral import weights_hash
 
     pipe = load_pipeline(config.base)
-    return {weights_hash(pipe.unet), weights_hash(pipe.text_encoder)}
+    return {weights_hash(part) for part in family_of(pipe).parts.values()}
 
 
 def _old(folder: Path) -> list[Path]:

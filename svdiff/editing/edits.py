@@ -5,19 +5,18 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from svdiff.data.concepts import to_square
 from svdiff.evaluation import plots
-from svdiff.models import image_size
+from svdiff.models import family_of
 from svdiff.sampling.guidance import decode
 from svdiff.sampling.inversion import edit_image, encode_images, invert, reconstruct
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
     from svdiff.config import EditingConfig
@@ -40,7 +39,7 @@ class EditedPicture:
 
 
 def edit_picture(
-    pipe: StableDiffusionPipeline, picture: Image, prompt: str, targets: Sequence[str], settings: EditingConfig
+    pipe: Any, picture: Image, prompt: str, targets: Sequence[str], settings: EditingConfig
 ) -> EditedPicture:
     """Invert `picture` under each prompt, and sample each from every start of `settings` at its seeds.
 
@@ -52,7 +51,7 @@ def edit_picture(
         settings: section `edit` of params.yaml.
     """
     prompts = [prompt, *targets]
-    original = to_square(picture, image_size(pipe))
+    original = to_square(picture, family_of(pipe).image_size)
     latents = encode_images(pipe, [original])
     inverted = invert(pipe, latents.expand(len(prompts), -1, -1, -1), prompts, steps=settings.steps)
     [autoencoded] = decode(pipe, latents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,13 +15,11 @@ from torch import Tensor
 from svdiff.config import Config
 from svdiff.evaluation import plots
 from svdiff.files import atomic_file
-from svdiff.models import load_pipeline
+from svdiff.models import family_of, load_pipeline
 from svdiff.sampling.images import check_prompts
+from svdiff.sampling.noise import seeded_generators
 from svdiff.sampling.stage import personalise
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 VIEW = 192  # pixels of a drawn map
 BEFORE = "untrained base"
@@ -72,7 +70,7 @@ def draw_attention(
 
 
 def picture_and_maps(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     config: Config,
     prompt: str,
     words: Sequence[str],
@@ -81,7 +79,8 @@ def picture_and_maps(
     sides: Collection[int] | None = None,
 ) -> tuple[Image.Image, list[Tensor]]:
     """A picture, and for each word its map (side, side): the mean over sampling steps, layers and heads."""
-    places = [token_positions(pipe.tokenizer, prompt, word) for word in words]
+    family = family_of(pipe)
+    places = [token_positions(family.tokenizer, prompt, word) for word in words]
     sums: dict[str, Tensor] = {}
 
     def collect(_pipe: Any, _step: int, _t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -90,15 +89,15 @@ def picture_and_maps(
             sums[layer] = sums.get(layer, torch.zeros_like(maps[-1:])) + maps[-1:] / config.sample.steps
         return kwargs
 
-    with AttentionRecorder(pipe.unet, layers=layers, sides=sides) as recorder, torch.no_grad():
-        picture = pipe(
-            prompt=[prompt],
-            num_inference_steps=config.sample.steps,
-            guidance_scale=config.sample.guidance,
+    with AttentionRecorder(family.network, layers=layers, sides=sides) as recorder, torch.no_grad():
+        [picture] = family.draw(
+            [prompt],
+            seeded_generators([seed]),
+            steps=config.sample.steps,
+            guidance=config.sample.guidance,
             eta=config.sample.eta,
-            generator=[torch.Generator().manual_seed(seed)],
-            callback_on_step_end=collect,
-        ).images[0]
+            callback=collect,
+        )
     return picture, [token_map(sums, [place])[0].cpu() for place in places]
 
 

@@ -1,24 +1,24 @@
 """Classifier-free guidance with negative prompts (Eq. 9 and 10), on a DDIM loop of our own.
 
-`StableDiffusionPipeline` knows one negative prompt that replaces the empty one; Eq. 10 mixes *scores*, so it needs a loop
+diffusers' pipelines know one negative prompt that replaces the empty one; Eq. 10 mixes *scores*, so it needs a loop
 that sees them. Without negative prompts the loop makes the pipeline's pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from svdiff.errors import SvdiffError
+from svdiff.models import Conditions, family_of
 from svdiff.sampling.images import Job, check_prompts
 from svdiff.sampling.noise import draw_noise, seeded_generators
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
 
@@ -38,17 +38,15 @@ def negative_noise(unconditional: Tensor, negatives: Sequence[Tensor], beta: flo
 
 
 @torch.no_grad()
-def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings (len(prompts), tokens, width). Raises SvdiffError for a prompt that is too long."""
+def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Conditions:
+    """What prompts mean to the network. Raises SvdiffError for a prompt that is too long."""
     check_prompts(pipe, prompts)
-    tokenizer = pipe.tokenizer
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
-    return pipe.text_encoder(tokens.input_ids.to(pipe.device))[0].to(pipe.unet.dtype)
+    return family_of(pipe).encode(prompts)
 
 
 @torch.no_grad()
 def denoise(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     latents: Tensor,
     prompts: Sequence[str],
     *,
@@ -62,7 +60,7 @@ def denoise(
     """DDIM from z_T to z_0 under Eq. 9 and 10.
 
     Args:
-        pipe: a pipeline with a DDIM scheduler.
+        pipe: a pipeline of `load_pipeline`.
         latents: z_T, (B, C, h, w): noise, or what `inversion.invert` found.
         prompts: B prompts c.
         steps: DDIM steps.
@@ -84,18 +82,16 @@ def denoise(
     texts: list[Sequence[str]] = [prompts]
     if guidance != 1:
         texts = [[""] * count, *([text] * count for text in (negatives if beta < 1 else ())), prompts]
-    contexts = torch.cat([encode_prompts(pipe, text) for text in texts])
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(steps, device=latents.device)
-    for t in scheduler.timesteps:
-        noises = pipe.unet(torch.cat([latents] * len(texts)), t, encoder_hidden_states=contexts).sample.chunk(
-            len(texts)
-        )
+    family = family_of(pipe)
+    conditions = encode_prompts(pipe, [prompt for text in texts for prompt in text])
+    objective = family.objective
+    for level in objective.levels(steps, latents.device):
+        timesteps = level.timestep.expand(len(texts) * count)
+        noises = family.predict(torch.cat([latents] * len(texts)), timesteps, conditions).chunk(len(texts))
         noise = noises[-1]
         if guidance != 1:
             noise = guided_noise(noise, negative_noise(noises[0], noises[1:-1], beta), guidance)
-        random = list(generators) if eta > 0 and generators is not None else None
-        latents = scheduler.step(noise, t, latents, eta=eta, generator=random).prev_sample
+        latents = objective.step(noise, level, latents, eta, generators)
     return latents
 
 
@@ -116,14 +112,13 @@ def _check(
 
 
 @torch.no_grad()
-def decode(pipe: StableDiffusionPipeline, latents: Tensor) -> list[Image]:
+def decode(pipe: Any, latents: Tensor) -> list[Image]:
     """Pictures of z_0, (B, C, h, w)."""
-    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    return family_of(pipe).to_pictures(latents)
 
 
 def sample_guided(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     jobs: Sequence[Job],
     *,
     steps: int,
@@ -142,7 +137,7 @@ def sample_guided(
             generators = seeded_generators([job.seed for job in batch])
             latents = denoise(
                 pipe,
-                draw_noise(pipe, generators) * pipe.scheduler.init_noise_sigma,
+                draw_noise(pipe, generators),
                 [job.prompt for job in batch],
                 steps=steps,
                 guidance=guidance,

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from svdiff.errors import SvdiffError
+from svdiff.models import family_of
 from svdiff.sampling.guidance import decode, denoise, encode_prompts
 from svdiff.sampling.noise import draw_noise, seeded_generators, slerp
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
     from PIL.Image import Image
 
 
 @torch.no_grad()
-def encode_images(pipe: StableDiffusionPipeline, images: Sequence[Image]) -> Tensor:
+def encode_images(pipe: Any, images: Sequence[Image]) -> Tensor:
     """z* of pictures of one size, (N, C, h, w): the mean of the autoencoder's posterior."""
-    pixels = pipe.image_processor.preprocess(list(images)).to(pipe.device, pipe.vae.dtype)
-    return (pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor).to(pipe.unet.dtype)
-
-
-def denoised_and_noise(scheduler: DDIMScheduler, output: Tensor, z: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """The network's output as (ẑ_0, ε̂) at level ᾱ, from z = √ᾱ z_0 + √(1−ᾱ) ε."""
-    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return (z - spread * output) / signal, output
-    if kind == "v_prediction":
-        return signal * z - spread * output, signal * output + spread * z
-    raise SvdiffError(f"the base predicts '{kind}'; expected epsilon or v_prediction in its scheduler_config.json")
+    family = family_of(pipe)
+    mean, _ = family.to_latents(pipe.image_processor.preprocess(list(images)))
+    return mean.to(family.dtype)
 
 
 @torch.no_grad()
-def invert(pipe: StableDiffusionPipeline, latents: Tensor, prompts: Sequence[str], *, steps: int) -> Tensor:
+def invert(pipe: Any, latents: Tensor, prompts: Sequence[str], *, steps: int) -> Tensor:
     """Eq. 6: z_T = DDIMInvert(z*, c; θ'), at guidance scale 1.
 
     Every DDIM step from level t to the one below is run backwards with the noise that the network predicts at (z, t), z
     being what is known: the latents of the level below. Nothing is clipped, whatever the scheduler does in sampling.
 
     Args:
-        pipe: the fine-tuned pipeline, with a DDIM scheduler.
+        pipe: the fine-tuned pipeline.
         latents: z*, (B, C, h, w).
         prompts: B target prompts c.
         steps: DDIM steps; sample with as many.
@@ -51,20 +40,16 @@ def invert(pipe: StableDiffusionPipeline, latents: Tensor, prompts: Sequence[str
     Returns:
         z_T, (B, C, h, w).
     """
-    context = encode_prompts(pipe, prompts)
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(steps)
-    levels = scheduler.alphas_cumprod.to(latents.device)
-    stride = scheduler.config.num_train_timesteps // steps
-    for t in reversed(scheduler.timesteps.tolist()):
-        below = levels[t - stride] if t >= stride else scheduler.final_alpha_cumprod.to(latents.device)
-        output = pipe.unet(latents, t, encoder_hidden_states=context).sample
-        clean, noise = denoised_and_noise(scheduler, output, latents, below)
-        latents = (levels[t].sqrt() * clean + (1 - levels[t]).sqrt() * noise).to(latents.dtype)
+    family, conditions = family_of(pipe), encode_prompts(pipe, prompts)
+    objective = family.objective
+    for level in reversed(objective.levels(steps, latents.device)):
+        predicted = family.predict(latents, level.timestep.expand(len(latents)), conditions)
+        clean, noise = objective.clean_and_noise(predicted, latents, level.signal_below, level.spread_below)
+        latents = (level.signal * clean + level.spread * noise).to(latents.dtype)
     return latents
 
 
-def reconstruct(pipe: StableDiffusionPipeline, inverted: Tensor, prompts: Sequence[str], *, steps: int) -> list[Image]:
+def reconstruct(pipe: Any, inverted: Tensor, prompts: Sequence[str], *, steps: int) -> list[Image]:
     """Pictures that z_T leads back to, with nothing random and at guidance 1: what inversion alone keeps.
 
     `inverted` is z_T of `invert` for the same prompts and steps; with more steps the pictures come nearer to the inverted ones.
@@ -73,7 +58,7 @@ def reconstruct(pipe: StableDiffusionPipeline, inverted: Tensor, prompts: Sequen
 
 
 def edit_image(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     inverted: Tensor,
     target: str,
     seeds: Sequence[int],

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdiff.errors import SvdiffError
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from svdiff.models import family_of
 
 NEARLY_PARALLEL = 1e-6  # radians
 
@@ -21,11 +19,11 @@ def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw_noise(pipe: StableDiffusionPipeline, generators: Sequence[torch.Generator]) -> Tensor:
-    """ε ~ N(0, I) of the pipeline's native size, (len(generators), C, h, w), as `StableDiffusionPipeline` draws it."""
-    unet = pipe.unet
-    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    return torch.cat([torch.randn(shape, generator=g, dtype=unet.dtype) for g in generators]).to(pipe.device)
+def draw_noise(pipe: Any, generators: Sequence[torch.Generator]) -> Tensor:
+    """ε ~ N(0, I) of the pipeline's native size, (len(generators), C, h, w), as the pipeline itself draws it."""
+    family = family_of(pipe)
+    shape, dtype = (1, *family.latent_shape), family.dtype
+    return torch.cat([torch.randn(shape, generator=g, dtype=dtype) for g in generators]).to(pipe.device)
 
 
 def slerp(alpha: float, z: Tensor, noise: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from svdiff.config import Config
 from svdiff.data.prior import prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, atomic_file
-from svdiff.models import load_pipeline, scratch
+from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling.images import Job, sample_images
 from svdiff.spectral import weights_hash
 
@@ -59,7 +59,7 @@ def _key(config: Config, prompt: str, pipe: object) -> str:
     """Everything that a prior picture depends on, but its seed."""
     settings = config.prior
     parts = [
-        [weights_hash(getattr(pipe, name)) for name in ("unet", "text_encoder", "vae")],
+        [weights_hash(part) for part in family_of(pipe).parts.values()],
         [prompt, settings.steps, settings.guidance, settings.eta, settings.seed],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

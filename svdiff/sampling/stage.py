@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
@@ -21,7 +21,6 @@ from svdiff.sampling.weights_delta import is_weights_delta, load_weights_deltas
 from svdiff.spectral import SpectralDelta, SpectralPipeline
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
 Part = tuple[Path | SpectralDelta, float]  # a delta and its weight
@@ -57,7 +56,7 @@ class Personalised(Protocol):
         ...
 
 
-def personalise(pipe: StableDiffusionPipeline, path: Path, scale: float = 1.0) -> Personalised:
+def personalise(pipe: Any, path: Path, scale: float = 1.0) -> Personalised:
     """Put a trained delta of any method on `pipe`, at strength s = `scale` (Fig. 26).
 
     Raises SvdiffError for a missing file, or one that was trained on another base.
@@ -65,7 +64,7 @@ def personalise(pipe: StableDiffusionPipeline, path: Path, scale: float = 1.0) -
     return personalise_with(pipe, [(path, scale)])
 
 
-def personalise_with(pipe: StableDiffusionPipeline, parts: Sequence[Part]) -> Personalised:
+def personalise_with(pipe: Any, parts: Sequence[Part]) -> Personalised:
     """Put a weighted sum of deltas on `pipe`: σ + Σ wᵢδᵢ (Eq. 4, 5), or W₀ + Σ wᵢΔWᵢ for the baselines' (Fig. 8).
 
     Raises SvdiffError for a missing file, one that was trained on another base, or shifts and weights together.
@@ -97,7 +96,7 @@ def default_negatives(config: Config, entry: Entry) -> list[str]:
 
 
 def draw_pictures(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     jobs: Sequence[Job],
     settings: SampleConfig,
     negatives: Sequence[str] = (),

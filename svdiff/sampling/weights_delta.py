@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_file, sort_safetensors_metadata
+from svdiff.models import family_of
 from svdiff.spectral import weights_hash
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+from svdiff.spectral.delta import metadata_key
 
 FORMAT = "svdiff-weights-delta"
 FORMAT_VERSION = "1"
 TOKEN_ROW = "special_token"  # in the place of a weight's name: one row of the token embedding
 
 
-def base_hashes(pipe: StableDiffusionPipeline, networks: Sequence[str]) -> dict[str, str]:
-    """`weights_hash` of 'unet' and 'text_encoder', by the metadata keys that spectral deltas use as well."""
-    return {
-        "base_hash" if name == "unet" else f"{name}.base_hash": weights_hash(getattr(pipe, name)) for name in networks
-    }
+def base_hashes(pipe: Any, networks: Sequence[str]) -> dict[str, str]:
+    """`weights_hash` of networks by the metadata keys that spectral deltas use as well."""
+    return {metadata_key(name, "base_hash"): weights_hash(getattr(pipe, name)) for name in networks}
 
 
-def row_name(token_id: int) -> str:
+def row_name(encoder: str, token_id: int) -> str:
     """Name of the change of one token's embedding."""
-    return f"text_encoder.{TOKEN_ROW}.{token_id}"
+    return f"{encoder}.{TOKEN_ROW}.{token_id}"
 
 
 def save_weights_delta(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -97,7 +94,7 @@ class LoadedWeights:
             parameter.data = base
 
 
-def load_weights_delta(pipe: StableDiffusionPipeline, path: str | Path, scale: float = 1.0) -> LoadedWeights:
+def load_weights_delta(pipe: Any, path: str | Path, scale: float = 1.0) -> LoadedWeights:
     """Put a baseline's delta (full weights, Custom Diffusion or LoRA) on `pipe`, in place.
 
     Args:
@@ -117,7 +114,7 @@ def load_weights_delta(pipe: StableDiffusionPipeline, path: str | Path, scale: f
     return loaded
 
 
-def load_weights_deltas(pipe: StableDiffusionPipeline, parts: Sequence[tuple[str | Path, float]]) -> LoadedWeights:
+def load_weights_deltas(pipe: Any, parts: Sequence[tuple[str | Path, float]]) -> LoadedWeights:
     """Put the weighted sum of baselines' deltas on `pipe`: W₀ + Σ wᵢΔWᵢ (Fig. 8). Otherwise as `load_weights_delta`."""
     total: dict[str, Tensor] = {}
     for path, share in parts:
@@ -142,9 +139,9 @@ def load_weights_deltas(pipe: StableDiffusionPipeline, parts: Sequence[tuple[str
     return loaded
 
 
-def _check_base(pipe: StableDiffusionPipeline, path: str | Path, metadata: Mapping[str, str]) -> None:
+def _check_base(pipe: Any, path: str | Path, metadata: Mapping[str, str]) -> None:
     """Raise SvdiffError unless the file was trained on the weights that `pipe` has."""
-    networks = [name for name in ("unet", "text_encoder") if f"{name}.base_hash".removeprefix("unet.") in metadata]
+    networks = [name for name in family_of(pipe).parts if metadata_key(name, "base_hash") in metadata]
     for key, found in base_hashes(pipe, networks).items():
         if found != metadata[key]:
             raise SvdiffError(

@@ -28,18 +28,18 @@ FORMAT_VERSION = "1"
 _SAME_DIRECTIONS = 1e-3
 
 
-def _key(prefix: str, what: str) -> str:
-    """Metadata key of a fact about one part of the pipeline; the UNet's have no prefix."""
-    return what if prefix == "unet" else f"{prefix}.{what}"
+def metadata_key(prefix: str, what: str) -> str:
+    """Metadata key of a fact about one part of the pipeline; those of the denoising network have no prefix."""
+    return what if prefix in ("unet", "transformer") else f"{prefix}.{what}"
 
 
 def identity(basis: Basis, prefix: str, names: Iterable[str]) -> dict[str, str]:
     """What a delta must remember of the basis that it was trained on."""
     prints = {name: basis[name].fingerprint for name in names if name in basis}
     return {
-        _key(prefix, "base_hash"): basis.base_hash,
-        _key(prefix, "basis_id"): basis.id,
-        _key(prefix, "fingerprints"): _pack(prints),
+        metadata_key(prefix, "base_hash"): basis.base_hash,
+        metadata_key(prefix, "basis_id"): basis.id,
+        metadata_key(prefix, "fingerprints"): _pack(prints),
     }
 
 
@@ -137,18 +137,18 @@ class SpectralDelta:
         part = self.part(prefix)
         if not part:
             return
-        trained = self.metadata.get(_key(prefix, "base_hash"))
+        trained = self.metadata.get(metadata_key(prefix, "base_hash"))
         if trained != basis.base_hash:
             raise SvdiffError(
                 f"this delta was trained on a {prefix} with weights {str(trained)[:16]}, the model at hand has "
                 f"{basis.base_hash[:16]}: load the base that it was trained on, in the same precision"
             )
-        if self.metadata.get(_key(prefix, "basis_id")) != basis.id:
+        if self.metadata.get(metadata_key(prefix, "basis_id")) != basis.id:
             self._check_directions(basis, prefix, part)
 
     def _check_directions(self, basis: Basis, prefix: str, part: Mapping[str, Tensor]) -> None:
         """Another machine's rounding makes another basis id; the directions must still be the same."""
-        prints, trained = self.fingerprints(prefix), self.metadata.get(_key(prefix, "basis_id"), "none")
+        prints, trained = self.fingerprints(prefix), self.metadata.get(metadata_key(prefix, "basis_id"), "none")
         names = [name for name in part if name in basis]
         different = [n for n in names if n not in prints or not _near(prints[n], basis[n].fingerprint)]
         if different or trained.partition(":")[0] != basis.id.partition(":")[0]:
@@ -160,7 +160,7 @@ class SpectralDelta:
 
     def fingerprints(self, prefix: str) -> dict[str, float]:
         """Fingerprints of the singular directions of each weight, empty if the delta does not know them."""
-        packed = base64.b64decode(self.metadata.get(_key(prefix, "fingerprints"), ""))
+        packed = base64.b64decode(self.metadata.get(metadata_key(prefix, "fingerprints"), ""))
         norms = self.norms
         names = sorted(name for name in self.part(prefix) if f"{prefix}.{name}" not in norms)
         if len(packed) != 4 * len(names):
@@ -232,8 +232,10 @@ def _with_facts(tensors: dict[str, Tensor], parts: list[SpectralDelta]) -> Spect
     facts["norms"] = json.dumps(sorted(norms))
     for prefix in dict.fromkeys(name.partition(".")[0] for name in tensors):
         prints = {name: print_ for part in reversed(parts) for name, print_ in part.fingerprints(prefix).items()}
-        facts[_key(prefix, "fingerprints")] = _pack({n: p for n, p in prints.items() if f"{prefix}.{n}" in tensors})
-        if (key := _key(prefix, "basis_id")) in known:
+        facts[metadata_key(prefix, "fingerprints")] = _pack(
+            {n: p for n, p in prints.items() if f"{prefix}.{n}" in tensors}
+        )
+        if (key := metadata_key(prefix, "basis_id")) in known:
             # Another machine's rounding makes another id of the same directions: the first one stands.
             facts[key] = next(part.metadata[key] for part in parts if key in part.metadata)
     return SpectralDelta(tensors, facts)
@@ -243,10 +245,10 @@ def _check_together(parts: list[SpectralDelta]) -> None:
     """Raise SvdiffError unless all are shifts of one basis, of equal sizes."""
     for a, b in combinations(parts, 2):
         for prefix in set(a.prefixes()) & set(b.prefixes()):
-            left, right = (d.metadata.get(_key(prefix, "base_hash")) for d in (a, b))
+            left, right = (d.metadata.get(metadata_key(prefix, "base_hash")) for d in (a, b))
             if left != right:
                 raise SvdiffError(f"deltas of different bases do not add up: the {prefix} is {left} and {right}")
-            if a.metadata.get(_key(prefix, "basis_id")) != b.metadata.get(_key(prefix, "basis_id")):
+            if a.metadata.get(metadata_key(prefix, "basis_id")) != b.metadata.get(metadata_key(prefix, "basis_id")):
                 mine, theirs = a.fingerprints(prefix), b.fingerprints(prefix)
                 far = [name for name in mine.keys() & theirs.keys() if not _near(mine[name], theirs[name])]
                 if far or not (mine and theirs):

@@ -60,7 +60,7 @@ def export_lora(
     dtype: torch.dtype = torch.float32,
     layout: Literal["diffusers", "kohya"] = "diffusers",
 ) -> list[str]:
-    """Write a LoRA that `StableDiffusionPipeline.load_lora_weights` and most other tools accept.
+    """Write a LoRA that `load_lora_weights` of diffusers' pipelines and most other tools accept.
 
     `modules` and `bases` are by prefix (`"unet"`, `"text_encoder"`); `rank` None keeps every change. Shifts that
     have no place in the format (norms, embeddings, grouped and transposed convolutions) are dropped with a warning;

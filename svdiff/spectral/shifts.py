@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from svdiff import __version__
 from svdiff.errors import SvdiffError
 from svdiff.spectral.basis import Basis, Factors, is_matrix
-from svdiff.spectral.delta import SpectralDelta, identity
+from svdiff.spectral.delta import SpectralDelta, identity, metadata_key
 from svdiff.spectral.layers import SpectralLayer, SpectralMatrix, make_layer
 from svdiff.spectral.memory import trim
 from svdiff.spectral.subsets import select
@@ -128,7 +128,7 @@ class SpectralShifts:
         tensors = {f"{self.prefix}.{name}": value for name, value in self.state_dict().items()}
         norms = [f"{self.prefix}.{n}" for n, layer in self.layers.items() if not isinstance(layer, SpectralMatrix)]
         known = {
-            "subset" if self.prefix == "unet" else f"{self.prefix}.subset": self.subset,
+            metadata_key(self.prefix, "subset"): self.subset,
             "rank": "full" if self.rank is None else str(self.rank),
             "norms": json.dumps(norms),
             "created_by": f"svdiff {__version__}, torch {torch.__version__}",

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdiff.config import TrainConfig
+from svdiff.errors import SvdiffError
+from svdiff.models import family_of
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
 from svdiff.training.batches import Batch
 from svdiff.training.losses import Loss, single_subject_loss, subject_mask, unmix_loss
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 Words = list[tuple[int, str]]  # rows of a batch, each with the word whose map is wanted
 
@@ -29,16 +28,24 @@ class AttentionLosses:
     Raises SvdiffError if a weight is set and no layer matches `attention_layers`.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+    def __init__(self, pipe: Any, config: TrainConfig) -> None:
         known: dict[str, tuple[float, Callable[[Batch], Tensor | None]]] = {
             "unmix": (config.unmix_weight, self._unmix),
             "single_subject": (config.single_subject_weight, self._single_subject),
         }
         self.terms = {name: term for name, term in known.items() if term[0] > 0}
-        self.tokenizer, self.threshold = pipe.tokenizer, config.subject_threshold
+        family = family_of(pipe)
+        self.tokenizer, self.threshold = family.tokenizer, config.subject_threshold
         self.recorder: AttentionRecorder | None = None
+        if self.terms and family.attention != "cross":
+            raise SvdiffError(
+                f"train has weights for {' and '.join(self.terms)}, losses on cross-attention maps, and {family.title} "
+                "has joint attention of picture and text instead: set unmix_weight and single_subject_weight to 0"
+            )
         if self.terms:
-            self.recorder = AttentionRecorder(pipe.unet, layers=config.attention_layers, sides=config.attention_sides)
+            self.recorder = AttentionRecorder(
+                family.network, layers=config.attention_layers, sides=config.attention_sides
+            )
 
     def recording(self) -> AbstractContextManager[object]:
         """What the pass of the network is made in: a recorder, or nothing without attention losses."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from svdiff.data.cutmix import Region
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from PIL.Image import Image
+
+    from svdiff.models import Family
 
 
 def generator(*key: object) -> torch.Generator:
@@ -53,14 +54,13 @@ class LatentImages:
 
     @classmethod
     @torch.no_grad()
-    def encode(cls, vae: AutoencoderKL, images: Sequence[Image], batch_size: int = 8) -> LatentImages:
+    def encode(cls, family: Family, images: Sequence[Image], batch_size: int = 8) -> LatentImages:
         """Encode pictures of one size."""
-        means, deviations = [], []
-        for start in range(0, len(images), batch_size):
-            pixels = images_to_tensor(images[start : start + batch_size]).to(vae.device, vae.dtype)
-            posterior = vae.encode(pixels).latent_dist
-            means.append(posterior.mean.float() * vae.config.scaling_factor)
-            deviations.append(posterior.std.float() * vae.config.scaling_factor)
+        parts = [
+            family.to_latents(images_to_tensor(images[start : start + batch_size]))
+            for start in range(0, len(images), batch_size)
+        ]
+        means, deviations = zip(*parts, strict=True)
         return cls(torch.cat(means), torch.cat(deviations))
 
     def __len__(self) -> int:

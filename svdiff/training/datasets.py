@@ -13,11 +13,10 @@ from svdiff.data.cutmix import choose
 from svdiff.data.mixes import load_mixes, mix_folder
 from svdiff.data.prior import load_prior_images, prior_folder
 from svdiff.files import sha256_file, sha256_tree
-from svdiff.models import image_size
+from svdiff.models import Family
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
 VALIDATION_MIXES = 4  # mixes among the pictures of the fixed-noise loss
@@ -30,7 +29,7 @@ class TrainingData:
     `encode` runs the base's autoencoder on them; `reads` identifies the files, for the key of the resume state.
     """
 
-    encode: Callable[[StableDiffusionPipeline], Dataset]
+    encode: Callable[[Family], Dataset]
     reads: dict[str, object]
     validation_prompts: list[str]
 
@@ -46,12 +45,12 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
     pictures = [picture.image for picture in load_concept_images(concept_folder(name))]
     priors = load_prior_images(concept.class_word) if settings.prior_weight > 0 else []
 
-    def encode(pipe: StableDiffusionPipeline) -> Dataset:
+    def encode(family: Family) -> Dataset:
         shown = Shown(concept.token, concept.class_word)
-        instance = Examples.alike(_encoded(pipe, pictures), settings.prompt.format(subject=concept.subject), shown)
+        instance = Examples.alike(_encoded(family, pictures), settings.prompt.format(subject=concept.subject), shown)
         prior = None
         if priors:
-            prior = Examples.alike(_encoded(pipe, priors), config.prior.prompt.format(subject=concept.class_word))
+            prior = Examples.alike(_encoded(family, priors), config.prior.prompt.format(subject=concept.class_word))
         return Dataset(instance, prior, _in_turn(settings.seed, len(pictures), len(priors)), list(range(len(pictures))))
 
     reads: dict[str, object] = {
@@ -81,9 +80,9 @@ def _pair(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     singles = [(entry.concepts[name], pictures) for name, pictures in data.singles.items()]
     priors = [(entry.concepts[name], pictures) for name, pictures in data.priors.items()]
 
-    def encode(pipe: StableDiffusionPipeline) -> Dataset:
+    def encode(family: Family) -> Dataset:
         instance = Examples(
-            _encoded(pipe, [mix.image for mix in mixes] + [image for _, images in singles for image in images]),
+            _encoded(family, [mix.image for mix in mixes] + [image for _, images in singles for image in images]),
             [mix.prompt for mix in mixes]
             + [settings.prompt.format(subject=concept.subject) for concept, images in singles for _ in images],
             [
@@ -99,7 +98,7 @@ def _pair(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
         if settings.prior_weight > 0:
             images = [mix.prior_image for mix in mixes] + [image for _, images in priors for image in images]
             prior = Examples(
-                _encoded(pipe, images),
+                _encoded(family, images),
                 [mix.prior_prompt for mix in mixes]
                 + [
                     config.prior.prompt.format(subject=concept.class_word) for concept, images in priors for _ in images
@@ -140,12 +139,12 @@ def _edit(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     edit = config.edit_of(entry.name)
     picture = load_picture(edit.image).image
 
-    def encode(pipe: StableDiffusionPipeline) -> Dataset:
-        return Dataset(Examples.alike(_encoded(pipe, [picture]), edit.prompt), None, lambda sample: (0, 0), [0])
+    def encode(family: Family) -> Dataset:
+        return Dataset(Examples.alike(_encoded(family, [picture]), edit.prompt), None, lambda sample: (0, 0), [0])
 
     return TrainingData(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt}, [edit.prompt])
 
 
-def _encoded(pipe: StableDiffusionPipeline, images: list[Image]) -> LatentImages:
-    size = image_size(pipe)
-    return LatentImages.encode(pipe.vae, [to_square(image, size) for image in images])
+def _encoded(family: Family, images: list[Image]) -> LatentImages:
+    size = family.image_size
+    return LatentImages.encode(family, [to_square(image, size) for image in images])

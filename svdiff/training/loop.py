@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,13 +12,11 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from svdiff.config import TrainConfig
+from svdiff.models import Conditions, family_of
 from svdiff.training.attention_losses import AttentionLosses
 from svdiff.training.batches import Dataset, draw_batch, generator
-from svdiff.training.losses import Loss, denoising_loss, denoising_target, prior_preservation_loss
+from svdiff.training.losses import Loss, denoising_loss, prior_preservation_loss
 from svdiff.training.methods import Method
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss is taken
 
@@ -31,14 +29,14 @@ class Trainer:
 
     def __init__(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: Any,
         method: Method,
         config: TrainConfig,
         dataset: Dataset,
         accelerator: Accelerator,
     ) -> None:
         self.pipe, self.method, self.config, self.accelerator = pipe, method, config, accelerator
-        self.dataset = dataset
+        self.dataset, self.family = dataset, family_of(pipe)
         self.attention_losses = AttentionLosses(pipe, config)
         groups = [
             {"params": parameters, "lr": getattr(config, name), "name": name}
@@ -54,12 +52,14 @@ class Trainer:
         )
         self.optimizer, self.schedule = accelerator.prepare(optimizer, schedule)
         self.step = 0
-        self._contexts: dict[str, Tensor] = {}
-        # Asked of the result: spectral shifts are not among the text encoder's own parameters.
-        self._text_encoder_trains = self._encode([dataset.instance.prompts[0]]).requires_grad
+        self._conditions: dict[str, Conditions] = {}
+        # Asked of the result: spectral shifts are not among a text encoder's own parameters.
+        encoded = self.family.encode([dataset.instance.prompts[0]])
+        self._text_encoder_trains = any(condition.requires_grad for condition in encoded.values())
         if config.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-            pipe.unet.train()  # diffusers checkpoints in training mode only
+            network: Any = self.family.network
+            network.enable_gradient_checkpointing()
+            network.train()  # diffusers checkpoints in training mode only
 
     def state(self) -> dict[str, object]:
         """What a resumed run needs."""
@@ -106,36 +106,29 @@ class Trainer:
         random = generator(config.seed, "batch", number)
         batch = draw_batch(self.dataset, number, config.batch_size, random)
         noise = torch.randn(batch.latents.shape, generator=random).to(batch.latents.device)
-        levels = self.pipe.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, levels, (len(noise),), generator=random).to(noise.device)
+        timesteps = self.family.objective.drawn(len(noise), random).to(noise.device)
         with self.attention_losses.recording():
             predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
         loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight)
         return self.attention_losses.add_to(loss, batch)
 
     def _predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        scheduler = self.pipe.scheduler
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        objective = self.family.objective
+        noisy = objective.noised(latents, noise, timesteps)
         with self.accelerator.autocast():
-            predicted = self.pipe.unet(noisy, timesteps, encoder_hidden_states=self._context(prompts)).sample
-        return predicted, denoising_target(scheduler, latents, noise, timesteps)
+            predicted = self.family.predict(noisy, timesteps, self._encoded(prompts))
+        return predicted, objective.target(latents, noise, timesteps)
 
-    def _context(self, prompts: list[str]) -> Tensor:
-        """Text embeddings (len(prompts), tokens, width); computed once a prompt where the text encoder is frozen."""
+    def _encoded(self, prompts: list[str]) -> Conditions:
+        """What the prompts mean to the network; computed once a prompt where the text encoders are frozen."""
         if self._text_encoder_trains:
-            return self._encode(prompts)
+            return self.family.encode(prompts)
         for prompt in prompts:
-            if prompt not in self._contexts:
+            if prompt not in self._conditions:
                 with torch.no_grad():
-                    self._contexts[prompt] = self._encode([prompt])
-        return torch.cat([self._contexts[prompt] for prompt in prompts])
-
-    def _encode(self, prompts: list[str]) -> Tensor:
-        tokenizer = self.pipe.tokenizer
-        tokens = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        return self.pipe.text_encoder(tokens.input_ids.to(self.pipe.device))[0]
+                    self._conditions[prompt] = self.family.encode([prompt])
+        rows = [self._conditions[prompt] for prompt in prompts]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     @torch.no_grad()
     def fixed_noise_loss(self) -> float:
@@ -145,11 +138,10 @@ class Trainer:
         """
         instance, validation = self.dataset.instance, self.dataset.validation
         mean, prompts = instance.latents.mean[validation], [instance.prompts[i] for i in validation]
-        levels = self.pipe.scheduler.config.num_train_timesteps
         losses = []
         for level in range(VALIDATION_LEVELS):
             noise = torch.randn(mean.shape, generator=generator("fixed noise", level)).to(mean.device)
-            timestep = int((level + 0.5) / VALIDATION_LEVELS * levels)
+            timestep = self.family.objective.level((level + 0.5) / VALIDATION_LEVELS)
             timesteps = torch.full((len(mean),), timestep, device=mean.device)
             predicted, target = self._predict(mean, noise, timesteps, prompts)
             losses.append(denoising_loss(predicted, target))

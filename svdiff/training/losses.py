@@ -6,15 +6,10 @@ Attention maps are (B, h, w) of one token each, as `attention.token_map` gives t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from svdiff.errors import SvdiffError
-
-if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
 
 
 class Loss(NamedTuple):
@@ -24,16 +19,6 @@ class Loss(NamedTuple):
     instance: Tensor
     prior: Tensor
     extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
-
-
-def denoising_target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the network has to predict: ε in Eq. 1 (Stable Diffusion 1.x), or v for the bases trained on it (2.x)."""
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    raise SvdiffError(f"the base predicts '{kind}'; expected epsilon or v_prediction in its scheduler_config.json")
 
 
 def denoising_loss(predicted: Tensor, target: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from svdiff.config import Config, TrainConfig
 from svdiff.data.grid import image_grid
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, sha256_file, write_atomic
-from svdiff.models import load_pipeline, scratch
+from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling import Job, sample_images
 from svdiff.spectral import weights_hash
 from svdiff.training.datasets import TrainingData, read_training_data
@@ -36,7 +36,10 @@ from svdiff.training.tracking import LiveCurve
 
 PACKAGE = Path(svdiff.__file__).parent
 # A resume state is good for the code that wrote it only.
-CODE = ("spectral/**/*.py", "training/**/*.py", "data/*.py", "sampling/images.py", "sampling/weights_delta.py")
+CODE = (
+    *("spectral/**/*.py", "models/*.py", "training/**/*.py", "data/*.py"),
+    *("sampling/images.py", "sampling/weights_delta.py"),
+)
 
 
 def train(config: Config, name: str, out_dir: Path | None = None, overrides: dict[str, Any] | None = None) -> Path:
@@ -63,8 +66,10 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
         _check_token(pipe, token)
     accelerator = _accelerator(config, settings)
     set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
-    dataset = data.encode(pipe)
-    frozen = [weights_hash(pipe.text_encoder), weights_hash(pipe.vae), pipe.scheduler.to_json_string()]
+    family = family_of(pipe)
+    dataset = data.encode(family)
+    others = [part for name, part in family.parts.items() if name != family.network_name]
+    frozen = [*(weights_hash(part) for part in others), pipe.scheduler.to_json_string()]
     method = apply_method(pipe, settings, entry.tokens)
     try:
         trainer = Trainer(pipe, method, settings, dataset, accelerator)
@@ -228,8 +233,9 @@ def _accelerator(config: Config, settings: TrainConfig) -> Accelerator:
 
 def _check_token(pipe: Any, token: str) -> None:
     """The special token must be one token that the vocabulary knows: pieces of words carry meanings of their own."""
-    pieces = pipe.tokenizer.tokenize(token)
-    if len(pieces) != 1 or pipe.tokenizer.convert_tokens_to_ids(pieces[0]) == pipe.tokenizer.unk_token_id:
+    tokenizer = family_of(pipe).tokenizer
+    pieces = tokenizer.tokenize(token)
+    if len(pieces) != 1 or tokenizer.convert_tokens_to_ids(pieces[0]) == tokenizer.unk_token_id:
         raise SvdiffError(
             f"token '{token}' is {len(pieces)} tokens to the base's tokenizer ({', '.join(pieces) or 'none'}); "
             "expected one rare word of its vocabulary, e.g. sks"

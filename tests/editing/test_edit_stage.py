@@ -24,7 +24,7 @@ from svdiff.config import EditingConfig, load_config
 from svdiff.editing.edits import edit_picture
 from svdiff.editing.stage import choose_starts, edit, edit_any
 from svdiff.errors import SvdiffError
-from svdiff.models import load_pipeline
+from svdiff.models import family_of, load_pipeline
 from svdiff.sampling import Job, sample_images
 from svdiff.sampling.inversion import edit_image, encode_images, invert
 from svdiff.sampling.stage import personalise
@@ -43,7 +43,7 @@ def test_an_edit_is_trained_on_one_picture_without_token_or_prior(checkout: Chec
     config = load_config()
     settings = config.train_config("on-red")
     assert (settings.prior_weight, settings.steps) == (0, 6)
-    dataset = read_training_data(config, config.entry("on-red"), settings).encode(load_pipeline(config.base))
+    dataset = read_training_data(config, config.entry("on-red"), settings).encode(family_of(load_pipeline(config.base)))
     assert dataset.instance.prompts == [PROMPT]
     assert dataset.instance.shown == [()]
     assert dataset.prior is None

@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def predicted(pipe, z: torch.Tensor, t: int, prompt: str) -> torch.Tensor:
     with torch.no_grad():
-        return pipe.unet(z, t, encoder_hidden_states=encode_prompts(pipe, [prompt])).sample.double()
+        return pipe.unet(z, t, **encode_prompts(pipe, [prompt])).sample.double()
 
 
 def test_eq_6_by_hand(tiny_pipe) -> None:

@@ -79,7 +79,7 @@ def test_one_step_of_the_loop_by_hand(tiny_pipe) -> None:
     [t] = scheduler.timesteps
     with torch.no_grad():
         c, empty, n1, n2 = (
-            tiny_pipe.unet(z, t, encoder_hidden_states=encode_prompts(tiny_pipe, [text])).sample.double()
+            tiny_pipe.unet(z, t, **encode_prompts(tiny_pipe, [text])).sample.double()
             for text in ("a sks dog", "", "a dog", "a cat")
         )
     noise = s * c + (1 - s) * (beta * empty + (1 - beta) * (n1 + n2) / 2)
@@ -117,7 +117,7 @@ def test_eq_6_equals_the_inverse_scheduler_of_diffusers(tiny_pipe, prediction: s
     context, expected = encode_prompts(tiny_pipe, prompts), z
     with torch.no_grad():
         for t in reference.timesteps:
-            output = tiny_pipe.unet(expected, t, encoder_hidden_states=context).sample
+            output = tiny_pipe.unet(expected, t, **context).sample
             expected = reference.step(output, int(t), expected).prev_sample
     got = invert(tiny_pipe, z, prompts, steps=steps)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -131,7 +131,7 @@ def know_a_gaussian(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the network be the exact denoiser of latents from N(MEAN, DEVIATION²), whose flow has a closed form."""
 
     def forward(z: torch.Tensor, t: torch.Tensor | int, encoder_hidden_states: torch.Tensor) -> SimpleNamespace:
-        level = pipe.scheduler.alphas_cumprod[int(t)].to(z.dtype)
+        level = pipe.scheduler.alphas_cumprod[int(t[0])].to(z.dtype)
         return SimpleNamespace(
             sample=(1 - level).sqrt() * (z - level.sqrt() * MEAN) / (level * DEVIATION**2 + 1 - level)
         )

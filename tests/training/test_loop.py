@@ -227,7 +227,9 @@ def test_prompts_reach_the_network_as_tokens_of_the_right_pictures(tiny_base: Pa
         lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
     )
     trainer._loss(0)
-    expected = torch.cat([trainer._encode([p]) for p in ("a sks dog", "a sks dog", "a dog", "a dog")])
+    expected = torch.cat(
+        [trainer.family.encode([p])["encoder_hidden_states"] for p in ("a sks dog", "a sks dog", "a dog", "a dog")]
+    )
     assert torch.equal(seen[0], expected)
 
 

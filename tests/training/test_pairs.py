@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from svdiff.config import BaseModelConfig, Config, TrainConfig, load_config
 from svdiff.data.mixes import load_mixes, make_mixes
-from svdiff.models import load_pipeline
+from svdiff.models import family_of, load_pipeline
 from svdiff.training import train
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
 from svdiff.training.attention_losses import AttentionLosses
@@ -58,7 +58,7 @@ def checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def pair_dataset(config: Config, **overrides: Any) -> Dataset:
     data = read_training_data(config, config.entry("both"), config.train_config("both", overrides))
-    return data.encode(load_pipeline(config.base))
+    return data.encode(family_of(load_pipeline(config.base)))
 
 
 def test_samples_are_mixes_with_their_probability_and_priors_are_their_counterparts(checkout: Path) -> None:

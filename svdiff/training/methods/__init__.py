@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 
 class Method(Protocol):
@@ -47,7 +44,7 @@ class Method(Protocol):
         ...
 
 
-def apply_method(pipe: StableDiffusionPipeline, config: TrainConfig, tokens: Sequence[str]) -> Method:
+def apply_method(pipe: Any, config: TrainConfig, tokens: Sequence[str]) -> Method:
     """Make `pipe` trainable by `config.method`. `tokens` are the special tokens, which Custom Diffusion trains as well."""
     if config.method == "svdiff":
         from svdiff.training.methods.spectral import SpectralMethod

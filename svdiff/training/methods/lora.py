@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
+from svdiff.models import family_of
 from svdiff.sampling.weights_delta import base_hashes, save_weights_delta
 from svdiff.training.methods.weights import OpenWeights, copy_state, layers_of, load_state
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 ADAPTER = "svdiff"
 
@@ -23,20 +21,17 @@ ADAPTER = "svdiff"
 class LoraMethod:
     """LoRA (PEFT) on every linear and convolution layer of the subset, and the weights of its norms.
 
-    The text encoder is trained whole, when asked. The rank is `rank` of the configuration, 1 where it is not set. B starts at zero, so step 0 is the base; A is drawn
+    Text encoders are trained whole, when asked. The rank is `rank` of the configuration, 1 where it is not set. B starts at zero, so step 0 is the base; A is drawn
     from the configuration's seed. Norms in the file are changes W − W₀; the pairs are named as PEFT and diffusers do.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+    def __init__(self, pipe: Any, config: TrainConfig) -> None:
         self.rank = config.rank or 1
-        self.networks = ["unet", "text_encoder"] if config.text_encoder else ["unet"]
-        self.base_hashes = base_hashes(pipe, self.networks)
-        self._modules: dict[str, nn.Module] = {network: getattr(pipe, network) for network in self.networks}
+        subsets = family_of(pipe).trained(config.subset, text_encoder=config.text_encoder)
+        self.base_hashes = base_hashes(pipe, list(subsets))
+        self._modules: dict[str, nn.Module] = {network: getattr(pipe, network) for network in subsets}
         # Found before the injection, which renames what it wraps.
-        layers = {
-            network: layers_of(module, config.subset if network == "unet" else "UNet")
-            for network, module in self._modules.items()
-        }
+        layers = {network: layers_of(module, subsets[network]) for network, module in self._modules.items()}
         norms = {
             f"{network}.{name}": parameter
             for network, module in self._modules.items()
@@ -59,7 +54,7 @@ class LoraMethod:
 
     @property
     def base_hash(self) -> str:
-        """The bases' hashes, joined: UNet's first."""
+        """The bases' hashes, joined: that of the denoising network first."""
         return "+".join(self.base_hashes.values())
 
     def parameters(self) -> dict[str, list[Parameter]]:

@@ -1,27 +1,24 @@
-"""SVDiff itself (Sec. 3.2): spectral shifts of the UNet, and of the text encoder when asked."""
+"""SVDiff itself (Sec. 3.2): spectral shifts of the denoising network, and of text encoders when asked."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
-from svdiff.models import scratch
+from svdiff.models import family_of, scratch
 from svdiff.spectral import SpectralShifts, attach, combine, load_basis
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 
 class SpectralMethod:
     """Shifts on a pipeline's networks."""
 
-    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
-        parts = {"unet": config.subset} | ({"text_encoder": "UNet"} if config.text_encoder else {})
+    def __init__(self, pipe: Any, config: TrainConfig) -> None:
+        parts = family_of(pipe).trained(config.subset, text_encoder=config.text_encoder)
         self.shifts: dict[str, SpectralShifts] = {}
         for name, subset in parts.items():
             module = getattr(pipe, name)
@@ -30,7 +27,7 @@ class SpectralMethod:
 
     @property
     def base_hash(self) -> str:
-        """The bases' hashes, joined: UNet's first."""
+        """The bases' hashes, joined: that of the denoising network first."""
         return "+".join(shifts.basis.base_hash for shifts in self.shifts.values())
 
     def parameters(self) -> dict[str, list[Parameter]]:

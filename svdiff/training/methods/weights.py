@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
+from svdiff.models import Family, family_of
 from svdiff.sampling.weights_delta import TOKEN_ROW, base_hashes, row_name, save_weights_delta
 from svdiff.spectral import select
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 # Custom Diffusion (Kumari et al. 2023): the cross-attention's key and value projections.
 CUSTOM_DIFFUSION = re.compile(r"(^|\.)attn2\.to_[kv]\.weight$")
@@ -82,33 +80,34 @@ class WeightsMethod:
     Custom Diffusion: `attn2.to_k`, `attn2.to_v` and the special tokens.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, config: TrainConfig, tokens: Sequence[str]) -> None:
+    def __init__(self, pipe: Any, config: TrainConfig, tokens: Sequence[str]) -> None:
         custom = config.method == "custom-diffusion"
         _refuse_unused(config)
-        self.networks = ["unet", "text_encoder"] if custom or config.text_encoder else ["unet"]
-        self.base_hashes = base_hashes(pipe, self.networks)
-        self.token_rows: list[TokenRow] = []
+        family = family_of(pipe)
+        subsets = family.trained(config.subset, text_encoder=config.text_encoder)
+        if custom and family.attention != "cross":
+            raise SvdiffError(
+                f"method custom-diffusion trains W^K and W^V of cross-attention, and {family.title} has joint attention "
+                "of picture and text instead; choose method svdiff, full or lora"
+            )
+        self.base_hashes = base_hashes(pipe, [*subsets, *(family.encoder_names if custom else ())])
         chosen: dict[str, Parameter] = {}
-        for network in ["unet"] if custom else self.networks:
+        for network, subset in subsets.items():
             module = getattr(pipe, network)
-            layers = layers_of(module, config.subset if network == "unet" else "UNet")
+            layers = layers_of(module, subset)
             for name, parameter in module.named_parameters():
                 if CUSTOM_DIFFUSION.search(name) if custom else name.rpartition(".")[0] in layers:
                     chosen[f"{network}.{name}"] = parameter
-        if not chosen:
-            raise SvdiffError("the UNet has no attn2.to_k or attn2.to_v for Custom Diffusion; choose another method")
-        if custom:
-            embedding = pipe.text_encoder.get_input_embeddings()
-            self.token_rows = [TokenRow(embedding, special_token_id(pipe, token)) for token in tokens]
+        self.token_rows = token_rows(family, tokens) if custom else {}
         self.weights = OpenWeights(chosen)
 
     @property
     def base_hash(self) -> str:
-        """The bases' hashes, joined: UNet's first."""
+        """The bases' hashes, joined: that of the denoising network first."""
         return "+".join(self.base_hashes.values())
 
     def _named(self) -> dict[str, Parameter]:
-        return self.weights.parameters | {row_name(row.token_id): row.row for row in self.token_rows}
+        return self.weights.parameters | {name: row.row for name, row in self.token_rows.items()}
 
     def parameters(self) -> dict[str, list[Parameter]]:
         """Trainable float32 parameters: 1-D ones (norms, biases) learn at 'lr_1d', the rest and the tokens at 'lr'."""
@@ -126,14 +125,14 @@ class WeightsMethod:
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the changes W − W₀ as safetensors."""
-        rows = {row_name(row.token_id): row.delta() for row in self.token_rows}
+        rows = {name: row.delta() for name, row in self.token_rows.items()}
         save_weights_delta(path, self.weights.deltas() | rows, metadata | self.base_hashes)
 
     def detach(self) -> None:
         """Give the pipeline its base weights back, bit for bit."""
         self.weights.close()
         while self.token_rows:
-            self.token_rows.pop().close()
+            self.token_rows.popitem()[1].close()
 
 
 def _refuse_unused(config: TrainConfig) -> None:
@@ -161,11 +160,22 @@ def layers_of(module: nn.Module, subset: str) -> set[str]:
     return {name.rpartition(".")[0] for name in select(module, subset)}
 
 
-def special_token_id(pipe: StableDiffusionPipeline, token: str) -> int:
+def token_rows(family: Family, tokens: Sequence[str]) -> dict[str, TokenRow]:
+    """The embeddings of special tokens in every text encoder that can be trained, by their names in files."""
+    rows = {}
+    for encoder in family.encoder_names:
+        embedding = getattr(family.pipe, encoder).get_input_embeddings()
+        for token in tokens:
+            token_id = special_token_id(family.tokenizer_of(encoder), token)
+            rows[row_name(encoder, token_id)] = TokenRow(embedding, token_id)
+    return rows
+
+
+def special_token_id(tokenizer: Any, token: str) -> int:
     """The one id of `token`. Raises SvdiffError if the tokenizer splits it or does not know it."""
-    pieces = pipe.tokenizer.tokenize(token)
-    token_id = pipe.tokenizer.convert_tokens_to_ids(pieces[0]) if len(pieces) == 1 else None
-    if token_id is None or token_id == pipe.tokenizer.unk_token_id:
+    pieces = tokenizer.tokenize(token)
+    token_id = tokenizer.convert_tokens_to_ids(pieces[0]) if len(pieces) == 1 else None
+    if token_id is None or token_id == tokenizer.unk_token_id:
         raise SvdiffError(f"token '{token}' is not one token of the base's vocabulary, but {pieces}; choose e.g. sks")
     return int(token_id)
 
