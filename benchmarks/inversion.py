@@ -21,7 +21,7 @@ from svdiff.base.world import World
 from svdiff.config import load_config
 from svdiff.data.concepts import to_square
 from svdiff.editing.scores import psnr
-from svdiff.evaluation.alignment import load_evaluators
+from svdiff.evaluation.evaluators import load_evaluators
 from svdiff.models import family_of, load_pipeline
 from svdiff.sampling.guidance import decode
 from svdiff.sampling.inversion import encode_images, invert, reconstruct

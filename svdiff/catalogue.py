@@ -74,6 +74,10 @@ class Entry:
             prompts += made
         return list(dict.fromkeys(prompts))
 
+    def class_prompts(self, template: str) -> list[str]:
+        """A template's `{subject}` as each bare class word, which training should leave alone; each prompt once."""
+        return list(dict.fromkeys(template.format(subject=c.class_word) for c in self.concepts.values()))
+
     def shown(self, prompt: str) -> list[str]:
         """Names of the concepts whose token is in `prompt`, in the order of the entry."""
         words = prompt.split()

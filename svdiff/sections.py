@@ -47,6 +47,11 @@ class EvaluatorsConfig(Section):
         "models/lpips/backbone.safetensors",
         description="weights of the backbone, used without learned heads; null: the lpips package's own",
     )
+    identity_model: str | None = Field(
+        None,
+        description="instance embedding behind the identity score: a transformers folder or Hub id, e.g. "
+        "facebook/dinov2-base; null: CLIP's image encoder",
+    )
 
 
 class PriorConfig(Section):
@@ -111,7 +116,20 @@ class SampleConfig(Section):
     eta: float = Field(0.0, ge=0, le=1, description="η of DDIM; 0 is deterministic")
     beta: float = Field(1.0, ge=0, le=1, description="β of Eq. 10; 1 is plain guidance, below it negatives count")
     negatives: list[str] = Field([], description="negative prompts of Eq. 10; none given: the prior prompts")
+    drift_pictures: int = Field(
+        16,
+        ge=0,
+        description="pictures of the bare class prompt (`prior.prompt`), from seeds 0, 1, …, that tell whether the class "
+        "word has drifted towards the concept; 0: drift is not measured",
+    )
     batch_size: int = Field(8, ge=1, le=256, description="pictures sampled together")
+
+    @field_validator("drift_pictures")
+    @classmethod
+    def _none_or_several(cls, pictures: int) -> int:
+        if pictures == 1:
+            raise ValueError("one picture has no variety; expected 0, or at least 2")
+        return pictures
 
 
 class ScoreConfig(Section):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flows.registry.baseline import Measure, measure
 from svdiff.catalogue import Entry
 from svdiff.config import BaseModelConfig, ConceptConfig, Config
-from svdiff.data.concepts import concept_folder, load_concept_images
+from svdiff.data.concepts import concept_folder
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from flows.registry.store import Tracking
-    from svdiff.evaluation.alignment import Evaluators
+    from svdiff.evaluation.evaluators import Evaluators
     from svdiff.sampling import Job
 
 BASE_VARIABLE = "SVDIFF_BASE_MODEL"  # as in concept_model.py, which must not depend on this module
@@ -76,13 +76,14 @@ class Examiner:
             Broken: the delta or its base is not what was registered.
             SvdiffError: the base or the concept's pictures are not here, so nothing can be said.
         """
+        from svdiff.evaluation.score import real_pictures
         from svdiff.sampling import Job
         from svdiff.sampling.stage import default_negatives, draw_pictures, personalise
 
         entry = entry_of(version)
         jobs = [Job(prompt, seed) for prompt, seed in self._shown(entry)]
         # Read before the work: without them nothing can be said.
-        training = [p.image for name in entry.concepts for p in load_concept_images(self.root / concept_folder(name))]
+        real = real_pictures(entry, self.root)
         with tempfile.TemporaryDirectory() as folder:
             delta, description = fetch(tracking, version, Path(folder))
             pipe = self._pipeline(version, description)
@@ -94,49 +95,33 @@ class Examiner:
                 images = draw_pictures(pipe, jobs, self.config.sample, default_negatives(self.config, entry))
             finally:
                 personal.unload()
-        return Measured(self._score(entry, jobs, images, training), images)
+        return Measured(self._score(entry, jobs, images, real), images)
 
     def _shown(self, entry: Entry) -> list[tuple[str, int]]:
         """Prompt and seed of every picture."""
         templates = self.config.mix.prompts if entry.kind == "pair" else self.config.sample.prompts
         return [(prompt, seed) for prompt in entry.prompts(templates) for seed in self.config.sample.seeds]
 
-    def _score(self, entry: Entry, jobs: list[Job], images: list[Image], training: list[Image]) -> pd.DataFrame:
+    def _score(self, entry: Entry, jobs: list[Job], images: list[Image], real: dict[str, list[Image]]) -> pd.DataFrame:
         import pandas as pd
 
-        from svdiff.evaluation.alignment import align, without_token
+        from svdiff.evaluation.score import score_pictures
 
         table = pd.DataFrame(jobs, columns=["prompt", "seed"])
-        if entry.kind == "pair":
-            scores = self._score_pair(entry, table, images)
-        else:
-            texts = [without_token(prompt, entry.token) for prompt in table["prompt"]]
-            scores = align(images, texts, training, self._evaluators)
+        scores = score_pictures(entry, table["prompt"].tolist(), images, real, self._evaluators)
         # As many decimals as the files of the stage `score` keep.
         return scores.select_dtypes("number").round(6).set_index(pd.MultiIndex.from_frame(table))
-
-    def _score_pair(self, entry: Entry, table: pd.DataFrame, images: list[Image]) -> pd.DataFrame:
-        """As the stage `score` does it, which reads pictures from files."""
-        from svdiff.evaluation.pairs import score_samples
-
-        files = [f"{index}.png" for index in range(len(images))]
-        with tempfile.TemporaryDirectory() as folder:
-            for file, image in zip(files, images, strict=True):
-                image.save(Path(folder) / file)
-            samples = table.assign(file=files)
-            scored = score_samples(self.config, entry, samples, Path(folder), self._evaluators)
-        return scored.drop(columns=samples.columns)
 
     @cached_property
     def evaluators_described(self) -> Any:
         """Content of evaluators.json for the evaluators of today."""
-        from svdiff.evaluation.score import describe_evaluators
+        from svdiff.evaluation.evaluators import describe_evaluators
 
         return json.loads(json.dumps(describe_evaluators(self.config.evaluators)))
 
     @cached_property
     def _evaluators(self) -> Evaluators:
-        from svdiff.evaluation.alignment import load_evaluators
+        from svdiff.evaluation.evaluators import load_evaluators
 
         return load_evaluators(self.config.evaluators)
 

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from svdiff.config import Config
 
 MEASURES = {
+    "identity": "identity",
     "image_alignment": "image alignment",
     "text_alignment": "text alignment",
     "clip_i": "CLIP-I",
     "separation": "separation",
-    "apart": "kept apart",
+    "both_identified": "both identified",
 }
 
 

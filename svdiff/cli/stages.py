@@ -120,13 +120,8 @@ def sample(
 
 @app.command()
 def score(name: NameOrNone = None, concept: NamedConcept = None, params: Params = PARAMS) -> None:
-    """Stage: text and image alignment (Fig. 9b), beside the untrained base; for a pair also how well it is kept apart."""
+    """Stage: identity, text and image alignment (Fig. 9b) and drift of the class word, beside the untrained base."""
     config, name = read(params), _name(name, concept)
-    if config.entry(name).kind == "pair":
-        from svdiff.evaluation.pairs import score_pair
-
-        wrote(score_pair(config, name))
-        return
     from svdiff.evaluation.score import score as run
 
     wrote(run(config, name))

@@ -137,9 +137,16 @@ def mix_prompts(first: str, second: str, *, layout: Layout = "left-right", artic
     return forward, backward, f"{first} and {article} {second}"
 
 
-def prior_mix_prompts(first_class: str, second_class: str, *, template: str = "a {subject}") -> list[str]:
-    """The prior prompts of left-right mixes of two classes: the default negatives of Eq. 10 (supplement D)."""
-    return list(dict.fromkeys(template.format(subject=words) for words in mix_prompts(first_class, second_class)))
+def prior_mix_prompts(
+    first_class: str,
+    second_class: str,
+    *,
+    template: str = "a {subject}",
+    layouts: Sequence[Layout] = ("left-right",),
+) -> list[str]:
+    """The prior prompts of mixes of two classes in these layouts: the default negatives of Eq. 10 (supplement D)."""
+    words = [words for layout in layouts for words in mix_prompts(first_class, second_class, layout=layout)]
+    return list(dict.fromkeys(template.format(subject=subject) for subject in words))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from svdiff.editing.scores import score_edits
 from svdiff.editing.stage import with_edit
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
-from svdiff.evaluation.alignment import Evaluators, align, load_evaluators
+from svdiff.evaluation.alignment import align
+from svdiff.evaluation.evaluators import Evaluators, load_evaluators
 from svdiff.evaluation.kept import key
 from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import load_pipeline, scratch

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.alignment import Evaluators, align
+from svdiff.evaluation.alignment import align
+from svdiff.evaluation.evaluators import Evaluators
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,9 +14,8 @@ from svdiff.editing.edits import edit_picture, sheet
 from svdiff.editing.scores import score_edits
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
-from svdiff.evaluation.alignment import load_evaluators
 from svdiff.evaluation.edit_section import EDITS
-from svdiff.evaluation.score import describe_evaluators
+from svdiff.evaluation.evaluators import describe_evaluators, load_evaluators
 from svdiff.files import atomic_dir
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import check_prompts

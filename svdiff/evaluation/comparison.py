@@ -22,9 +22,10 @@ from svdiff.config import Config
 from svdiff.data.mixes import make_mixes, mix_folder, pair_entry
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
-from svdiff.evaluation.alignment import Evaluators, load_evaluators
+from svdiff.evaluation.evaluators import Evaluators, load_evaluators
 from svdiff.evaluation.kept import key
-from svdiff.evaluation.pairs import PAIR_MEASURES, score_samples
+from svdiff.evaluation.pairs import PAIR_MEASURES
+from svdiff.evaluation.score import real_pictures, score_pictures
 from svdiff.files import atomic_dir, atomic_file, sha256_tree, write_atomic
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling.images import Job
@@ -37,7 +38,7 @@ WAYS = ("without", "cut-mix-unmix", "unmix")  # joint training alone, on mixes a
 SHOWN = 6  # pictures a row of the sheet
 CODE = (
     *("data/*.py", "spectral/*.py", "training/**/*.py", "sampling/guidance.py", "sampling/images.py"),
-    *("evaluation/alignment.py", "evaluation/evaluators.py", "evaluation/pairs.py", "evaluation/things.py"),
+    *("evaluation/alignment.py", "evaluation/evaluators.py", "evaluation/pairs.py", "evaluation/regions.py"),
 )
 
 
@@ -183,8 +184,10 @@ def _scored(config: Config, cell: Cell, jobs: Sequence[Job], folder: Path, evalu
     files = [_picture(folder, job).name for job in jobs]
     kept = folder / f"scores-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}.csv"
     if not kept.is_file():
-        samples = pd.DataFrame({"file": files, "prompt": [job.prompt for job in jobs]})
-        scores = score_samples(config, config.entry(cell.pair), samples, folder, evaluators)
+        entry, prompts = config.entry(cell.pair), [job.prompt for job in jobs]
+        pictures = [Image.open(folder / file).convert("RGB") for file in files]
+        scores = score_pictures(entry, prompts, pictures, real_pictures(entry), evaluators)
+        scores = scores.assign(file=files, prompt=prompts)
         write_atomic(kept, scores.to_csv(index=False))
     table = pd.read_csv(kept).assign(**cell._asdict(), picture=[job.seed for job in jobs])
     return table.assign(path=[str(folder / file) for file in files])

@@ -1,34 +1,59 @@
-"""The models that score pictures: CLIP through open_clip, the perceptual distance through lpips.
+"""The networks that score pictures: CLIP (open_clip), the perceptual distance (lpips), an instance embedding (transformers).
 
-Both come in two kinds under the same configuration keys: the embedded ones, trained on the picture world, and the
-published ones by their hub names. Scores of one kind do not compare with the other's.
+Each comes in two kinds under the same configuration keys: the embedded one, trained on the picture world, and the
+published ones by their hub names. Scores of one kind do not compare with the other's, so `describe_evaluators` says which
+networks, weights and transforms made a score.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
 from svdiff.config import EvaluatorsConfig
 from svdiff.errors import SvdiffError
+from svdiff.files import sha256_file
 
 if TYPE_CHECKING:
     import torch
 
+    EncodeImages = Callable[[list[Image.Image]], torch.Tensor]
+    EncodeTexts = Callable[[list[str]], torch.Tensor]
+    Distance = Callable[[list[Image.Image], list[Image.Image]], torch.Tensor]
+
 LOCAL = "local-dir:"
+BATCH = 64  # pictures, or pairs of them, at a time
+CLIP_WEIGHTS = {".safetensors", ".bin", ".pt"}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of transformers; the first that is there is loaded
+CLIP_AS_IDENTITY = "the image encoder of clip"
 
 
-EncodeImages = Callable[[list[Image.Image]], "torch.Tensor"]
-EncodeTexts = Callable[[list[str]], "torch.Tensor"]
-Distance = Callable[[list[Image.Image], list[Image.Image]], "torch.Tensor"]
+class Evaluators(NamedTuple):
+    """What scores pictures. Encoders give N × d unit vectors, `distance` N × M numbers for N and M pictures."""
+
+    encode_images: EncodeImages
+    encode_texts: EncodeTexts
+    distance: Distance
+    encode_identity: EncodeImages
+
+
+def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
+    """The evaluators that params.yaml names, in fp32 on the GPU if there is one.
+
+    Raises SvdiffError if their weights are not there.
+    """
+    encode_images, encode_texts = load_clip(config)
+    encode_identity = encode_images if config.identity_model is None else load_identity(config.identity_model)
+    return Evaluators(encode_images, encode_texts, load_lpips(config), encode_identity)
 
 
 def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:
-    """CLIP's two encoders: pictures (RGB, any size) and texts to N×d unit vectors, in fp32 on the CPU.
+    """CLIP's two encoders: pictures (RGB, any size) and texts to N×d unit vectors.
 
     `clip_model` is `local-dir:<folder>` (relative to the working directory) or an open_clip model name with
     `clip_pretrained` beside it. Raises SvdiffError if a local folder holds no model.
@@ -45,34 +70,68 @@ def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:
                 "or `svdiff base train clip` to make it"
             )
         model, _, preprocess = open_clip.create_model_and_transforms(name)
-        tokenize = _local_tokenizer(folder)
     else:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=config.clip_pretrained)
-        tokenize = open_clip.get_tokenizer(name)
-    model = model.float().eval().requires_grad_(False)
+    tokenize = open_clip.get_tokenizer(name)
+    device = _device()
+    model = model.float().eval().requires_grad_(False).to(device)
 
-    @torch.inference_mode()
-    def encode_images(pictures: list[Image.Image]) -> torch.Tensor:
-        parts = [
-            model.encode_image(
-                torch.stack([preprocess(p.convert("RGB")) for p in pictures[i : i + 64]]), normalize=True
+    def images(pictures: list[Image.Image]) -> torch.Tensor:
+        pixels = torch.stack([preprocess(picture.convert("RGB")) for picture in pictures])
+        return model.encode_image(pixels.to(device), normalize=True)
+
+    def texts(words: list[str]) -> torch.Tensor:
+        return model.encode_text(tokenize(words).to(device), normalize=True)
+
+    return partial(_in_batches, images), partial(_in_batches, texts)
+
+
+def load_identity(name: str) -> EncodeImages:
+    """The instance embedding as transformers loads it, pictures to N×d unit vectors: the model's pooled output, or the mean
+    of its last hidden state where it has none.
+
+    `name` is a folder or a Hub id such as facebook/dinov2-base. Raises SvdiffError if it cannot be loaded.
+    """
+    import torch
+    import transformers.utils.logging
+    from transformers import AutoImageProcessor, AutoModel
+
+    transformers.utils.logging.disable_progress_bar()
+    _check_identity(name)
+    try:
+        processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SvdiffError(f"evaluators.identity_model '{name}' cannot be loaded: {error}") from error
+    device = _device()
+    model = model.float().eval().requires_grad_(False).to(device)
+
+    def embed(pictures: list[Image.Image]) -> torch.Tensor:
+        pixels = processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt").pixel_values
+        output = model(pixel_values=pixels.to(device, torch.float32))
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:  # (N, tokens, d) of a transformer, (N, d, h, w) of a convolutional network
+            last = output.last_hidden_state
+            pooled = last.mean(dim=1) if last.ndim == 3 else last.mean(dim=(2, 3))
+        return torch.nn.functional.normalize(pooled.flatten(1), dim=1)
+
+    return partial(_in_batches, embed)
+
+
+def _check_identity(name: str) -> None:
+    """Raise SvdiffError for a folder that is not there or holds no model."""
+    folder = Path(name)
+    if folder.is_dir():
+        missing = [file for file in ("config.json", "preprocessor_config.json") if not (folder / file).is_file()]
+        if missing:
+            raise SvdiffError(
+                f"evaluators.identity_model: {folder} holds no {missing[0]}; expected what transformers' "
+                "`save_pretrained` writes for a model and its image processor. For the embedded one run `dvc pull`"
             )
-            for i in range(0, len(pictures), 64)
-        ]
-        return torch.cat(parts).clone()
-
-    @torch.inference_mode()
-    def encode_texts(texts: list[str]) -> torch.Tensor:
-        parts = [model.encode_text(tokenize(texts[i : i + 256]), normalize=True) for i in range(0, len(texts), 256)]
-        return torch.cat(parts).clone()
-
-    return encode_images, encode_texts
-
-
-def _local_tokenizer(folder: Path) -> Callable[[list[str]], torch.Tensor]:
-    import open_clip
-
-    return open_clip.get_tokenizer(f"{LOCAL}{folder}")
+    elif name.startswith((".", "/", "models/")) or name.count("/") > 1:
+        raise SvdiffError(
+            f"evaluators.identity_model '{name}' is not a folder here (looked from {Path.cwd()}); run `dvc pull` for the "
+            "embedded one, or name a folder or a Hub id such as facebook/dinov2-base"
+        )
 
 
 def lpips_side(config: EvaluatorsConfig) -> int:
@@ -81,7 +140,7 @@ def lpips_side(config: EvaluatorsConfig) -> int:
 
 
 def load_lpips(config: EvaluatorsConfig) -> Distance:
-    """The perceptual distance: (N pictures, M pictures) to N×M distances ≥ 0, in fp32 on the CPU.
+    """The perceptual distance: (N pictures, M pictures) to N×M distances ≥ 0.
 
     With `lpips_weights` the backbone of that file is used without learned heads (`lpips=False`), as the mean over
     its layers of half the squared difference of unit-normalised features, which is 1 − their cosine and so lies in
@@ -89,6 +148,7 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
     compared as squares of `lpips_side` pixels. Raises SvdiffError if the weights are not there.
     """
     import lpips
+    import numpy as np
     import torch
 
     if config.lpips_weights is None:
@@ -107,23 +167,92 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
             raise SvdiffError(f"evaluators.lpips_net is {config.lpips_net!r}, but {path} is of {net!r}: say {net!r}")
         network = lpips.LPIPS(net=config.lpips_net, lpips=False, pnet_rand=True, pretrained=False, verbose=False)
         network.net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    network = network.eval().requires_grad_(False)
+    device = _device()
+    network = network.eval().requires_grad_(False).to(device)
     scale = 1.0 if config.lpips_weights is None else 1 / (2 * network.L)
-
     side = lpips_side(config)
 
-    def tensor(pictures: list[Image.Image]) -> torch.Tensor:
-        import numpy as np
-
+    def pixels(pictures: list[Image.Image]) -> torch.Tensor:
         small = [p.convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for p in pictures]
         return torch.from_numpy(np.stack([np.asarray(p, dtype=np.float32) for p in small]) / 127.5 - 1).permute(
             0, 3, 1, 2
         )
 
-    @torch.inference_mode()
     def distance(first: list[Image.Image], second: list[Image.Image]) -> torch.Tensor:
-        a, b = tensor(first), tensor(second)
-        rows = [network(a[i : i + 1].expand(len(b), -1, -1, -1), b).reshape(1, -1) for i in range(len(a))]
-        return (scale * torch.cat(rows)).clone()
+        a, b = pixels(first), pixels(second)
+        pairs = torch.cartesian_prod(torch.arange(len(a)), torch.arange(len(b)))
+
+        def of_pairs(places: torch.Tensor) -> torch.Tensor:
+            return network(a[places[:, 0]].to(device), b[places[:, 1]].to(device)).flatten()
+
+        return scale * _in_batches(of_pairs, pairs).reshape(len(a), len(b))
 
     return distance
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _in_batches(function: Callable[[Any], torch.Tensor], items: Any) -> torch.Tensor:
+    """`function` of all items, at most BATCH at a time."""
+    import torch
+
+    with torch.inference_mode():
+        parts = torch.cat([function(items[start : start + BATCH]) for start in range(0, len(items), BATCH)])
+    return parts.clone()
+
+
+def describe_evaluators(config: EvaluatorsConfig) -> dict[str, dict[str, Any]]:
+    """What must be equal for two scores to be comparable: networks, weights (hash, or the hub's tag), transforms, scale."""
+    clip: dict[str, Any] = {"score": "cosine, not scaled"}
+    folder = Path(config.clip_model.removeprefix(LOCAL))
+    if folder.is_dir():
+        described = json.loads((folder / "open_clip_config.json").read_text())
+        clip |= {
+            "model": described.get("model_cfg"),
+            "weights_sha256": _hashes(path for path in sorted(folder.iterdir()) if path.suffix in CLIP_WEIGHTS),
+            "transform": described.get("preprocess_cfg"),
+        }
+    else:
+        clip |= {
+            "model": config.clip_model,
+            "weights": config.clip_pretrained,
+            "transform": "open_clip's for this model",
+        }
+    lpips: dict[str, Any] = {"score": "1 − distance, mean over the training pictures", "net": config.lpips_net}
+    if config.lpips_weights:
+        lpips |= {"weights_sha256": sha256_file(config.lpips_weights), "heads": "none: 1 − cosine, mean over layers"}
+    else:
+        lpips |= {"weights": "of the lpips package", "heads": "learned"}
+    side = lpips_side(config)
+    lpips["transform"] = f"RGB, {side} × {side} (Lanczos), in [-1, 1]"
+    return {"identity": _describe_identity(config.identity_model), "clip": clip, "lpips": lpips}
+
+
+def _describe_identity(name: str | None) -> dict[str, Any]:
+    identity: dict[str, Any] = {"score": "cosine, mean over the training pictures"}
+    if name is None:
+        return identity | {"model": CLIP_AS_IDENTITY}
+    from transformers.utils import cached_file
+
+    _check_identity(name)
+
+    def stored(file: str) -> Path | None:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    described, transform = stored("config.json"), stored("preprocessor_config.json")
+    weights = [path for file in WEIGHTS if (path := stored(file))][:1]
+    architecture = json.loads(described.read_text()) if described else {}
+    return identity | {
+        "model": "+".join(architecture.get("architectures") or []) if Path(name).is_dir() else name,
+        "weights_sha256": _hashes(weights),
+        "transform": json.loads(transform.read_text()) if transform else None,
+    }
+
+
+def _hashes(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in paths}

@@ -16,7 +16,8 @@ from svdiff.config import Config
 from svdiff.data.concepts import concept_folder, load_concept_images, to_square
 from svdiff.data.prior import prior_folder
 from svdiff.evaluation import plots
-from svdiff.evaluation.alignment import align, load_evaluators, without_token
+from svdiff.evaluation.alignment import align, without_token
+from svdiff.evaluation.evaluators import load_evaluators
 from svdiff.evaluation.kept import key
 from svdiff.files import atomic_dir, sha256_tree
 from svdiff.models import load_pipeline, scratch

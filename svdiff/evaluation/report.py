@@ -34,12 +34,13 @@ REPORT = Path("out/report")
 THUMBNAIL = 192  # largest side of a sample in the page, in pixels
 FILM = 6  # validation grids shown a concept
 MEASURES = {
+    "identity": ("identity", "Identity", "cosine of the instance embedding with the training pictures"),
     "image": ("image_alignment", "Image alignment", "1 − LPIPS to the training pictures"),
     "text": ("text_alignment", "Text alignment", "CLIP cosine with the prompt"),
     "clip_i": ("clip_i", "CLIP-I", "CLIP cosine with the training pictures"),
     # Of pairs only, whose image alignment and CLIP-I are those of the two things in a picture, each with its own subject.
     "separation": ("separation", "Separation", "1: both subjects as themselves, 0: blended, below: twins"),
-    "apart": ("apart", "Kept apart", "share of pictures with positive separation"),
+    "both_identified": ("both_identified", "Both identified", "share of pictures that show both"),
 }
 
 
@@ -140,7 +141,7 @@ def _page(config: Config, name: str) -> Page:
         for index, picture in enumerate(load_concept_images(concept_folder(concept)), start=1)
     ]
     if (SAMPLES / name / "images.csv").is_file():
-        samples = read_samples(SAMPLES / name)
+        samples, _ = read_samples(SAMPLES / name)
         page.seeds = sorted(samples["seed"].unique().tolist())
         page.rows = [_row(SAMPLES / name, rows) for _, rows in samples.groupby("prompt_index")]
     page.scores = _scores(read_json(SCORES / name / "metrics.json"))

@@ -88,11 +88,13 @@ def personalise_with(pipe: Any, parts: Sequence[Part]) -> Personalised:
 
 def default_negatives(config: Config, entry: Entry) -> list[str]:
     """The prior prompts, which serve as negatives of Eq. 10 (supplement D): of mixes for a pair, else of the class."""
-    classes = [concept.class_word for concept in entry.concepts.values()]
-    if len(classes) == 1:
-        return [config.prior.prompt.format(subject=classes[0])]
-    pairs = combinations(classes, 2)
-    return [prompt for pair in pairs for prompt in prior_mix_prompts(*pair, template=config.prior.prompt)]
+    classes, template = [concept.class_word for concept in entry.concepts.values()], config.prior.prompt
+    if entry.kind != "pair":
+        return entry.class_prompts(template)
+    of_pairs = [
+        prior_mix_prompts(*pair, template=template, layouts=config.mix.layouts) for pair in combinations(classes, 2)
+    ]
+    return list(dict.fromkeys(prompt for prompts in of_pairs for prompt in prompts))
 
 
 def draw_pictures(
@@ -133,30 +135,50 @@ def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: 
     """Every evaluation prompt at every seed, from the trained model and from the untouched base.
 
     Writes images.csv (file, model, prompt, prompt_index, seed) and trained/*.png, base/*.png to out/sample/<name>/, or
-    for `delta` in the place of the trained one to `out_dir`.
+    for `delta` in the place of the trained one to `out_dir`; and in its folder drift/ the same for the bare class prompts.
     """
     settings, entry = config.sample, config.entry(name)
     out_dir = out_dir or Path("out/sample") / name
-    prompts = config.sample_prompts(name)
-    jobs = [Job(prompt, seed) for prompt in prompts for seed in settings.seeds]
+    drift = [
+        Job(prompt, seed)
+        for prompt in entry.class_prompts(config.prior.prompt)
+        for seed in range(settings.drift_pictures)
+    ]
+    wanted = {"": [Job(prompt, seed) for prompt in config.sample_prompts(name) for seed in settings.seeds]}
+    wanted |= {"drift": drift} if drift else {}
     pipe = load_pipeline(config.base)
     personal = personalise(pipe, delta or delta_path(name))
-    rows = []
+    tables: dict[str, list[pd.DataFrame]] = {part: [] for part in wanted}
     with atomic_dir(out_dir) as folder:
         for model in ("trained", "base"):
             if model == "base":
                 personal.unload()
-            images = draw_pictures(pipe, jobs, settings, default_negatives(config, entry), f"sample {name} ({model})")
-            (folder / model).mkdir()
-            for job, image in zip(jobs, images, strict=True):
-                index = prompts.index(job.prompt)
-                file = f"{model}/p{index:02d}-s{job.seed:04d}.png"
-                image.save(folder / file)
-                rows.append(
-                    {"file": file, "model": model, "prompt": job.prompt, "prompt_index": index, "seed": job.seed}
-                )
-        pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
+            for part, jobs in wanted.items():
+                progress = f"sample {name} ({model}{part and ', ' + part})"
+                images = draw_pictures(pipe, jobs, settings, default_negatives(config, entry), progress)
+                tables[part].append(_save_pictures(folder / part, model, jobs, images))
+        for part, of_models in tables.items():
+            pd.concat(of_models).to_csv(folder / part / "images.csv", index=False)
     return out_dir
+
+
+def _save_pictures(folder: Path, model: str, jobs: Sequence[Job], images: Sequence[Image]) -> pd.DataFrame:
+    """Write <model>/*.png; a row a picture, as images.csv has it."""
+    (folder / model).mkdir(parents=True)
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    rows = [
+        {
+            "file": f"{model}/p{prompts.index(job.prompt):02d}-s{job.seed:04d}.png",
+            "model": model,
+            "prompt": job.prompt,
+            "prompt_index": prompts.index(job.prompt),
+            "seed": job.seed,
+        }
+        for job in jobs
+    ]
+    for row, image in zip(rows, images, strict=True):
+        image.save(folder / str(row["file"]))
+    return pd.DataFrame(rows)
 
 
 def sample_prompts(

@@ -13,7 +13,7 @@ from PIL import Image
 from svdiff.editing.edits import EditedPicture
 from svdiff.editing.scores import psnr, score_edits
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.alignment import Evaluators
+from svdiff.evaluation.evaluators import Evaluators
 
 
 def noisy(seed: int) -> Image.Image:
@@ -41,6 +41,7 @@ def test_means_are_of_targets_and_the_training_prompt_stands_apart() -> None:
         encode_images=lambda images: torch.stack([red(images), torch.ones(len(images))], dim=1),
         encode_texts=lambda texts: torch.tensor([[1.0, 0.0] if "red" in text else [0.0, 0.5] for text in texts]),
         distance=lambda a, b: (red(a)[:, None] - red(b)[None]).abs(),
+        encode_identity=lambda images: torch.ones(len(images), 1),
     )
     shades = [0, 51, 102, 153, 204, 255]  # of two starts, for the training prompt and two targets
     rows = [

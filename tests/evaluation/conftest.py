@@ -5,10 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from evaluation_parts import CONCEPTS, PROMPTS, SEEDS, TinyClip, TinyLpips, drawing, write_samples, write_training
+from evaluation_parts import (
+    CONCEPTS,
+    PROMPTS,
+    SEEDS,
+    TinyClip,
+    TinyLpips,
+    drawing,
+    embed,
+    write_samples,
+    write_training,
+)
 
 from svdiff.config import Config
-from svdiff.evaluation.alignment import Evaluators
+from svdiff.evaluation.evaluators import Evaluators
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +33,7 @@ def lpips() -> TinyLpips:
 
 @pytest.fixture(scope="session")
 def tiny(clip: TinyClip, lpips: TinyLpips) -> Evaluators:
-    return Evaluators(clip.encode_images, clip.encode_texts, lpips)
+    return Evaluators(clip.encode_images, clip.encode_texts, lpips, embed)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from svdiff.config import Config
-from svdiff.evaluation.alignment import Evaluators
+from svdiff.evaluation.evaluators import Evaluators
 from svdiff.spectral import SpectralDelta
 
 SIDE = 64
@@ -101,6 +101,18 @@ def write_samples(folder: Path, token: str, class_word: str, colour: str) -> Non
     pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
 
 
+def write_drift(folder: Path, class_word: str, colours: dict[str, list[str]], pictures: int = 4) -> None:
+    """Pictures of the bare class prompt; each model's colours follow each other."""
+    rows = []
+    for model, own in colours.items():
+        (folder / model).mkdir(parents=True)
+        for seed in range(pictures):
+            file = f"{model}/p00-s{seed:04d}.png"
+            drawing(own[seed % len(own)], seed=seed).save(folder / file)
+            rows.append({"file": file, "model": model, "prompt": f"a {class_word}", "prompt_index": 0, "seed": seed})
+    pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
+
+
 def write_training(folder: Path, seed: int, config: Config, name: str) -> None:
     (folder / "validation").mkdir(parents=True)
     for step in (0, 10, 20):
@@ -120,4 +132,24 @@ def embed(images: list[Image.Image]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(np.stack(small)), dim=1)
 
 
-PLAIN = Evaluators(embed, lambda texts: torch.ones(len(texts), 768) / 768**0.5, lambda a, b: 1 - embed(a) @ embed(b).T)
+PLAIN = Evaluators(
+    embed, lambda texts: torch.ones(len(texts), 768) / 768**0.5, lambda a, b: 1 - embed(a) @ embed(b).T, embed
+)
+
+
+def write_tiny_identity(folder: Path, kind: str = "resnet") -> Path:
+    """A small random instance embedding as transformers saves it: a ResNet, or DINOv2's architecture."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "resnet":
+            model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+        else:
+            model = Dinov2Model(
+                Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+            )
+    model.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    return folder

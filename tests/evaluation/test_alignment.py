@@ -9,7 +9,9 @@ from evaluation_parts import drawing
 
 from svdiff.data.concepts import to_square
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.alignment import Evaluators, align, paired_gain, without_token
+from svdiff.evaluation.alignment import align, without_token
+from svdiff.evaluation.evaluators import Evaluators
+from svdiff.evaluation.intervals import paired_gain
 
 PICTURES = [drawing("crimson", seed=1), drawing("seagreen", "navy", seed=2), drawing("orange", seed=3)]
 TEXTS = ["a dog", "a cat on a navy background", "a fox"]
@@ -38,6 +40,8 @@ def test_scores_are_their_definitions(tiny: Evaluators) -> None:
         for e in (tiny.encode_images(PICTURES), tiny.encode_texts(TEXTS), tiny.encode_images(squares))
     )
 
+    individual, own_individual = (tiny.encode_identity(some).double().numpy() for some in (PICTURES, squares))
+
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
@@ -45,6 +49,9 @@ def test_scores_are_their_definitions(tiny: Evaluators) -> None:
         i = int(str(index))
         assert row["text_alignment"] == pytest.approx(cosine(images[i], texts[i]), abs=1e-6)
         assert row["clip_i"] == pytest.approx(np.mean([cosine(images[i], other) for other in own]), abs=1e-6)
+        assert row["identity"] == pytest.approx(
+            np.mean([cosine(individual[i], other) for other in own_individual]), abs=1e-6
+        )
         distances = [float(tiny.distance([PICTURES[i]], [square])) for square in squares]
         assert row["image_alignment"] == pytest.approx(1 - np.mean(distances), abs=1e-6)
 

@@ -127,7 +127,7 @@ def test_differences_are_taken_picture_by_picture() -> None:
     rows = results.set_index(["method", "way", "against", "measure"])
     gain = rows.loc[("svdiff", "cut-mix-unmix", "svdiff without", "separation")]
     assert (gain["mean"], gain["low"], gain["high"]) == pytest.approx((0.25, 0.25, 0.25))
-    assert rows.loc[("full", "without", "svdiff without", "apart")]["mean"] == pytest.approx(-0.5)
+    assert rows.loc[("full", "without", "svdiff without", "both_identified")]["mean"] == pytest.approx(-0.5)
     assert ("svdiff", "without", "full without", "apart") not in rows.index  # the same the other way round
     mean = rows.loc[("svdiff", "without", "", "separation")]
     assert mean["low"] < mean["mean"] < mean["high"]

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.pairs import Nearness, likeness, reference, score_pair, score_things, separation
-from svdiff.evaluation.things import cut_out, find_two, foreground
+from svdiff.evaluation.pairs import Nearness, likeness, reference, score_regions, separation
+from svdiff.evaluation.regions import cut_out, find_two, foreground
+from svdiff.evaluation.score import score
 
 ROOT = Path(__file__).parents[2]
 SIDE = 64
@@ -51,37 +52,37 @@ def test_two_true_subjects_are_apart_and_twins_and_blends_are_not(subjects) -> N
     references = reference(first, PLAIN, SIDE), reference(second, PLAIN, SIDE)
     true = [beside(x, y, colour) for x, y, colour in zip(a, b, ("white", "pink", "lightblue"), strict=False)]
     true += [beside(y, x, "khaki") for x, y in zip(a[3:], b[3:], strict=True)]  # the other way round
-    scores = score_things(true, references, PLAIN)
-    assert (scores["things"] == 2).all()
-    assert (scores["apart"] == 1).all()
+    scores = score_regions(true, references, PLAIN)
+    assert (scores["regions"] == 2).all()
+    assert (scores["both_identified"] == 1).all()
     assert scores["separation"].min() > 0.4
-    assert (scores["clip_separation"] > 0).all()
     assert (scores["likeness_first"].iloc[:3] > 0).all()
     assert (scores["likeness_first"].iloc[3:] < 0).all()
 
-    twins = score_things([beside(x, x) for x in a] + [beside(y, y) for y in b], references, PLAIN)
-    assert (twins["things"] == 2).all()
-    assert (twins["apart"] == 0).all()
+    twins = score_regions([beside(x, x) for x in a] + [beside(y, y) for y in b], references, PLAIN)
+    assert (twins["regions"] == 2).all()
+    assert (twins["both_identified"] == 0).all()
     assert twins["separation"].max() < -0.4
-    blended = score_things([beside(x, x) for x in blend], references, PLAIN)
+    blended = score_regions([beside(x, x) for x in blend], references, PLAIN)
     assert blended["separation"].abs().max() < 0.5 * scores["separation"].min()
     assert blended["separation"].mean() < scores["separation"].min()
     # The identity of each is seen as well: a subject that is not there lowers its alignment.
     assert (scores["image_alignment_second"].mean() - twins["image_alignment_second"].iloc[:5].mean()) > 0
+    assert scores["identity_second"].min() > twins["identity_second"].iloc[:5].max()
     assert scores["clip_i"].mean() > twins["clip_i"].mean()
     assert scores["image_alignment"].mean() > blended["image_alignment"].mean()
 
 
-def test_one_thing_is_not_two(subjects) -> None:
+def test_one_subject_is_not_two(subjects) -> None:
     first, second = subjects
     references = reference(first, PLAIN, SIDE), reference(second, PLAIN, SIDE)
     alone = [picture.resize((SIDE, SIDE)) for picture in (*first, *second)]
-    scores = score_things(alone, references, PLAIN)
-    assert (scores["things"] == 1).all()
+    scores = score_regions(alone, references, PLAIN)
+    assert (scores["regions"] == 1).all()
     assert (scores["separation"] <= 0).all()
-    assert (scores["apart"] == 0).all()
-    empty = score_things([Image.new("RGB", (SIDE, SIDE), "pink")], references, PLAIN)
-    assert (empty["things"].item(), empty["apart"].item()) == (1, 0)
+    assert (scores["both_identified"] == 0).all()
+    empty = score_regions([Image.new("RGB", (SIDE, SIDE), "pink")], references, PLAIN)
+    assert (empty["regions"].item(), empty["both_identified"].item()) == (1, 0)
 
 
 def disc(picture: Image.Image, x: int, y: int, r: int, colour: str) -> None:
@@ -96,10 +97,10 @@ def two_discs(dx: int, dy: int, background: str = "white") -> Image.Image:
 
 
 @pytest.mark.parametrize(("dx", "dy"), [(16, 0), (14, 3), (0, 16), (13, 8), (8, 14)])
-def test_things_are_found_side_by_side_above_each_other_and_touching(dx: int, dy: int) -> None:
-    things = find_two(two_discs(dx, dy))
-    assert things.found == 2
-    for thing, colour in ((things.first, "crimson"), (things.second, "navy")):
+def test_two_regions_are_found_side_by_side_above_each_other_and_touching(dx: int, dy: int) -> None:
+    regions = find_two(two_discs(dx, dy))
+    assert regions.found == 2
+    for thing, colour in ((regions.first, "crimson"), (regions.second, "navy")):
         seen = np.asarray(thing)[28:36, 28:36].reshape(-1, 3).mean(axis=0)
         expected = np.asarray(Image.new("RGB", (1, 1), colour))[0, 0]
         assert np.abs(seen - expected).max() < 30
@@ -165,10 +166,10 @@ def test_scores_of_the_stage(checkout: Path, config: Config) -> None:
                 picture(seed).save(checkout / "out/sample/both" / file)
                 rows.append({"file": file, "model": model, "prompt": prompt, "prompt_index": index, "seed": seed})
     pd.DataFrame(rows).to_csv(checkout / "out/sample/both/images.csv", index=False)
-    folder = score_pair(pair, "both", evaluators=PLAIN)
+    folder = score(pair, "both", evaluators=PLAIN)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["apart"] == 1
-    assert metrics["base_apart"] < 1
+    assert metrics["both_identified"] == 1
+    assert metrics["base_both_identified"] < 1
     assert metrics["separation_gain"] > metrics["separation_gain_low"] > 0
     assert metrics["image_gain"] > 0
     halves = metrics["image_alignment_first"], metrics["image_alignment_second"]
@@ -181,4 +182,4 @@ def test_scores_of_the_stage(checkout: Path, config: Config) -> None:
     samples["prompt"] = "a sks dog"
     samples.to_csv(checkout / "out/sample/both/images.csv", index=False)
     with pytest.raises(SvdiffError, match="names 1 subjects"):
-        score_pair(pair, "both", evaluators=PLAIN)
+        score(pair, "both", evaluators=PLAIN)

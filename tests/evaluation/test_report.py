@@ -133,7 +133,7 @@ def test_a_pair_stands_beside_its_concepts(checkout: Path, config: Config, evalu
     metrics = json.loads((checkout / "out/score/red-dog/metrics.json").read_text())
     separated = {"separation": 0.8, "base_separation": 0.1, "separation_gain": 0.7}
     separated |= {"separation_gain_low": 0.6, "separation_gain_high": 0.8}
-    apart = {name.replace("separation", "apart"): value for name, value in separated.items()}
+    apart = {name.replace("separation", "both_identified"): value for name, value in separated.items()}
     (folder / "metrics.json").write_text(json.dumps(metrics | separated | apart))
     (checkout / "out/mix/both").mkdir(parents=True)
     drawing("purple").save(checkout / "out/mix/both/sheet.png")
@@ -141,7 +141,7 @@ def test_a_pair_stands_beside_its_concepts(checkout: Path, config: Config, evalu
     assert "concept-both" in {attributes.get("id") for attributes in page.all("section")}
     assert page.open == []
     assert "sks dog and a zwx cat" in page.text
-    assert "Kept apart" in page.text
+    assert "Both identified" in page.text
     assert "1 pair" in page.text
     assert [image for image in page.all("img") if "mixes that both" in str(image["alt"])]
     pictures = [str(image["alt"]) for image in page.all("img")]

@@ -8,13 +8,24 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluation_parts import CLIP_CONFIG, PROMPTS, SEEDS, TinyClip, TinyLpips, drawing
+from evaluation_parts import (
+    CLIP_CONFIG,
+    PLAIN,
+    PROMPTS,
+    SEEDS,
+    TinyClip,
+    TinyLpips,
+    drawing,
+    write_drift,
+    write_tiny_identity,
+)
 from safetensors.torch import save_file
 
 from svdiff.config import Config, EvaluatorsConfig
 from svdiff.errors import SvdiffError
 from svdiff.evaluation.alignment import MEASURES
-from svdiff.evaluation.score import describe_evaluators, score
+from svdiff.evaluation.evaluators import describe_evaluators
+from svdiff.evaluation.score import score
 from svdiff.files import sha256_file
 
 
@@ -30,12 +41,41 @@ def test_files_and_numbers(checkout: Path, config: Config) -> None:
         means = images.groupby("model")[measure].mean()
         assert metrics[measure] == pytest.approx(means["trained"], abs=2e-6)
         assert metrics[f"base_{measure}"] == pytest.approx(means["base"], abs=2e-6)
-    for short, measure in zip(("image", "text", "clip_i"), MEASURES, strict=True):
+    for short, measure in zip(("identity", "image", "text", "clip_i"), MEASURES, strict=True):
         assert metrics[f"{short}_gain"] == pytest.approx(metrics[measure] - metrics[f"base_{measure}"], abs=3e-6)
         assert metrics[f"{short}_gain_low"] <= metrics[f"{short}_gain"] <= metrics[f"{short}_gain_high"]
     assert json.loads((folder / "evaluators.json").read_text()) == describe_evaluators(config.evaluators)
     # The trained pictures have the concept's colour, the base's do not.
     assert metrics["image_gain_low"] > 0
+
+
+def test_a_class_word_that_became_the_concept_has_drifted_and_lost_its_variety(checkout: Path, config: Config) -> None:
+    varied = ["goldenrod", "navy", "hotpink", "black"]
+    write_drift(checkout / "out/sample/red-dog/drift", "dog", {"trained": ["crimson"], "base": varied})
+    folder = score(config, "red-dog", evaluators=PLAIN)
+    metrics, table = json.loads((folder / "metrics.json").read_text()), pd.read_csv(folder / "drift.csv")
+    means = table.groupby("model")["identity"].mean()
+    assert metrics["drift_identity"] == pytest.approx(means["trained"], abs=2e-6)
+    assert metrics["base_drift_identity"] == pytest.approx(means["base"], abs=2e-6)
+    assert metrics["drift_gain"] > metrics["drift_gain_low"] > 0
+    assert metrics["variety"] < metrics["base_variety"]
+    assert metrics["variety_kept_low"] <= metrics["variety_kept"] <= metrics["variety_kept_high"] < 0.5
+    assert metrics["drift_pairs"] == 4
+    assert "embedding" not in table.columns
+
+
+def test_a_class_word_that_was_left_alone_has_not_drifted(checkout: Path, config: Config) -> None:
+    varied = ["goldenrod", "navy", "hotpink", "black"]
+    write_drift(checkout / "out/sample/red-dog/drift", "dog", {"trained": varied, "base": varied})
+    metrics = json.loads((score(config, "red-dog", evaluators=PLAIN) / "metrics.json").read_text())
+    assert metrics["drift_gain"] == metrics["drift_gain_low"] == metrics["drift_gain_high"] == 0
+    assert metrics["variety_kept"] == 1
+
+
+def test_without_class_pictures_drift_is_not_claimed(checkout: Path, config: Config) -> None:
+    folder = score(config, "red-dog", evaluators=PLAIN)
+    assert not (folder / "drift.csv").exists()
+    assert not [name for name in json.loads((folder / "metrics.json").read_text()) if "drift" in name]
 
 
 @pytest.mark.usefixtures("evaluators")
@@ -116,7 +156,12 @@ def test_models_on_disk_give_the_same_scores_as_in_memory(
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_CONFIG, "preprocess_cfg": preprocess}))
     save_file(clip.model.state_dict(), folder / "open_clip_model.safetensors")
     save_file(lpips.net.net.state_dict(), checkout / "models/backbone.safetensors")
-    evaluators = EvaluatorsConfig(clip_model="local-dir:models/clip", lpips_weights="models/backbone.safetensors")
+    write_tiny_identity(checkout / "models/identity")
+    evaluators = EvaluatorsConfig(
+        clip_model="local-dir:models/clip",
+        lpips_weights="models/backbone.safetensors",
+        identity_model="models/identity",
+    )
     on_disk = json.loads(
         (score(config.model_copy(update={"evaluators": evaluators}), "red-dog") / "metrics.json").read_text()
     )
@@ -125,5 +170,10 @@ def test_models_on_disk_give_the_same_scores_as_in_memory(
 
     monkeypatch.setattr(module, "load_clip", lambda _: (clip.encode_images, clip.encode_texts))
     monkeypatch.setattr(module, "load_lpips", lambda _: lpips)
+    identity = module.load_identity("models/identity")
+    monkeypatch.setattr(module, "load_identity", lambda _: identity)
+    config = config.model_copy(
+        update={"evaluators": config.evaluators.model_copy(update={"identity_model": "models/identity"})}
+    )
     in_memory = json.loads((score(config, "red-dog") / "metrics.json").read_text())
     assert on_disk == pytest.approx(in_memory, abs=2e-5)

@@ -27,7 +27,7 @@ CONFIG = {
     },
     "pairs": {"both": {"concepts": ["one", "two"]}, "all": {"concepts": ["one", "two", "three"]}},
     "prior": {"prompt": "a photo of a {subject}"},
-    "sample": {"prompts": ["a {subject}"], "seeds": [0, 1], "steps": 2},
+    "sample": {"prompts": ["a {subject}"], "seeds": [0, 1], "steps": 2, "drift_pictures": 3},
     "rank": {"concepts": ["one"]},
 }
 
@@ -41,6 +41,25 @@ def test_the_prior_prompts_are_the_default_negatives() -> None:
         "a photo of a dog and a cat",
     ]
     assert len(default_negatives(config, config.entry("all"))) == 9
+
+
+def test_the_default_negatives_follow_the_layouts_that_a_pair_was_trained_on() -> None:
+    config = Config.model_validate(CONFIG | {"mix": {"layouts": ["up-down", "left-right"]}})
+    assert default_negatives(config, config.entry("both")) == [
+        "a photo of a dog above a cat",
+        "a photo of a cat below a dog",
+        "a photo of a dog and a cat",
+        "a photo of a dog on the left and a cat on the right",
+        "a photo of a cat on the right and a dog on the left",
+    ]
+
+
+def test_a_pair_of_one_class_has_each_prompt_once() -> None:
+    twins = {"concepts": {"one": {"class_word": "dog"}, "two": {"class_word": "dog", "token": "zwx"}}}
+    config = Config.model_validate(CONFIG | twins | {"pairs": {"both": {"concepts": ["one", "two"]}}})
+    entry = config.entry("both")
+    assert entry.class_prompts("a {subject}") == ["a dog"]
+    assert len(default_negatives(config, entry)) == 3
 
 
 def test_beta_1_is_plain_guidance_whatever_the_negatives(tiny_pipe) -> None:
@@ -75,6 +94,10 @@ def test_pictures_of_a_pair(tiny_pipe, tiny_base: Path, tmp_path: Path, monkeypa
     assert all((folder / file).is_file() for file in table["file"])
     base = sample_images(tiny_pipe, [Job(table["prompt"][0], 0)], steps=2, guidance=3.0)[0]
     of_base = table[(table["model"] == "base") & (table["prompt_index"] == 0) & (table["seed"] == 0)]["file"].item()
+    drift = pd.read_csv(folder / "drift/images.csv")
+    assert set(drift["prompt"]) == {f"a photo of a {word}" for word in ("dog", "cat", "panda")}
+    assert len(drift) == 2 * 3 * 3
+    assert all((folder / "drift" / file).is_file() for file in drift["file"])
     untouched = np.asarray(Image.open(folder / of_base), np.int16)
     assert np.abs(untouched - np.asarray(base)).max() <= 1  # drawn in another batch
     trained = (folder / of_base.replace("base/", "trained/")).read_bytes()
