@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from svdiff.errors import SvdiffError
+from svdiff.words import fill
 
 if TYPE_CHECKING:
     from svdiff.sections import ConceptConfig
@@ -56,16 +57,18 @@ class Entry:
         """Templates in the words of this entry, in order, each prompt once.
 
         `{subject}` makes a prompt of each subject, `{first}` with `{second}` one of every two; a template with neither
-        stays as it is. Raises SvdiffError for a template that needs more subjects than there are.
+        stays as it is. Raises SvdiffError for a template that needs more subjects than there are, or has other braces.
         """
         prompts: list[str] = []
         for template in templates:
             if "{first}" in template or "{second}" in template:
-                made = [template.format(first=a, second=b) for a, b in combinations(self.subjects, 2)]
+                fill(template, first="", second="")
+                made = [fill(template, first=a, second=b) for a, b in combinations(self.subjects, 2)]
             elif "{subject}" in template:
-                made = [template.replace("{subject}", subject) for subject in self.subjects]
+                fill(template, subject="")
+                made = [fill(template, subject=subject) for subject in self.subjects]
             else:
-                made = [template]
+                made = [fill(template)]
             if not made:
                 raise SvdiffError(
                     f"prompt '{template}' needs {'two subjects' if '{first}' in template else 'a subject'}; "

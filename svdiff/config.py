@@ -10,18 +10,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from svdiff.catalogue import SECTIONS, Entry, Kind
 from svdiff.errors import SvdiffError
 from svdiff.sections import (
     BaseModelConfig,
+    ClassWord,
     ConceptConfig,
     EditConfig,
     EditingConfig,
     EvaluatorsConfig,
     MixConfig,
+    Name,
     PairConfig,
     PriorConfig,
     PromoteConfig,
@@ -35,6 +38,7 @@ from svdiff.sections import (
     TrainConfig,
     readable,
 )
+from svdiff.words import did_you_mean
 
 __all__ = [
     "BaseModelConfig",
@@ -59,18 +63,16 @@ __all__ = [
     "load_config",
 ]
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
 
 class Config(Section):
     """All of params.yaml."""
 
     base: BaseModelConfig = BaseModelConfig()
     evaluators: EvaluatorsConfig = EvaluatorsConfig()
-    classes: list[str] = Field(description="class words in use; each gets prior images")
-    concepts: dict[str, ConceptConfig] = Field(description="the concepts, by name")
-    pairs: dict[str, PairConfig] = Field({}, description="concepts learned together, by the pair's name")
-    edits: dict[str, EditConfig] = Field({}, description="edits of single pictures, by name")
+    classes: list[ClassWord] = Field(description="class words in use; each gets prior images")
+    concepts: dict[Name, ConceptConfig] = Field({}, description="the concepts, by name")
+    pairs: dict[Name, PairConfig] = Field({}, description="concepts learned together, by the pair's name")
+    edits: dict[Name, EditConfig] = Field({}, description="edits of single pictures, by name")
     prior: PriorConfig = PriorConfig()
     train: TrainConfig = TrainConfig()
     mix: MixConfig = MixConfig()
@@ -86,12 +88,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _names_agree(self) -> Config:
         self._check_names()
-        for name, concept in self.concepts.items():
-            if concept.class_word not in self.classes:
-                raise ValueError(
-                    f"concepts.{name}.class_word is '{concept.class_word}', which is not in classes "
-                    f"({', '.join(self.classes)}); add it there, so that its prior images are made"
-                )
+        self._check_classes()
+        self._check_tokens()
         for name, pair in self.pairs.items():
             self._check_pair(name, pair)
         for kind in SECTIONS:
@@ -104,6 +102,7 @@ class Config(Section):
             if name not in self.concepts:
                 raise ValueError(
                     f"rank.concepts names '{name}', which is not among concepts ({', '.join(self.concepts)})"
+                    + did_you_mean(name, self.concepts)
                 )
         return self
 
@@ -113,29 +112,56 @@ class Config(Section):
         return found
 
     def _check_names(self) -> None:
-        """A name is a folder of every stage, so it must be one, and belong to one entry alone."""
-        owners: dict[str, str] = {}
+        """A name is a folder of every stage, so it belongs to one entry alone, also where case is not told apart."""
+        owners: dict[str, tuple[str, str]] = {}
         for kind, section in SECTIONS.items():
             for name in self._section(kind):
-                if not NAME.fullmatch(name):
-                    raise ValueError(f"{kind} name '{name}': letters, digits, '-', '_' and '.' only")
-                if name in owners:
-                    raise ValueError(f"'{name}' is under {owners[name]} and under {section}: rename one of them")
-                owners[name] = section
+                other, owner = owners.setdefault(name.casefold(), (name, section))
+                if (other, owner) != (name, section):
+                    raise ValueError(
+                        f"'{name}' under {section} and '{other}' under {owner} would share their folders: rename one"
+                    )
+
+    def _check_classes(self) -> None:
+        folded = [word.casefold() for word in self.classes]
+        if len(set(folded)) < len(folded):
+            raise ValueError(
+                f"classes names one class twice: {', '.join(self.classes)}; each word once, in one spelling"
+            )
+        for name, concept in self.concepts.items():
+            if concept.class_word not in self.classes:
+                raise ValueError(
+                    f"concepts.{name}.class_word is '{concept.class_word}', which is not in classes "
+                    f"({', '.join(self.classes)}); add it there, so that its prior images are made"
+                )
+
+    def _check_tokens(self) -> None:
+        """A special token that prompts or classes have as a word would be trained away from its meaning."""
+        texts = [*self.classes, self.train.prompt, self.prior.prompt, *self.train.validation_prompts]
+        texts += [*self.sample.prompts, *self.mix.prompts, *self.mix.validation_prompts, *self.rank.prompts.values()]
+        texts += [text for edit in self.edits.values() for text in (edit.prompt, *edit.targets)]
+        words = {word for text in texts for word in re.findall(r"\w+", text.casefold())}
+        for name, concept in self.concepts.items():
+            if concept.token.casefold() in words:
+                raise ValueError(
+                    f"concepts.{name}.token is '{concept.token}', an ordinary word of classes or prompts; "
+                    "expected a rare one, such as sks"
+                )
 
     def _check_pair(self, name: str, pair: PairConfig) -> None:
         unknown = [concept for concept in pair.concepts if concept not in self.concepts]
         if unknown:
             raise ValueError(
                 f"pairs.{name}.concepts names '{unknown[0]}', which is not among concepts ({', '.join(self.concepts)})"
+                + did_you_mean(unknown[0], self.concepts)
             )
         if len(set(pair.concepts)) < len(pair.concepts):
             raise ValueError(f"pairs.{name}.concepts names one concept twice: {', '.join(pair.concepts)}")
         tokens = [self.concepts[concept].token for concept in pair.concepts]
-        if len(set(tokens)) < len(tokens):
+        if len({token.casefold() for token in tokens}) < len(tokens):  # tokenizers of Stable Diffusion fold case
             raise ValueError(
                 f"pairs.{name}: the tokens of {', '.join(pair.concepts)} are {', '.join(tokens)}; concepts that are "
-                "learned together need different ones: change `token` of one"
+                "learned together need different ones, also in lower case: change `token` of one"
             )
 
     def entry(self, name: str) -> Entry:
@@ -149,11 +175,11 @@ class Config(Section):
     def concept(self, name: str) -> ConceptConfig:
         """The concept called `name`; SvdiffError with the known names if there is none."""
         if name not in self.concepts:
-            others = [known for kind in SECTIONS if kind != "concept" for known in self._section(kind)]
+            entries = [known for kind in SECTIONS for known in self._section(kind)]
             raise SvdiffError(
-                f"no concept '{name}' in params.yaml; known: {', '.join(sorted(self.concepts))}"
-                + (f" (beside pairs and edits: {', '.join(sorted(others))})" if others else "")
-                + f". Add it under `concepts:` with a class_word, and its pictures to data/concepts/{name}/"
+                f"no concept, pair or edit '{name}' in params.yaml{did_you_mean(name, entries)} Known: "
+                f"{', '.join(sorted(entries)) or 'none'}. A new concept is an entry under `concepts:` with a class_word, "
+                f"and its pictures in data/concepts/{name}/"
             )
         return self.concepts[name]
 
@@ -161,7 +187,7 @@ class Config(Section):
         """The pair called `name`; SvdiffError with the known names if there is none."""
         if name not in self.pairs:
             raise SvdiffError(
-                f"no pair '{name}' in params.yaml; known: {', '.join(sorted(self.pairs)) or 'none'}. Add it under "
+                f"no pair '{name}' in params.yaml; known: {', '.join(sorted(self.pairs)) or 'none'}{did_you_mean(name, self.pairs)} Add it under "
                 "`pairs:` with the concepts that it joins"
             )
         return self.pairs[name]
@@ -170,7 +196,7 @@ class Config(Section):
         """The edit called `name`; SvdiffError with the known names if there is none."""
         if name not in self.edits:
             raise SvdiffError(
-                f"no edit '{name}' in params.yaml; known: {', '.join(sorted(self.edits)) or 'none'}. Add it under "
+                f"no edit '{name}' in params.yaml; known: {', '.join(sorted(self.edits)) or 'none'}{did_you_mean(name, self.edits)} Add it under "
                 "`edits:`, or edit a picture at once: svdiff edit IMAGE --prompt … --target …"
             )
         return self.edits[name]
@@ -190,8 +216,7 @@ class Config(Section):
         values = self.train.model_dump() | of_kind
         values |= by_method.get((values | own)["method"], {})
         settings = TrainConfig.checked(values | own, f"{SECTIONS[kind]}.{name}.train.")
-        if kind == "edit":
-            _check_editing(name, settings)
+        _check_effect(kind, name, own, settings)
         return settings
 
     def sample_prompts(self, name: str) -> list[str]:
@@ -200,16 +225,31 @@ class Config(Section):
         return entry.prompts(self.mix.prompts if entry.kind == "pair" else self.sample.prompts)
 
 
-def _check_editing(name: str, settings: TrainConfig) -> None:
-    """An edit has one picture and one prompt: no class, and no special token (Sec. 3.4)."""
-    if settings.prior_weight > 0:
-        raise SvdiffError(
-            f"edits.{name}.train.prior_weight is {settings.prior_weight}; an edit has no class: leave it 0"
-        )
-    if settings.method == "custom-diffusion":
-        raise SvdiffError(
-            f"edits.{name}: custom-diffusion trains a special token, and an edit has none; choose another"
-        )
+#: Keys of `train` that say nothing to a kind of entry: what an edit is trained on stands in the edit itself (Sec. 3.4).
+WITHOUT_EFFECT: dict[Kind, tuple[str, ...]] = {
+    "concept": ("mix_probability", "unmix_weight"),
+    "pair": (),
+    "edit": (
+        "prompt",
+        "validation_prompts",
+        "prior_weight",
+        "mix_probability",
+        "unmix_weight",
+        "single_subject_weight",
+    ),
+}
+
+
+def _check_effect(kind: Kind, name: str, own: dict[str, Any], settings: TrainConfig) -> None:
+    """Raises SvdiffError for a setting of the entry's own that would change nothing."""
+    where = f"{SECTIONS[kind]}.{name}.train"
+    for key in WITHOUT_EFFECT[kind]:
+        if own.get(key):
+            raise SvdiffError(f"{where}.{key} is {own[key]!r}, which has no effect on {kind}s: leave it out")
+    if kind == "edit" and settings.prior_weight > 0:
+        raise SvdiffError(f"edit.train.prior_weight is {settings.prior_weight}; an edit has no class: leave it 0")
+    if kind == "edit" and settings.method == "custom-diffusion":
+        raise SvdiffError(f"{where}: custom-diffusion trains a special token, and an edit has none; choose another")
 
 
 def describe(section: BaseModel, prefix: str = "") -> list[str]:
@@ -230,9 +270,9 @@ def load_config(path: str | Path = "params.yaml") -> Config:
     if not path.is_file():
         raise SvdiffError(f"{path} not found in {Path.cwd()}; run inside a checkout, where params.yaml lies")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise SvdiffError(f"{path} is not YAML: {error}") from None
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8-sig"))  # as DVC reads it
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise SvdiffError(f"{path} is not YAML: {str(error).partition('To suppress')[0].strip()}") from None
     if not isinstance(values, dict):
         raise SvdiffError(f"{path} holds {type(values).__name__}, expected sections such as `concepts:` and `train:`")
     try:

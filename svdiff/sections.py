@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, get_args
+import re
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from svdiff.errors import SvdiffError
+from svdiff.words import check_class_word, check_name, check_template, check_token, did_you_mean
 
 Layout = Literal["left-right", "up-down"]
 Fit = Literal["cover", "contain"]
 
 
+def _distinct(values: list[Any]) -> list[Any]:
+    """Refuse a value that is given twice: its pictures would have one file name."""
+    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise ValueError(f"{twice[0]!r} is given twice; expected each once")
+    return values
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"'{text}' is not a regular expression: {error}") from None
+    return text
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+ClassWord = Annotated[str, AfterValidator(check_class_word)]
+Token = Annotated[str, AfterValidator(check_token)]
+Prompt = Annotated[str, AfterValidator(check_template)]  # plain words
+SubjectPrompt = Annotated[str, AfterValidator(lambda text: check_template(text, ["subject"], ["subject"]))]
+AnyPrompt = Annotated[str, AfterValidator(lambda text: check_template(text, ["subject", "first", "second"]))]
+PairPrompt = Annotated[str, AfterValidator(lambda text: check_template(text, ["first", "second"], ["first", "second"]))]
+Prompts = Annotated[list[AnyPrompt], AfterValidator(_distinct)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds = Annotated[list[Seed], AfterValidator(_distinct)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
 class Section(BaseModel):
     """A part of params.yaml. Unknown keys are errors: a typo must not train something else for an hour."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def checked(cls, values: dict[str, Any], prefix: str = "") -> Self:
@@ -36,6 +66,12 @@ class BaseModelConfig(Section):
     model: str = Field("models/base", description="diffusers folder or Hub id with a Stable Diffusion layout")
     revision: str | None = Field(None, description="Hub revision; only for a Hub id")
 
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Self:
+        if self.revision is not None and (self.model.startswith((".", "/", "models/")) or self.model.count("/") > 1):
+            raise ValueError(f"revision '{self.revision}' is given, and model '{self.model}' is a folder: leave it out")
+        return self
+
 
 class EvaluatorsConfig(Section):
     """Who scores the pictures."""
@@ -53,16 +89,25 @@ class EvaluatorsConfig(Section):
         "facebook/dinov2-base; null: CLIP's image encoder",
     )
 
+    @model_validator(mode="after")
+    def _of_open_clip(self) -> Self:
+        if self.clip_pretrained is not None and self.clip_model.startswith("local-dir:"):
+            raise ValueError(
+                f"clip_pretrained '{self.clip_pretrained}' is given, and clip_model '{self.clip_model}' is a folder: "
+                "leave it out"
+            )
+        return self
+
 
 class PriorConfig(Section):
     """Prior images (Sec. 3.2): the base model's own pictures of a class word."""
 
     images: int = Field(64, ge=1, le=10_000, description="pictures a class")
-    prompt: str = Field("a {subject}", description="prompt; {subject} becomes the class word")
+    prompt: SubjectPrompt = Field("a {subject}", description="prompt; {subject} becomes the class word")
     steps: int = Field(25, ge=1, le=1000, description="DDIM steps")
     guidance: float = Field(3.0, ge=0, le=50, description="classifier-free guidance scale s of Eq. 9; 1 is none")
     eta: float = Field(0.0, ge=0, le=1, description="η of DDIM: 0 is deterministic, 1 injects noise at every step")
-    seed: int = Field(0, ge=0, description="first seed; picture i uses seed + i")
+    seed: Seed = Field(0, description="first seed; picture i uses seed + i")
 
 
 class TrainConfig(Section):
@@ -74,7 +119,9 @@ class TrainConfig(Section):
     subset: str = Field("UNet", description="subset of Table 1 (`svdiff subsets`), or a pattern of weight names")
     text_encoder: bool = Field(False, description="train the text encoder as well")
     rank: int | None = Field(None, ge=1, description="keep only the leading k shifts of a weight (Fig. 25)")
-    prompt: str = Field("a {subject}", description="instance prompt; {subject} becomes '<token> <class word>'")
+    prompt: SubjectPrompt = Field(
+        "a {subject}", description="instance prompt; {subject} becomes '<token> <class word>'"
+    )
     steps: int = Field(400, ge=1, le=1_000_000, description="optimiser steps")
     batch_size: int = Field(1, ge=1, le=256, description="concept pictures a step; as many prior pictures beside")
     accumulation: int = Field(1, ge=1, le=1024, description="batches whose gradients make one step")
@@ -86,11 +133,11 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; shifts stay fp32")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
-    seed: int = Field(0, ge=0, description="everything random in the training follows from it")
+    seed: Seed = Field(0, description="everything random in the training follows from it")
     save_every: int = Field(50, ge=1, description="steps between resume states; never changes the result")
     validate_every: int = Field(100, ge=1, description="steps between validation pictures; step 0 is the base")
-    validation_prompts: list[str] = Field(["a {subject}"], min_length=1, description="rows of the validation grid")
-    validation_seeds: list[int] = Field([0, 1], min_length=1, description="columns of the validation grid")
+    validation_prompts: Prompts = Field(["a {subject}"], min_length=1, description="rows of the validation grid")
+    validation_seeds: Seeds = Field([0, 1], min_length=1, description="columns of the validation grid")
     mix_probability: float = Field(0.6, ge=0, le=1, description="pairs: share of samples that are Cut-Mix-Unmix mixes")
     unmix_weight: float = Field(0.0, ge=0, description="pairs: weight of the unmix loss on attention maps of mixes")
     single_subject_weight: float = Field(0.0, ge=0, description="weight of Eq. 8 on samples that show one subject")
@@ -100,7 +147,7 @@ class TrainConfig(Section):
         lt=1,
         description="Eq. 8: the subject is where its class word's map exceeds this share of its maximum",
     )
-    attention_layers: str = Field(
+    attention_layers: Pattern = Field(
         "", description="regular expression: cross-attention layers of both losses; '' is all"
     )
     attention_sides: list[int] | None = Field(None, description="side of their maps, e.g. [16, 8]; null is all")
@@ -109,13 +156,13 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """Pictures for scoring: every prompt at every seed."""
 
-    prompts: list[str] = Field(min_length=1, description="evaluation prompts with {subject}, unseen in training")
-    seeds: list[int] = Field([0, 1, 2, 3], min_length=1, description="one picture a prompt and seed")
+    prompts: Prompts = Field(min_length=1, description="evaluation prompts with {subject}, unseen in training")
+    seeds: Seeds = Field([0, 1, 2, 3], min_length=1, description="one picture a prompt and seed")
     steps: int = Field(25, ge=1, le=1000, description="DDIM steps")
     guidance: float = Field(3.0, ge=0, le=50, description="classifier-free guidance scale s of Eq. 9; 1 is none")
     eta: float = Field(0.0, ge=0, le=1, description="η of DDIM; 0 is deterministic")
     beta: float = Field(1.0, ge=0, le=1, description="β of Eq. 10; 1 is plain guidance, below it negatives count")
-    negatives: list[str] = Field([], description="negative prompts of Eq. 10; none given: the prior prompts")
+    negatives: list[Prompt] = Field([], description="negative prompts of Eq. 10; none given: the prior prompts")
     drift_pictures: int = Field(
         16,
         ge=0,
@@ -131,6 +178,12 @@ class SampleConfig(Section):
             raise ValueError("one picture has no variety; expected 0, or at least 2")
         return pictures
 
+    @model_validator(mode="after")
+    def _negatives_count(self) -> Self:
+        if self.negatives and self.beta == 1:
+            raise ValueError("negatives have no effect with beta 1: set beta below 1 (Eq. 10), e.g. 0.5")
+        return self
+
 
 class ScoreConfig(Section):
     """Text and image alignment (Fig. 9b)."""
@@ -142,14 +195,14 @@ class ScoreConfig(Section):
 class RankConfig(Section):
     """Rank analysis (Fig. 25)."""
 
-    concepts: list[str] = Field(min_length=1, description="concepts that are trained once a rank")
+    concepts: list[str] = Field(description="concepts that are trained once a rank; [] for none")
     ranks: list[int] = Field([1, 4, 16], description="ranks; the full rank is trained as well")
     steps: int = Field(200, ge=1, description="training steps a rank")
-    prompts: dict[Literal["reconstruction", "edit"], str] = Field(
+    prompts: dict[Literal["reconstruction", "edit"], SubjectPrompt] = Field(
         {"reconstruction": "a {subject}", "edit": "a {subject} on a blue background"},
         description="the training prompt and an edited one",
     )
-    seeds: list[int] = Field([0, 1, 2, 3], min_length=1, description="pictures a prompt")
+    seeds: Seeds = Field([0, 1, 2, 3], min_length=1, description="pictures a prompt")
 
     @field_validator("ranks")
     @classmethod
@@ -198,8 +251,8 @@ class ReevaluateConfig(Section):
 class ConceptConfig(Section):
     """One concept: its pictures lie in data/concepts/<name>/."""
 
-    class_word: str = Field(description="coarse class, e.g. dog; one of `classes`")
-    token: str = Field("sks", description="special token [V]: a rare word of the base's vocabulary")
+    class_word: ClassWord = Field(description="coarse class, e.g. dog; one of `classes`")
+    token: Token = Field("sks", description="special token [V]: a rare word of the base's vocabulary")
     train: dict[str, Any] = Field({}, description="keys of `train` that this concept sets differently")
 
     @property
@@ -218,14 +271,14 @@ class MixConfig(Section):
     draws: int = Field(
         1, ge=1, le=1000, description="two pictures are drawn so many times for a mix, and the faintest seam is kept"
     )
-    seed: int = Field(0, ge=0, description="everything random in the mixes follows from it")
-    prompts: list[str] = Field(
+    seed: Seed = Field(0, description="everything random in the mixes follows from it")
+    prompts: Annotated[list[PairPrompt], AfterValidator(_distinct)] = Field(
         ["a {first} beside a {second}", "a {first} sitting beside a {second}"],
         min_length=1,
         description="evaluation prompts of pairs, in other words than the mixes' own; {first} and {second} become "
         "every two of the subjects",
     )
-    validation_prompts: list[str] = Field(
+    validation_prompts: Prompts = Field(
         ["a {subject}", "a {first} beside a {second}"],
         min_length=1,
         description="rows of a pair's validation grid; {subject} becomes each subject",
@@ -234,16 +287,6 @@ class MixConfig(Section):
     methods: dict[Literal["svdiff", "full", "lora", "custom-diffusion"], dict[str, Any]] = Field(
         {}, description="keys of `train` by method: shifts want larger rates than weights"
     )
-
-    @field_validator("prompts")
-    @classmethod
-    def _names_two(cls, prompts: list[str]) -> list[str]:
-        for prompt in prompts:
-            if "{first}" not in prompt or "{second}" not in prompt:
-                raise ValueError(
-                    f"'{prompt}' lacks {{first}} or {{second}}: evaluation prompts of pairs name two subjects"
-                )
-        return prompts
 
 
 class PairConfig(Section):
@@ -267,7 +310,7 @@ class EditingConfig(Section):
     methods: dict[Literal["svdiff", "full", "lora"], dict[str, Any]] = Field(
         {}, description="keys of `train` by method: shifts want larger rates than weights"
     )
-    starts: dict[str, StartConfig] = Field(
+    starts: dict[Name, StartConfig] = Field(
         {
             "noise": StartConfig(eta=0.0, alpha=1.0),
             "inversion": StartConfig(eta=0.5, alpha=0.0),
@@ -277,7 +320,7 @@ class EditingConfig(Section):
         description="each is sampled from; by default the paper's (supplement C): without inversion, with it, and from a "
         "mixture of both for edits that move things",
     )
-    seeds: list[int] = Field([0, 1], min_length=1, description="one picture a prompt, start and seed")
+    seeds: Seeds = Field([0, 1], min_length=1, description="one picture a prompt, start and seed")
     steps: int = Field(50, ge=1, le=1000, description="DDIM steps, of inversion and of sampling")
     guidance: float = Field(3.0, ge=0, le=50, description="scale s of Eq. 9 in sampling; inversion has none")
 
@@ -285,16 +328,13 @@ class EditingConfig(Section):
 class EditConfig(Section):
     """One picture and what it shall become."""
 
-    image: str = Field(description="the picture")
-    prompt: str = Field(min_length=1, description="what it shows, without a special token")
-    targets: list[str] = Field(min_length=1, description="the prompt as it shall be, once an edit")
+    image: str = Field(min_length=1, description="the picture")
+    prompt: Prompt = Field(description="what it shows, without a special token")
+    targets: list[Prompt] = Field(min_length=1, description="the prompt as it shall be, once an edit")
     train: dict[str, Any] = Field({}, description="keys of `train` that this edit sets differently")
 
     @model_validator(mode="after")
     def _edited(self) -> EditConfig:
-        for text in (self.prompt, *self.targets):
-            if not text.strip() or "{" in text:
-                raise ValueError(f"prompt '{text}' says nothing, or has a {{placeholder}}; expected plain words")
         if self.prompt in self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must differ from each other and from the prompt '{self.prompt}': {self.targets}")
         return self
@@ -312,10 +352,17 @@ def readable(error: ValidationError, model: type[BaseModel], prefix: str = "") -
                 if field is not None:  # else `part` is a name in a dictionary of sections
                     section = (get_args(field.annotation) or (field.annotation,))[-1]
             known = ", ".join(section.model_fields) if hasattr(section, "model_fields") else ""
-            lines.append(f"{where}: unknown key" + (f"; known here: {known}" if known else ""))
+            near = did_you_mean(str(problem["loc"][-1]), known.split(", "))
+            lines.append(f"{where}: unknown key{near}" + (f" Known here: {known}" if known else ""))
         elif problem["type"] == "value_error":
             lines.append((f"{where}: " if where else "") + problem["msg"].removeprefix("Value error, "))
         else:
-            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
-            lines.append(f"{where}: {problem['msg']}{found}")
+            found = "" if problem["type"] == "missing" else f" (found {problem['input']!r}{_quotes(problem)})"
+            lines.append(f"{where.removesuffix('.[key]')}: {problem['msg']}{found}")
     return "\n".join(lines)
+
+
+def _quotes(problem: Any) -> str:
+    """Where words were expected and YAML found a number, a date or a truth value: how to write words."""
+    expected, found = problem["type"], problem["input"]
+    return "; in quotes it is a word" if expected == "string_type" and not isinstance(found, str | list | dict) else ""

@@ -22,11 +22,12 @@ from flows.orchestration.artifacts import publish_concept
 from flows.orchestration.dispatch import run_elsewhere
 from flows.orchestration.tasks import dvc_stage
 from flows.pipeline.order import analysis_stages, own_stages, prior_stages
-from svdiff.config import NAME, Config, load_config
+from svdiff.config import Config, load_config
 from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
+from svdiff.words import NAME
 
 # What the UI checks before a run is made, and shows beside the descriptions of the docstrings.
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=100)]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Minutes = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
 
 

@@ -148,7 +148,7 @@ def load_mixes(entry: Entry) -> MixDataset:
     fix = f"make it with `dvc repro mix@{entry.name}`, or `svdiff mix {entry.name}`"
     if not (folder / "mixes.csv").is_file():
         raise SvdiffError(f"{folder}/mixes.csv is missing; {fix}")
-    table = pd.read_csv(folder / "mixes.csv", dtype={"file": str, "prompt": str})
+    table = pd.read_csv(folder / "mixes.csv", keep_default_na=False)  # a concept may be called null
     foreign = set(table["first"]) | set(table["second"])
     parts = {part: {name: _pictures(folder / part / name) for name in entry.concepts} for part in ("singles", "priors")}
     empty = [f"{part}/{name}" for part, named in parts.items() for name, pictures in named.items() if not pictures]

@@ -19,6 +19,7 @@ from svdiff.sampling.guidance import sample_guided
 from svdiff.sampling.images import Job, sample_images
 from svdiff.sampling.weights_delta import is_weights_delta, load_weights_deltas
 from svdiff.spectral import SpectralDelta, SpectralPipeline
+from svdiff.words import file_stem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -198,8 +199,7 @@ def sample_prompts(
     images = draw_pictures(pipe, jobs, settings, negatives, "sample")
     paths = []
     for job, image in zip(jobs, images, strict=True):
-        name = "-".join(job.prompt.split())[:80]
-        path = output / f"{name}-s{job.seed}.png"
+        path = output / f"{file_stem(job.prompt)}-s{job.seed}.png"
         with atomic_file(path) as temporary:
             image.save(temporary)
         paths.append(path)
