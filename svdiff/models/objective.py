@@ -22,7 +22,7 @@ class Level(NamedTuple):
 
 
 class Objective:
-    """z = a x + b ε at a timestep; the network predicts ε, v = a ε − b x, or the flow ε − x.
+    """z = a x + b ε at a timestep; the network predicts ε, x ("sample"), v = a ε − b x, or the flow ε − x.
 
     A subclass says which timesteps there are, and a and b at each, by the pipeline's scheduler.
     """
@@ -60,9 +60,11 @@ class Objective:
         return signal * latents + spread * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network has to predict: ε in Eq. 1 (Stable Diffusion 1.x), v or the flow for bases trained on it."""
+        """What the network has to predict: ε in Eq. 1 (Stable Diffusion 1.x), x, v or the flow for bases trained on it."""
         if self.prediction == "epsilon":
             return noise
+        if self.prediction == "sample":
+            return latents
         if self.prediction == "flow":
             return noise - latents
         signal, spread = self._coefficients(latents, timesteps)
@@ -74,6 +76,8 @@ class Objective:
         """The network's output as (x̂, ε̂) at a level of z = a x + b ε."""
         if self.prediction == "epsilon":
             return (noisy - spread * predicted) / signal, predicted
+        if self.prediction == "sample":
+            return predicted, (noisy - signal * predicted) / spread
         if self.prediction == "flow":  # a + b = 1
             return noisy - spread * predicted, noisy + signal * predicted
         return signal * noisy - spread * predicted, signal * predicted + spread * noisy
@@ -90,9 +94,10 @@ class Diffusion(Objective):
     def __init__(self, scheduler: Any) -> None:
         super().__init__(scheduler)
         self.prediction = scheduler.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
+        if self.prediction not in ("epsilon", "sample", "v_prediction"):
             raise SvdiffError(
-                f"the base predicts '{self.prediction}'; expected epsilon or v_prediction in its scheduler_config.json"
+                f"the base predicts '{self.prediction}'; expected epsilon, sample or v_prediction "
+                "in its scheduler_config.json"
             )
 
     def drawn(self, count: int, generator: torch.Generator) -> Tensor:

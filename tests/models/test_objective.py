@@ -22,11 +22,12 @@ def test_targets_and_noising_of_diffusion() -> None:
     torch.testing.assert_close(velocity.target(latents, noise, timesteps), expected, rtol=1e-6, atol=1e-6)
     theirs = scheduler.add_noise(latents.float(), noise.float(), timesteps)
     assert torch.equal(velocity.noised(latents.float(), noise.float(), timesteps), theirs)
-    with pytest.raises(SvdiffError, match="sample"):
-        Diffusion(DDIMScheduler(prediction_type="sample"))
+    assert Diffusion(DDIMScheduler(prediction_type="sample")).target(latents, noise, timesteps) is latents
+    with pytest.raises(SvdiffError, match="'flow'; expected epsilon, sample or v_prediction"):
+        Diffusion(DDIMScheduler(prediction_type="flow"))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_a_prediction_names_the_picture_and_the_noise(prediction: str) -> None:
     objective = Diffusion(DDIMScheduler(prediction_type=prediction))
     latents, noise = torch.randn(2, 1, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

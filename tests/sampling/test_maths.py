@@ -106,7 +106,7 @@ def test_impossible_settings_are_refused(tiny_pipe, settings: dict, message: str
 # ---- inversion: Eq. 6 ----
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("steps", [7, 20])
 def test_eq_6_equals_the_inverse_scheduler_of_diffusers(tiny_pipe, prediction: str, steps: int) -> None:
     tiny_pipe.scheduler.register_to_config(prediction_type=prediction)
