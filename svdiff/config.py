@@ -7,6 +7,7 @@ refused by name, with what is allowed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ruamel.yaml.error import YAMLError
 from svdiff.catalogue import SECTIONS, Entry, Kind
 from svdiff.errors import SvdiffError
 from svdiff.sections import (
+    METHOD_RATES,
+    RATES,
     BaseModelConfig,
     ClassWord,
     ConceptConfig,
@@ -202,20 +205,31 @@ class Config(Section):
         return self.edits[name]
 
     def train_config(self, name: str, overrides: dict[str, Any] | None = None) -> TrainConfig:
-        """`train` with what the entry's kind, the entry itself and `overrides` set differently, validated."""
+        """`train` with what the entry's kind, the entry itself and `overrides` set differently, validated.
+
+        Rates belong to one method: those beside a `method` are taken for that method alone, others have those under
+        `methods:` or `METHOD_RATES`.
+        """
         kind = self.entry(name).kind
-        own: dict[str, Any] = self._section(kind)[name].train | (overrides or {})
         of_kind: dict[str, Any] = {}
-        by_method: dict[Any, dict[str, Any]] = {}
+        by_method: Mapping[Any, dict[str, Any]] = {}
         if kind == "pair":
             of_kind = {"validation_prompts": self.mix.validation_prompts} | self.mix.train
             by_method = self.mix.methods
         elif kind == "edit":
             of_kind = {"prior_weight": 0.0} | self.edit.train
             by_method = self.edit.methods
-        values = self.train.model_dump() | of_kind
-        values |= by_method.get((values | own)["method"], {})
-        settings = TrainConfig.checked(values | own, f"{SECTIONS[kind]}.{name}.train.")
+        entry: dict[str, Any] = self._section(kind)[name].train
+        layers = [self.train.model_dump(exclude_unset=True, exclude={"methods"}), of_kind, entry, overrides or {}]
+        method: Any = next((layer["method"] for layer in reversed(layers) if "method" in layer), "svdiff")
+        values: dict[str, Any] = dict(METHOD_RATES.get(method, {}))
+        current = "svdiff"
+        for layer, of_method in zip(layers, [self.train.methods, by_method, {}, {}], strict=True):
+            current = layer.get("method", current)
+            values |= {key: value for key, value in layer.items() if current == method or key not in RATES}
+            values |= of_method.get(method, {})
+        own = entry | (overrides or {})
+        settings = TrainConfig.checked(values | {"method": method}, f"{SECTIONS[kind]}.{name}.train.")
         _check_effect(kind, name, own, settings)
         return settings
 
@@ -227,9 +241,10 @@ class Config(Section):
 
 #: Keys of `train` that say nothing to a kind of entry: what an edit is trained on stands in the edit itself (Sec. 3.4).
 WITHOUT_EFFECT: dict[Kind, tuple[str, ...]] = {
-    "concept": ("mix_probability", "unmix_weight"),
-    "pair": (),
+    "concept": ("methods", "mix_probability", "unmix_weight"),
+    "pair": ("methods",),
     "edit": (
+        "methods",
         "prompt",
         "validation_prompts",
         "prior_weight",

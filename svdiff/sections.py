@@ -10,6 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from svdiff.errors import SvdiffError
 from svdiff.words import check_class_word, check_name, check_template, check_token, did_you_mean
 
+Method = Literal["svdiff", "full", "lora", "custom-diffusion"]
+# What trains where params.yaml gives a method no rates of its own: the paper's (supplement A, E), and Custom Diffusion's.
+METHOD_RATES: dict[Method, dict[str, float]] = {
+    "svdiff": {"lr": 1e-3, "lr_1d": 1e-6},
+    "full": {"lr": 1e-6, "lr_1d": 1e-6},
+    "lora": {"lr": 1e-4, "lr_1d": 2e-3},
+    "custom-diffusion": {"lr": 1e-5, "lr_1d": 1e-5},
+}
+RATES = ("lr", "lr_1d")  # settings that mean something for one method only
 Layout = Literal["left-right", "up-down"]
 Fit = Literal["cover", "contain"]
 
@@ -113,8 +122,9 @@ class PriorConfig(Section):
 class TrainConfig(Section):
     """Fine-tuning of a concept (Eq. 1, 3); pairs and edits as well, but for what `mix` and `edit` set differently."""
 
-    method: Literal["svdiff", "full", "lora", "custom-diffusion"] = Field(
-        "svdiff", description="spectral shifts, full weights (DreamBooth), LoRA or Custom Diffusion"
+    method: Method = Field("svdiff", description="spectral shifts, full weights (DreamBooth), LoRA or Custom Diffusion")
+    methods: dict[Method, dict[str, Any]] = Field(
+        {}, description="keys of `train` by method; `lr` and `lr_1d` beside it are those of `method` alone"
     )
     subset: str = Field("UNet", description="subset of Table 1 (`svdiff subsets`), or a pattern of weight names")
     text_encoder: bool = Field(False, description="train the text encoder as well")
@@ -284,9 +294,7 @@ class MixConfig(Section):
         description="rows of a pair's validation grid; {subject} becomes each subject",
     )
     train: dict[str, Any] = Field({}, description="keys of `train` that pairs set differently")
-    methods: dict[Literal["svdiff", "full", "lora", "custom-diffusion"], dict[str, Any]] = Field(
-        {}, description="keys of `train` by method: shifts want larger rates than weights"
-    )
+    methods: dict[Method, dict[str, Any]] = Field({}, description="keys of `train` by method, for pairs")
 
 
 class PairConfig(Section):
@@ -308,7 +316,7 @@ class EditingConfig(Section):
 
     train: dict[str, Any] = Field({"steps": 120}, description="keys of `train` that edits set differently")
     methods: dict[Literal["svdiff", "full", "lora"], dict[str, Any]] = Field(
-        {}, description="keys of `train` by method: shifts want larger rates than weights"
+        {}, description="keys of `train` by method, for edits"
     )
     starts: dict[Name, StartConfig] = Field(
         {

@@ -10,6 +10,7 @@ import yaml
 
 from svdiff.config import Config, describe, load_config
 from svdiff.errors import SvdiffError
+from svdiff.sections import METHOD_RATES
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,7 +89,7 @@ def test_a_concept_overrides_the_training_and_overrides_win(params: Any) -> None
     settings = config.train_config("openmoji-dog", {"steps": 9})
     assert (settings.lr, settings.steps) == (0.5, 9)
     others = [name for name in config.concepts if name != "openmoji-dog"]
-    assert config.train_config(others[0]) == config.train
+    assert config.train_config(others[0]) == config.train.model_copy(update={"methods": {}})
 
 
 def test_a_pair_is_trained_as_its_kind_and_itself_say(params: Any) -> None:
@@ -102,7 +103,7 @@ def test_a_pair_is_trained_as_its_kind_and_itself_say(params: Any) -> None:
     assert settings.validation_prompts == config.mix.validation_prompts
     full = config.train_config("dog-and-cat", {"method": "full"})
     assert (full.lr, full.steps) == (0.002, 12)
-    assert config.train_config("openmoji-dog") == config.train
+    assert config.train_config("openmoji-dog") == config.train.model_copy(update={"methods": {}})
 
 
 def test_entries_speak_of_their_subjects() -> None:
@@ -132,3 +133,70 @@ def test_an_unknown_concept_says_how_to_add_it() -> None:
     config: Config = load_config(ROOT / "params.yaml")
     with pytest.raises(SvdiffError, match="data/concepts/dragon/"):
         config.concept("dragon")
+
+
+# ---- rates of each method ----
+
+
+def with_methods(values: dict[str, Any]) -> None:
+    values["concepts"] = {"dog": {"class_word": "dog"}, "cat": {"class_word": "cat", "token": "zwx"}}
+    values["classes"] = ["dog", "cat"]
+    values["pairs"] = {"both": {"concepts": ["dog", "cat"]}}
+    values["edits"] = {"red": {"image": "x.png", "prompt": "a cat", "targets": ["a dog"]}}
+    values["rank"]["concepts"] = ["dog"]
+    values["train"] = {"lr": 0.02, "lr_1d": 0.005, "methods": {"full": {"lr": 3e-5, "steps": 7}}}
+    values["mix"] = {"train": {"lr": 0.01}, "methods": {"full": {"lr": 4e-5}}}
+    values["edit"] = {"train": {"steps": 120}, "methods": {"full": {"lr": 5e-5}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "lr", "lr_1d"),
+    [
+        ("dog", {}, 0.02, 0.005),
+        ("both", {}, 0.01, 0.005),
+        ("dog", {"method": "full"}, 3e-5, METHOD_RATES["full"]["lr_1d"]),
+        ("both", {"method": "full"}, 4e-5, METHOD_RATES["full"]["lr_1d"]),
+        ("red", {"method": "full"}, 5e-5, METHOD_RATES["full"]["lr_1d"]),
+        ("dog", {"method": "lora"}, METHOD_RATES["lora"]["lr"], METHOD_RATES["lora"]["lr_1d"]),
+        ("both", {"method": "custom-diffusion"}, *METHOD_RATES["custom-diffusion"].values()),
+        ("dog", {"method": "full", "lr": 0.5}, 0.5, METHOD_RATES["full"]["lr_1d"]),
+    ],
+)
+def test_no_method_trains_at_the_rates_of_another(
+    params: Any, name: str, overrides: dict[str, Any], lr: float, lr_1d: float
+) -> None:
+    settings = load_config(params(with_methods)).train_config(name, overrides)
+    assert (settings.lr, settings.lr_1d) == (lr, lr_1d)
+
+
+def test_rates_beside_a_method_are_its_own_at_every_level(params: Any) -> None:
+    def change(values: dict[str, Any]) -> None:
+        with_methods(values)
+        values["concepts"]["dog"]["train"] = {"method": "lora", "lr": 0.003}
+
+    config = load_config(params(change))
+    assert config.train_config("dog").lr == 0.003
+    assert config.train_config("dog", {"method": "svdiff"}).lr == 0.02  # not the concept's, which is LoRA's
+    assert config.train_config("dog", {"method": "full"}).steps == 7  # any key may differ by method
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "key", "value"),
+    [
+        ("concepts", "dog", "unmix_weight", 1.0),
+        ("concepts", "dog", "mix_probability", 0.1),
+        ("edits", "red", "single_subject_weight", 1.0),
+    ],
+)
+def test_settings_without_an_effect_on_an_entry_are_refused(
+    params: Any, section: str, name: str, key: str, value: float
+) -> None:
+    def change(values: dict[str, Any]) -> None:
+        with_methods(values)
+        values[section][name]["train"] = {key: value}
+
+    with pytest.raises(SvdiffError, match=rf"{section}.{name}.train.{key} is {value}, which has no effect"):
+        load_config(params(change))
+    # Said for all trainings, it is meant for those on which it has one.
+    everywhere = load_config(params(lambda values: (with_methods(values), values["train"].update({key: value}))))
+    assert getattr(everywhere.train_config("both"), key) == value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,14 +47,18 @@ class Results:
 
     @cached_property
     def delta_metadata(self) -> dict[str, str]:
-        """Provenance inside the delta file. Raises SvdiffError if it is no delta."""
+        """Provenance inside the delta file. Raises SvdiffError if it is no delta, or a number in it is not finite."""
+        import numpy as np
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(str(self.delta), "np") as stream:
                 metadata: dict[str, str] = stream.metadata() or {}
+                broken = [name for name in stream.keys() if not np.isfinite(stream.get_tensor(name)).all()]  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise SvdiffError(f"{self.delta} cannot be read ({error}); train again: {self._repro}") from None
+        if broken:
+            raise SvdiffError(f"{self.delta}: '{broken[0]}' has values that are not finite; train again: {self._repro}")
         if "base_hash" not in metadata:
             raise SvdiffError(f"{self.delta} says no base_hash, so nobody could tell where it fits: no spectral delta")
         return metadata
@@ -82,7 +87,10 @@ class Results:
     def metrics(self) -> dict[str, float]:
         """The numbers of metrics.json."""
         content = json.loads((self.folder("score") / "metrics.json").read_text())
-        return {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+        numbers = {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+        if broken := [key for key, value in numbers.items() if not math.isfinite(value)]:
+            raise SvdiffError(f"{self.folder('score')}/metrics.json: {broken[0]} is {numbers[broken[0]]}; score again")
+        return numbers
 
     @cached_property
     def scores_sha256(self) -> str:

@@ -138,8 +138,7 @@ class Family:
         vae = self.pipe.vae
         scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
         pixels = vae.decode(latents.to(vae.dtype) / scale + shift).sample
-        pictures: list[Image] = self.pipe.image_processor.postprocess(pixels, output_type="pil")
-        return pictures
+        return to_8_bits(self.pipe.image_processor.postprocess(pixels, output_type="np"))
 
     # -- denoising -----------------------------------------------------------------------------------------
 
@@ -165,6 +164,20 @@ class Family:
     ) -> list[Image]:
         """Pictures by the pipeline itself, each from its own generator; `callback` is called by it after every step."""
         raise NotImplementedError
+
+
+def to_8_bits(pixels: Any) -> list[Image]:
+    """Pictures of an array (B, H, W, 3) in 0 to 1. Raises SvdiffError for not-a-numbers, which would come out black."""
+    import numpy as np
+    from diffusers.image_processor import VaeImageProcessor
+
+    if not np.isfinite(pixels).all():
+        raise SvdiffError(
+            "the network drew pixels that are not finite numbers: the weights or shifts in force are too large for the "
+            "precision; use a smaller scale, train with lower rates, or sample in float32"
+        )
+    pictures: list[Image] = VaeImageProcessor.numpy_to_pil(pixels)
+    return pictures
 
 
 def family_class(name: str, model: str) -> type[Family]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from svdiff.models.family import Conditions, Family
+from svdiff.models.family import Conditions, Family, to_8_bits
 from svdiff.models.objective import Diffusion
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class StableDiffusion(Family):
         callback: Any = None,
     ) -> list[Image]:
         """See `Family`."""
-        pictures: list[Image] = self.pipe(
+        pixels = self.pipe(
             prompt=list(prompts),
             negative_prompt=None if negative is None else [negative] * len(prompts),
             height=self.image_size,
@@ -93,5 +93,6 @@ class StableDiffusion(Family):
             eta=eta,
             generator=list(generators),
             callback_on_step_end=callback,
+            output_type="np",
         ).images
-        return pictures
+        return to_8_bits(pixels)

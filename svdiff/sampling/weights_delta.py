@@ -34,11 +34,19 @@ def save_weights_delta(path: Path, tensors: Mapping[str, Tensor], metadata: Mapp
     """Write changes of weights; `metadata` holds `base_hashes`, which say where they fit. Equal content, equal bytes."""
     from safetensors.torch import save_file
 
+    check_finite(path, tensors)
     known = {"format": FORMAT, "format_version": FORMAT_VERSION}
     with atomic_file(path) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata=dict(metadata) | known)
         sort_safetensors_metadata(temporary)
+
+
+def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise SvdiffError for numbers that are not finite, which a training that diverged leaves behind."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SvdiffError(f"{path}: '{name}' has values that are not finite; train again with lower rates")
 
 
 def read_weights_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -56,6 +64,7 @@ def read_weights_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, s
         raise SvdiffError(
             f"{path} is not a baseline's delta: its metadata says '{found}', expected '{FORMAT} {FORMAT_VERSION}'"
         )
+    check_finite(path, tensors)
     return tensors, metadata
 
 

@@ -111,6 +111,9 @@ class SpectralDelta:
                 f"{path} is not a file of spectral shifts: its metadata says {said!r}, expected "
                 f"'{FORMAT} {FORMAT_VERSION}' (for svdiff-pytorch's files there is `svdiff delta import`)"
             )
+        for name, value in tensors.items():
+            if not torch.isfinite(value).all():
+                raise SvdiffError(f"{path}: the shifts of {name!r} are not finite; train again with lower rates")
         return cls(tensors, metadata)
 
     @property

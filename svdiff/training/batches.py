@@ -110,6 +110,11 @@ class Dataset:
     order: Callable[[int], tuple[int, int]]
     validation: list[int]
 
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that is trained with, once."""
+        return list(dict.fromkeys(self.instance.prompts + (self.prior.prompts if self.prior else [])))
+
 
 class Batch(NamedTuple):
     """Samples of one pass of the network: the first `instances` show what is learned, the rest are prior samples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from svdiff.config import TrainConfig
+from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
 from svdiff.training.attention_losses import AttentionLosses
 from svdiff.training.batches import Dataset, draw_batch, generator
@@ -19,6 +21,10 @@ from svdiff.training.losses import Loss, denoising_loss, prior_preservation_loss
 from svdiff.training.methods import Method
 
 VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss is taken
+
+
+class Diverged(SvdiffError):
+    """A training whose numbers are no longer finite; raised before the step that would spoil the parameters."""
 
 
 class Trainer:
@@ -38,12 +44,12 @@ class Trainer:
         self.pipe, self.method, self.config, self.accelerator = pipe, method, config, accelerator
         self.dataset, self.family = dataset, family_of(pipe)
         self.attention_losses = AttentionLosses(pipe, config)
-        groups = [
+        self._groups = [
             {"params": parameters, "lr": getattr(config, name), "name": name}
             for name, parameters in method.parameters().items()
             if parameters
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self._groups, weight_decay=0.0)
         schedule = get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
             optimizer,
@@ -87,18 +93,33 @@ class Trainer:
             started = time.perf_counter()
             parts: dict[str, float] = {}
             for micro in range(self.config.accumulation):
-                loss = self._loss(self.step * self.config.accumulation + micro)
-                self.accelerator.backward(loss.total / self.config.accumulation)
+                # Recording goes on in the backward pass, where gradient checkpointing runs the layers again.
+                with self.attention_losses.recording():
+                    loss = self._loss(self.step * self.config.accumulation + micro)
+                    self._check_finite("loss", float(loss.total.detach()))
+                    self.accelerator.backward(loss.total / self.config.accumulation)
                 for name, part in _named_parts(loss).items():
                     parts[name] = parts.get(name, 0.0) + part / self.config.accumulation
             rate = self.schedule.get_last_lr()[0]
             trainable = [p for parameters in self.method.parameters().values() for p in parameters]
-            self.accelerator.clip_grad_norm_(trainable, self.config.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(trainable, self.config.max_grad_norm)
+            if self.accelerator.scaler is None:  # the scaler of fp16 leaves such steps out by itself
+                self._check_finite("gradient", float(norm))
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             yield {"step": self.step, **parts, "lr": rate, "seconds": time.perf_counter() - started}
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """Raise Diverged unless `value` is a number."""
+        if not math.isfinite(value):
+            config = self.config
+            rates = ", ".join(f"train.{group['name']} {getattr(config, group['name']):g}" for group in self._groups)
+            raise Diverged(
+                f"the {what} of step {self.step + 1} is {value}: training by method {config.method} diverged at rates "
+                f"{rates}. Lower the rates (a tenth is a good first try), or raise train.warmup"
+            )
 
     def _loss(self, number: int) -> Loss:
         """Eq. 3 on batch `number`, with attention losses where asked."""
@@ -107,8 +128,7 @@ class Trainer:
         batch = draw_batch(self.dataset, number, config.batch_size, random)
         noise = torch.randn(batch.latents.shape, generator=random).to(batch.latents.device)
         timesteps = self.family.objective.drawn(len(noise), random).to(noise.device)
-        with self.attention_losses.recording():
-            predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
+        predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
         loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight)
         return self.attention_losses.add_to(loss, batch)
 
@@ -145,7 +165,9 @@ class Trainer:
             timesteps = torch.full((len(mean),), timestep, device=mean.device)
             predicted, target = self._predict(mean, noise, timesteps, prompts)
             losses.append(denoising_loss(predicted, target))
-        return float(torch.stack(losses).mean())
+        loss = float(torch.stack(losses).mean())
+        self._check_finite("loss at fixed noise before", loss)
+        return loss
 
 
 def _named_parts(loss: Loss) -> dict[str, float]:

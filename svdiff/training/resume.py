@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,16 @@ import torch
 from svdiff.files import atomic_file
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists and dicts of them) in place of the previous one."""
+def save_state(path: Path, state: dict[str, Any]) -> bool:
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) in place of the previous one.
+
+    Returns False, and leaves the previous one, where a number of it is not finite.
+    """
+    if not is_finite(state):
+        return False
     with atomic_file(path) as temporary:
         torch.save(state, temporary)
+    return True
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
@@ -21,3 +28,14 @@ def load_state(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def is_finite(state: Any) -> bool:
+    """Whether every number in nested dicts and lists is finite."""
+    if isinstance(state, torch.Tensor):
+        return bool(state.isfinite().all())
+    if isinstance(state, dict):
+        return all(is_finite(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return all(is_finite(value) for value in state)
+    return not isinstance(state, float) or math.isfinite(state)

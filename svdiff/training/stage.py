@@ -27,9 +27,10 @@ from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, sha256_file, write_atomic
 from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling import Job, sample_images
+from svdiff.sampling.images import check_prompts
 from svdiff.spectral import weights_hash
 from svdiff.training.datasets import TrainingData, read_training_data
-from svdiff.training.loop import Trainer
+from svdiff.training.loop import Diverged, Trainer
 from svdiff.training.methods import Method, apply_method
 from svdiff.training.resume import load_state, save_state
 from svdiff.training.tracking import LiveCurve
@@ -68,6 +69,7 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
     family = family_of(pipe)
     dataset = data.encode(family)
+    check_prompts(pipe, [*dataset.prompts, *data.validation_prompts])
     others = [part for name, part in family.parts.items() if name != family.network_name]
     frozen = [*(weights_hash(part) for part in others), pipe.scheduler.to_json_string()]
     method = apply_method(pipe, settings, entry.tokens)
@@ -104,15 +106,30 @@ class _Run:
     def state_dir(self) -> Path:
         return state_folder(self.key)
 
+    @property
+    def state_path(self) -> Path:
+        """The resume state."""
+        return self.state_dir / "state.pt"
+
 
 def _train_resumably(trainer: Trainer, run: _Run) -> list[dict[str, float]]:
     """Run the trainer from the last saved state to the end; return the whole curve."""
-    settings = run.settings
     rows: list[dict[str, float]] = []
-    saved = load_state(run.state_dir / "state.pt")
+    try:
+        return _train_from(trainer, run, rows)
+    except Diverged as error:
+        if save_state(run.state_path, {"trainer": trainer.state(), "rows": rows}):
+            error.args = (f"{error}. The state after step {trainer.step} is kept: {run.state_path}",)
+        raise
+
+
+def _train_from(trainer: Trainer, run: _Run, rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Add to `rows` what the saved state has and what is trained, up to the last step."""
+    settings = run.settings
+    saved = load_state(run.state_path)
     if saved is not None:
         trainer.load_state(saved["trainer"])
-        rows = saved["rows"]
+        rows += saved["rows"]
     elif settings.validate_every:
         _validate(trainer, run)
     with tqdm(total=settings.steps, initial=trainer.step, desc=f"train {run.entry.name}", unit="step") as bar:
@@ -125,12 +142,13 @@ def _train_resumably(trainer: Trainer, run: _Run) -> list[dict[str, float]]:
             if trainer.step % settings.validate_every == 0 or last:
                 _validate(trainer, run)
             if trainer.step % settings.save_every == 0 or last:
-                save_state(run.state_dir / "state.pt", {"trainer": trainer.state(), "rows": rows})
+                save_state(run.state_path, {"trainer": trainer.state(), "rows": rows})
     return rows
 
 
 def _validate(trainer: Trainer, run: _Run) -> None:
     """Pictures at fixed seeds (rows: prompts, columns: seeds), and the loss at fixed noise."""
+    loss = trainer.fixed_noise_loss()
     seeds, sample = run.settings.validation_seeds, run.config.sample
     images = sample_images(
         trainer.pipe,
@@ -144,7 +162,6 @@ def _validate(trainer: Trainer, run: _Run) -> None:
     path = run.state_dir / "validation" / f"step-{trainer.step:05d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
-    loss = trainer.fixed_noise_loss()
     write_atomic(path.with_suffix(".json"), json.dumps({"step": trainer.step, "fixed_noise_loss": loss}))
     run.curve.log({"fixed_noise_loss": loss}, trainer.step)
 

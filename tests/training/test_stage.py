@@ -10,6 +10,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from svdiff.config import load_config
 from svdiff.data.grid import image_grid
@@ -25,8 +27,11 @@ from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import Job
 from svdiff.sampling.stage import draw_pictures as draw
+from svdiff.sampling.stage import sample_entry
 from svdiff.sampling.weights_delta import is_weights_delta
 from svdiff.training import train
+from svdiff.training.loop import Trainer
+from svdiff.training.resume import is_finite, load_state
 
 STAGE = import_module("svdiff.training.stage")  # the package's attribute of this name is the function
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
@@ -129,6 +134,67 @@ def test_refusals_come_before_any_work(checkout: Path, tiny_base: Path, monkeypa
     with pytest.raises(SvdiffError, match="svdiff prior --class dog"):
         train(load_config(), "pet")
     assert not (checkout / "out/train").exists()
+
+
+def test_prompts_that_the_tokenizer_would_cut_are_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(STAGE, "apply_method", lambda *_: pytest.fail("work has begun"))
+    long = "a photo of " + "a red house and " * 4 + "a {subject}"
+    for key, value in (("prompt", long), ("validation_prompts", [long])):
+        with pytest.raises(SvdiffError, match=r"is \d+ tokens long; the text encoder reads 16"):
+            train(load_config(), "pet", overrides={key: value})
+
+
+# ---- numbers that are not finite ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_diverging_training_stops_keeps_its_last_state_and_is_mended(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The loss becomes NaN in step 3: nothing is written, the state after step 2 is there, and smaller rates train."""
+    original = Trainer._loss
+
+    def spoiled(self: Trainer, number: int) -> Any:
+        loss = original(self, number)
+        large = self.config.lr > 0.01
+        return loss._replace(total=loss.total * float("nan")) if large and self.step == 2 else loss
+
+    monkeypatch.setattr(Trainer, "_loss", spoiled)
+    settings = {"method": method, "lr": 0.02, "save_every": 50}
+    for _ in range(2):  # the second time from the state after step 2
+        with pytest.raises(
+            SvdiffError, match=rf"step 3 is nan: .* {method} .*train.lr 0.02.*Lower.*after step 2.*state"
+        ):
+            train(load_config(), "pet", overrides=settings)
+        assert not Path("out/train/pet").exists()
+        [path] = (checkout / "scratch/state").rglob("state.pt")
+        state = load_state(path)
+        assert state is not None
+        assert state["trainer"]["step"] == 2
+        assert is_finite(state)
+    delta = load_file(train(load_config(), "pet", overrides=settings | {"lr": 0.001}))
+    assert all(value.isfinite().all() for value in delta.values())
+
+
+def test_full_weights_at_an_absurd_rate_stop_by_themselves(checkout: Path) -> None:
+    """No patch: the arithmetic itself overflows."""
+    with pytest.raises(SvdiffError, match=r"(loss|gradient|pixels)"):
+        train(load_config(), "pet", overrides={"method": "full", "lr": 10.0, "lr_1d": 10.0, "steps": 40})
+    assert not Path("out/train/pet").exists()
+    for path in (checkout / "scratch/state").rglob("state.pt"):
+        assert is_finite(load_state(path))
+
+
+@pytest.mark.parametrize("method", ["svdiff", "full"])
+def test_nothing_that_is_not_finite_is_loaded(checkout: Path, method: str) -> None:
+    path = train(load_config(), "pet", overrides={"method": method})
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(SvdiffError, match="not finite"):
+        sample_entry(load_config(), "pet")
 
 
 def start(checkout: Path) -> subprocess.Popen[bytes]:

@@ -1,0 +1,97 @@
+"""Settings in combination, two steps each through the real trainer: every cell trains, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from svdiff.config import TrainConfig
+from svdiff.data.cutmix import Region
+from svdiff.errors import SvdiffError
+from svdiff.training.batches import Dataset, Examples, LatentImages, Shown
+from svdiff.training.loop import Trainer
+from svdiff.training.methods import apply_method
+
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "method": ("svdiff", "full", "lora", "custom-diffusion"),
+    "precision": ("no", "bf16"),
+    "gradient_checkpointing": (False, True),
+    "unmix_weight": (0.0, 1.0),
+    "text_encoder": (False, True),
+    "accumulation": (1, 2),
+}
+CELLS = [dict(zip(SETTINGS, values, strict=True)) for values in product(*SETTINGS.values())]
+# Of each method, checkpointing and attention loss one cell is fast; over them the other settings take all values.
+FAST = [cell for i, cell in enumerate(CELLS) if i % 8 == (i // 8 * 3) % 8 or i % 32 == 7]
+REFUSED = {("custom-diffusion", "text_encoder"): "text_encoder: false"}
+
+
+@pytest.fixture(autouse=True)
+def _own_scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path_factory.getbasetemp() / "scratch"))
+
+
+def dataset() -> Dataset:
+    """A mix of two subjects and a picture of one, in turn; each with a prior picture."""
+    left, right = Region(0.0, 0.0, 0.5, 1.0), Region(0.5, 0.0, 1.0, 1.0)
+    random = torch.Generator().manual_seed(0)
+    latents = LatentImages(torch.randn(2, 4, 8, 8, generator=random), torch.full((2, 4, 8, 8), 0.1))
+    shown = [(Shown("sks", "dog", left), Shown("zwx", "cat", right)), (Shown("sks", "dog"),)]
+    return Dataset(
+        Examples(latents, ["a sks dog and a zwx cat", "a sks dog"], shown),
+        Examples(latents, ["a dog and a cat", "a dog"], [(), ()]),
+        lambda sample: (sample % 2, sample % 2),
+        [0, 1],
+    )
+
+
+def trainer(pipe: Any, **settings: Any) -> Trainer:
+    AcceleratorState._reset_state()
+    config = TrainConfig.model_validate({"steps": 2, "batch_size": 2, "lr": 1e-3, "lr_1d": 1e-3} | settings)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=True)
+    return Trainer(pipe, apply_method(pipe, config, ["sks", "zwx"]), config, dataset(), accelerator)
+
+
+def describe(cell: dict[str, Any]) -> str:
+    return "-".join([cell["method"], *(f"{k}={v}" for k, v in cell.items() if k != "method" and v not in (0, "no", 1))])
+
+
+@pytest.mark.parametrize(
+    "cell", [pytest.param(cell, marks=() if cell in FAST else pytest.mark.slow) for cell in CELLS], ids=describe
+)
+def test_every_cell_trains_or_is_refused_by_name(tiny_pipe: Any, cell: dict[str, Any]) -> None:
+    settings = cell | {"single_subject_weight": cell["unmix_weight"]}
+    for (method, key), message in REFUSED.items():
+        if cell["method"] == method and cell[key]:
+            with pytest.raises(SvdiffError, match=message):
+                trainer(tiny_pipe, **settings)
+            return
+    base = copy.deepcopy(tiny_pipe.unet.state_dict())
+    made = trainer(tiny_pipe, **settings)
+    start = made.method.state()
+    rows = list(made.run())
+    end = made.method.state()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
+    assert (rows[0].get("loss_unmix", 0.0) > 0) == (cell["unmix_weight"] > 0)
+    moved = {name for name in end if not torch.equal(start[name], end[name])}
+    assert moved == end.keys()
+    made.method.detach()
+    assert all(torch.equal(value, tiny_pipe.unet.state_dict()[name]) for name, value in base.items())
+
+
+@pytest.mark.parametrize("method", SETTINGS["method"])
+def test_checkpointing_with_attention_losses_learns_the_same(tiny_pipe: Any, method: str) -> None:
+    settings = {"method": method, "unmix_weight": 1.0, "single_subject_weight": 1.0}
+    plain = trainer(copy.deepcopy(tiny_pipe), **settings)
+    thrifty = trainer(tiny_pipe, **settings, gradient_checkpointing=True)
+    for a, b in zip(plain.run(), thrifty.run(), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for name, value in plain.method.state().items():
+        torch.testing.assert_close(thrifty.method.state()[name], value, rtol=1e-4, atol=1e-6)
