@@ -25,8 +25,8 @@ import yaml
 from PIL import Image
 
 from benchmarks.common import median, seconds, table
-from flows.registry.catalogue import list_concepts, read_catalogue
-from flows.registry.store import Tracking, connect
+from flows.registry.concepts import list_concepts, read_concepts
+from flows.registry.tracking import Tracking, connect
 from svdiff.config import Config, load_config
 
 BASE_HASH = "b" * 64
@@ -95,7 +95,7 @@ def build(tracking: Tracking, config: Config, root: Path, versions: int) -> list
     from flows.pipeline.results import read_results
     from flows.registry.register import register
 
-    known = {concept.name: len(concept.versions) for concept in read_catalogue(tracking)}
+    known = {concept.name: len(concept.versions) for concept in read_concepts(tracking)}
     missing = [(n, v) for v in range(1, versions + 1) for n in config.concepts if known.get(n, 0) < v]
     times = []
     for name, version in tqdm(missing, "registering", unit="version", mininterval=10):
@@ -112,7 +112,7 @@ def night(tracking: Tracking) -> None:
     from flows.monitoring.rule import Verdict
     from flows.registry.promotion import now
 
-    for version in filter(None, (concept.champion for concept in read_catalogue(tracking))):
+    for version in filter(None, (concept.champion for concept in read_concepts(tracking))):
         if WHEN not in version.tags:
             for key, value in {VERDICT: str(Verdict.UNCHANGED), WHY: "benchmark", WHEN: now()}.items():
                 tracking.client.set_model_version_tag(version.name, str(version.version), key, value)
@@ -120,16 +120,16 @@ def night(tracking: Tracking) -> None:
 
 def measure(tracking: Tracking, config: Config, root: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of each operation in a process that has MLflow loaded, as flows and servers have."""
-    from flows.monitoring.round import Reevaluation
-    from flows.pipeline.lineage import read_lineage
-    from flows.registry.catalogue import find
-    from flows.registry.overrides import promote_by_hand, rollback
+    from flows.monitoring.round import Round
+    from flows.registry.concepts import find
+    from flows.registry.overrides import promote_manually, rollback
     from flows.registry.promotion import decide_again
+    from flows.registry.runs import read_lineage
 
     names, challenged = list(config.concepts), challenged_concept(tracking)
     operations: dict[str, Callable[[], object]] = {
         "list": lambda: list_concepts(tracking),
-        "plan of a re-evaluation": lambda: Reevaluation(tracking, config, root).plan(),
+        "plan of a re-evaluation": lambda: Round(tracking, config, root).plan(),
         "promotion by the rule": lambda: decide_again(tracking, config.promote, challenged),
         "lineage": lambda: read_lineage(tracking, find(tracking, names[-1])),
     }
@@ -137,7 +137,7 @@ def measure(tracking: Tracking, config: Config, root: Path, repeats: int) -> dic
     times["promotion by hand"], times["rollback"] = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        promote_by_hand(tracking, challenged, None, "benchmark")
+        promote_manually(tracking, challenged, None, "benchmark")
         middle = time.perf_counter()
         was, _ = rollback(tracking, challenged, "benchmark")
         times["rollback"].append(time.perf_counter() - middle)
@@ -148,7 +148,7 @@ def measure(tracking: Tracking, config: Config, root: Path, repeats: int) -> dic
 
 def challenged_concept(tracking: Tracking) -> str:
     """The first concept with a challenger."""
-    return next(concept.name for concept in read_catalogue(tracking) if "challenger" in concept.aliases)
+    return next(concept.name for concept in read_concepts(tracking) if "challenger" in concept.aliases)
 
 
 def commands(tracking: Tracking, root: Path, repeats: int) -> dict[str, list[float]]:
@@ -193,8 +193,8 @@ def main() -> None:
     if registered:
         times["registration"] = registered
     result: dict[str, Any] = {
-        "concepts": len(read_catalogue(tracking)),
-        "versions": sum(len(concept.versions) for concept in read_catalogue(tracking)),
+        "concepts": len(read_concepts(tracking)),
+        "versions": sum(len(concept.versions) for concept in read_concepts(tracking)),
         "seconds": {name: {"median": median(values), "max": max(values)} for name, values in times.items()},
     }
     if options.json:

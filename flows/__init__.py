@@ -1,4 +1,4 @@
-"""Prefect flows that chain the stages, MLflow registry of what they make: `python -m flows --help`."""
+"""The workflow around the library: Prefect runs DVC's stages, MLflow has the registered concepts; no telemetry."""
 
 import os
 

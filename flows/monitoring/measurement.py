@@ -1,4 +1,4 @@
-"""Measuring a registered version: its own delta out of the registry, on its own base, by the evaluators of today."""
+"""Samples and scores a registered version: its delta from the registry, on its own base, by the evaluators of today."""
 
 from __future__ import annotations
 
@@ -10,31 +10,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.registry.baseline import Measure, measure
+from flows.registry.concepts import BrokenVersion, fetch
+from flows.registry.conditions import Conditions, conditions
 from svdiff.catalogue import Entry
 from svdiff.config import BaseModelConfig, ConceptConfig, Config
 from svdiff.data.concepts import concept_folder
 from svdiff.errors import SvdiffError
-from svdiff.files import sha256_file
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities.model_registry import ModelVersion
     from PIL.Image import Image
 
-    from flows.registry.store import Tracking
+    from flows.registry.tracking import Tracking
     from svdiff.evaluation.evaluators import Evaluators
     from svdiff.sampling import Job
 
 BASE_VARIABLE = "SVDIFF_BASE_MODEL"  # as in concept_model.py, which must not depend on this module
 
 
-class Broken(SvdiffError):
-    """A registered version that cannot be used as it was registered."""
-
-
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Scores by (prompt, seed), and the pictures in the same order."""
 
     table: pd.DataFrame
@@ -52,28 +48,28 @@ def entry_of(version: ModelVersion) -> Entry:
     return Entry(version.name, "pair" if len(concepts) > 1 else "concept", concepts)
 
 
-class Examiner:
-    """Measures versions one after another; evaluators and base are loaded once, and only when they are needed."""
+class VersionScorer:
+    """Scores versions one after another; evaluators and base are loaded once, and only when they are needed."""
 
     def __init__(self, config: Config, root: Path) -> None:
         self.config, self.root = config, root
         self._loaded: tuple[BaseModelConfig, Any, str] | None = None
 
-    def measure(self, version: ModelVersion) -> Measure:
-        """What the scores of `version` would be measured with today."""
+    def conditions(self, version: ModelVersion) -> Conditions:
+        """The conditions that scores of `version` would be measured under today."""
         entry = entry_of(version)
-        return measure(
+        return conditions(
             self.evaluators_described,
             self._shown(entry),
             self.config.sample,
             [self.root / concept_folder(name) for name in entry.concepts],
         )
 
-    def examine(self, tracking: Tracking, version: ModelVersion) -> Measured:
+    def score(self, tracking: Tracking, version: ModelVersion) -> Measurement:
         """Sample the version's prompts at their seeds, and score them.
 
         Raises:
-            Broken: the delta or its base is not what was registered.
+            BrokenVersion: the delta or its base is not what was registered.
             SvdiffError: the base or the concept's pictures are not here, so nothing can be said.
         """
         from svdiff.evaluation.score import real_pictures
@@ -90,12 +86,12 @@ class Examiner:
             try:
                 personal = personalise(pipe, delta)
             except SvdiffError as error:
-                raise Broken(str(error)) from error
+                raise BrokenVersion(str(error)) from error
             try:
                 images = draw_pictures(pipe, jobs, self.config.sample, default_negatives(self.config, entry))
             finally:
                 personal.unload()
-        return Measured(self._score(entry, jobs, images, real), images)
+        return Measurement(self._score(entry, jobs, images, real), images)
 
     def _shown(self, entry: Entry) -> list[tuple[str, int]]:
         """Prompt and seed of every picture."""
@@ -137,7 +133,7 @@ class Examiner:
         _, pipe, found = self._loaded
         registered = version.tags.get("base_hash")
         if found != registered:
-            raise Broken(
+            raise BrokenVersion(
                 f"it was trained on a base with weights {str(registered)[:16]}…, {base.model} has {found[:16]}…; bring "
                 f"that base back, name its folder in {BASE_VARIABLE}, or train the concept again"
             )
@@ -155,27 +151,3 @@ class Examiner:
         if named is not None:
             return BaseModelConfig(model=named)
         return BaseModelConfig(model=description["base_model"], revision=description["base_revision"])
-
-
-def fetch(tracking: Tracking, version: ModelVersion, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The delta's file, copied into `folder`, and concept.json of a version.
-
-    Raises Broken if they are gone or are not what was registered. What an unreachable store raises passes through: it
-    says nothing about the version.
-    """
-    from mlflow.artifacts import download_artifacts, list_artifacts
-
-    where = f"models:/{version.name}/{version.version}"
-    stored = {Path(f.path).name for f in list_artifacts(artifact_uri=f"{where}/artifacts", tracking_uri=tracking.uri)}
-    for name in ("delta.safetensors", "concept.json"):
-        if name not in stored:
-            raise Broken(f"{name} is not among its artifacts any more")
-    local = Path(download_artifacts(artifact_uri=f"{where}/artifacts", dst_path=str(folder), tracking_uri=tracking.uri))
-    delta = local / "delta.safetensors"
-    found, registered = sha256_file(delta), version.tags.get("delta_sha256")
-    if found != registered:
-        raise Broken(
-            f"its delta has SHA-256 {found[:16]}…, {str(registered)[:16]}… was registered: the file was changed"
-        )
-    description: dict[str, Any] = json.loads((local / "concept.json").read_text())
-    return delta, description

@@ -1,8 +1,8 @@
-"""Re-evaluation of champions: which are due, what became of each, and what is written down about it.
+"""One round of re-evaluation: which champions are due, the verdict on each, and what is recorded in MLflow.
 
-The rule is in `flows.monitoring.rule`. Every measurement of one baseline goes to one MLflow run, a point a time, so that the run's
-curves show a champion's life; the version's tags hold the last verdict. All that a kill can leave behind is a run without a
-baseline, which the next attempt takes up; finished concepts are not measured again while their result is fresh.
+The rule is in `flows.monitoring.rule`. All scores under one baseline go to one MLflow run, a step each time, so that the
+run's curves show them over months; the version's tags have the last verdict. A round that is killed goes on where it was:
+an unfinished run is taken up, and concepts with a fresh result are not scored again.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.monitoring.measurement import Broken, Examiner, Measured
+from flows.monitoring.measurement import BrokenVersion, Measurement, VersionScorer
 from flows.monitoring.rule import Judgement, Verdict, compare, new_baseline
-from flows.registry.baseline import (
+from flows.registry.concepts import RETIRED, RegisteredConcept, model_id, read_concept, read_concepts
+from flows.registry.conditions import (
     BASELINE_RUN,
     SCORES_FOLDER,
-    Measure,
-    baseline_of,
+    Conditions,
+    baseline_conditions,
     baseline_scores,
     changed,
     set_baseline,
 )
-from flows.registry.catalogue import RETIRED, Registered, model_id, read_catalogue, read_concept
 from flows.registry.overrides import predecessor, rollback
 from flows.registry.promotion import decide_again, now
 from flows.registry.runs import CONCEPT
-from flows.registry.store import locked
+from flows.registry.tracking import locked
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-    from flows.registry.store import Tracking
+    from flows.registry.tracking import Tracking
 
 VERDICT, WHY, WHEN = "reevaluation", "reevaluation_reason", "reevaluated_at"  # tags of a version
 REEVALUATES, OF_BASELINE = "svdiff.reevaluates", "svdiff.baseline_run"  # tags of a run
-MEASURES = ("image_alignment", "text_alignment", "clip_i")
+SCORES = ("image_alignment", "text_alignment", "clip_i")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,6 @@ class Result:
     version: int
     verdict: Verdict
     reason: str
-    image_alignment: float | None = None
-    text_alignment: float | None = None
     fresh: bool = False  # known from an earlier run, not measured again
 
     def line(self) -> str:
@@ -73,7 +71,7 @@ class Result:
         return f"{self.concept} version {self.version}: {self.verdict}{known}: {self.reason}"
 
 
-class Reevaluation:
+class Round:
     """One round over the registry.
 
     Args:
@@ -97,20 +95,20 @@ class Reevaluation:
     ) -> None:
         self.tracking, self.config, self.rule = tracking, config, config.reevaluate
         self.force, self.accept, self.tags = force, accept, dict(tags or {})
-        self.examiner = Examiner(config, root)
+        self.scorer = VersionScorer(config, root)
 
     def plan(self, names: Sequence[str] | None = None) -> list[Planned]:
         """The champions of all concepts in use, or of `names`, each with what is to be done.
 
         Raises SvdiffError for a name that is not registered, is retired or has no champion.
         """
-        found = read_catalogue(self.tracking, names)
+        found = read_concepts(self.tracking, names)
         if names is None:
             found = [concept for concept in found if concept.champion and not concept.retired]
         return [self._planned(concept) for concept in found]
 
-    def examine(self, concept: str) -> Result:
-        """Measure the champion of `concept` unless a fresh result is there, judge it and write down what came of it."""
+    def reevaluate(self, concept: str) -> Result:
+        """Score the champion of `concept` unless a fresh result is there, judge it and record the result."""
         with locked(self.tracking.locks / f"reevaluate-{concept}"):
             found = read_concept(self.tracking, concept)
             version = _champion(found)
@@ -118,18 +116,17 @@ class Reevaluation:
             if not planned.due:
                 tags = version.tags
                 return Result(concept, planned.version, Verdict(tags[VERDICT]), tags[WHY], fresh=True)
-            result = self._examine(version)
+            result = self._reevaluate(version)
             if result.verdict is Verdict.NEW_BASELINE:
-                verdict = decide_again(self.tracking, self.config.promote, concept)
-                if verdict and verdict.promoted:
-                    result = replace(
-                        result, reason=f"{result.reason}; the challenger is champion now: {verdict.reason}"
-                    )
+                decision = decide_again(self.tracking, self.config.promote, concept)
+                if decision and decision.promoted:
+                    reason = f"{result.reason}; the challenger is champion now: {decision.reason}"
+                    result = replace(result, reason=reason)
             elif result.verdict.alarming and self.rule.rollback:
                 result = replace(result, reason=f"{result.reason}; {self._rollback(found, result)}")
         return result
 
-    def _planned(self, concept: Registered) -> Planned:
+    def _planned(self, concept: RegisteredConcept) -> Planned:
         version = _champion(concept)
         due, why = self._due(version)
         return Planned(concept.name, int(version.version), due, why)
@@ -142,8 +139,8 @@ class Reevaluation:
             return True, f"asked for; last on {last}"
         if version.tags.get(VERDICT) == Verdict.BROKEN:  # found out quickly, and perhaps mended
             return True, f"was broken on {last}"
-        before = baseline_of(version)
-        parts = changed(before, self.examiner.measure(version)) if before else ["the measure"]
+        before = baseline_conditions(version)
+        parts = changed(before, self.scorer.conditions(version)) if before else ["the conditions"]
         if parts:
             return True, f"{' and '.join(parts)} changed"
         age = datetime.now(UTC) - datetime.fromisoformat(last)
@@ -151,34 +148,24 @@ class Reevaluation:
             return True, f"last on {last}"
         return False, f"{version.tags.get(VERDICT)} on {last}, less than {self.rule.fresh_hours:g} hours ago"
 
-    def _examine(self, version: ModelVersion) -> Result:
-        """Measure, judge and write down one version."""
-        name, number = version.name, int(version.version)
+    def _reevaluate(self, version: ModelVersion) -> Result:
+        """Score, judge and record one version."""
         try:
-            measured = self.examiner.examine(self.tracking, version)
-        except Broken as error:
+            measured = self.scorer.score(self.tracking, version)
+        except BrokenVersion as error:
             judgement = Judgement(Verdict.BROKEN, str(error))
-            self._tag(version, judgement)
-            return Result(name, number, judgement.verdict, judgement.reason)
-        measure = self.examiner.measure(version)
-        judgement = self._judge(version, measured, measure)
-        self._log(version, measured, judgement, measure)
+        else:
+            conditions = self.scorer.conditions(version)
+            judgement = self._judge(version, measured, conditions)
+            self._log(version, measured, judgement, conditions)
         self._tag(version, judgement)
-        means = measured.table.mean()
-        return Result(
-            name,
-            number,
-            judgement.verdict,
-            judgement.reason,
-            float(means["image_alignment"]),
-            float(means["text_alignment"]),
-        )
+        return Result(version.name, int(version.version), judgement.verdict, judgement.reason)
 
-    def _judge(self, version: ModelVersion, measured: Measured, measure: Measure) -> Judgement:
-        before = baseline_of(version)
+    def _judge(self, version: ModelVersion, measured: Measurement, conditions: Conditions) -> Judgement:
+        before = baseline_conditions(version)
         if self.accept or before is None:
             return new_baseline(None, accepted=self.accept)
-        if parts := changed(before, measure):
+        if parts := changed(before, conditions):
             return new_baseline(parts)
         try:
             baseline = baseline_scores(self.tracking, version)
@@ -189,55 +176,55 @@ class Reevaluation:
             ) from error
         return compare(measured.table, baseline.table, self.rule)
 
-    def _log(self, version: ModelVersion, measured: Measured, judgement: Judgement, measure: Measure) -> None:
+    def _log(self, version: ModelVersion, measured: Measurement, judgement: Judgement, conditions: Conditions) -> None:
         """Write scores to the run of the version's baseline; a new baseline has a new run."""
         from mlflow.entities import Metric
 
         client, fresh = self.tracking.client, judgement.verdict is Verdict.NEW_BASELINE
-        run_id = self._run(version, None if fresh else version.tags[BASELINE_RUN], measure)
+        run_id = self._run(version, None if fresh else version.tags[BASELINE_RUN], conditions)
         step = len(client.get_metric_history(run_id, "image_alignment"))
-        values = {name: float(measured.table[name].mean()) for name in MEASURES if name in measured.table}
+        values = {name: float(measured.table[name].mean()) for name in SCORES if name in measured.table}
         changes = {"image_change": judgement.image_change, "text_change": judgement.text_change}
         values |= {name: value for name, value in changes.items() if value is not None}
         at = int(time.time() * 1000)
         client.log_batch(
             run_id, metrics=[Metric(k, v, at, step, model_id=model_id(version)) for k, v in values.items()]
         )
-        # Pictures are kept where somebody may want to see them; each night's would fill a disk in a year.
+        # Pictures are stored where somebody may want to see them; each night's would fill a disk in a year.
         if judgement.verdict is not Verdict.UNCHANGED:
             self._log_files(run_id, SCORES_FOLDER if fresh else f"drift-{step:04d}", measured)
         client.set_tag(run_id, VERDICT, str(judgement.verdict))
         if fresh:
-            set_baseline(self.tracking, version, measure, run_id)
+            set_baseline(self.tracking, version, conditions, run_id)
             for name in ("image_alignment", "text_alignment"):
                 client.set_model_version_tag(version.name, str(version.version), name, f"{values[name]:.6f}")
         client.set_terminated(run_id, "FINISHED")
 
-    def _log_files(self, run_id: str, folder: str, measured: Measured) -> None:
+    def _log_files(self, run_id: str, folder: str, measured: Measurement) -> None:
         from svdiff.data.grid import image_grid
 
         with tempfile.TemporaryDirectory() as temporary:
             here = Path(temporary)
             measured.table.reset_index().assign(model="trained").to_csv(here / "images.csv", index=False)
-            (here / "evaluators.json").write_text(json.dumps(self.examiner.evaluators_described, indent=2) + "\n")
+            (here / "evaluators.json").write_text(json.dumps(self.scorer.evaluators_described, indent=2) + "\n")
             image_grid(measured.images, columns=len(self.config.sample.seeds)).save(here / "samples.png")
             self.tracking.client.log_artifacts(run_id, temporary, folder)
 
-    def _run(self, version: ModelVersion, baseline_run: str | None, measure: Measure) -> str:
+    def _run(self, version: ModelVersion, baseline_run: str | None, conditions: Conditions) -> str:
         """The run for measurements against `baseline_run`, which may be that run itself; with None, a baseline to be.
 
-        A baseline that a kill kept from being one is still running, and is taken up.
+        A run that was killed before its scores became a baseline is still running, and is taken up.
         """
         client, which = self.tracking.client, f"{version.name}/{version.version}"
-        measured_by = {f"svdiff.measure.{part}": value for part, value in measure.items()}
+        measured_under = {f"svdiff.conditions.{part}": value for part, value in conditions.items()}
         for run in client.search_runs([self.tracking.experiment_id], f"tags.`{REEVALUATES}` = '{which}'"):
             run_id, known = str(run.info.run_id), run.data.tags
             unfinished = (
-                OF_BASELINE not in known and run.info.status == "RUNNING" and measured_by.items() <= known.items()
+                OF_BASELINE not in known and run.info.status == "RUNNING" and measured_under.items() <= known.items()
             )
             if unfinished if baseline_run is None else baseline_run in (run_id, known.get(OF_BASELINE)):
                 return run_id
-        tags = {REEVALUATES: which, CONCEPT: version.name, **measured_by, **self.tags}
+        tags = {REEVALUATES: which, CONCEPT: version.name, **measured_under, **self.tags}
         if baseline_run:
             tags[OF_BASELINE] = baseline_run
         name = f"{version.name} version {version.version}, re-evaluated"
@@ -248,12 +235,12 @@ class Reevaluation:
         for key, value in values.items():  # the time last: with it the result counts
             self.tracking.client.set_model_version_tag(version.name, str(version.version), key, value)
 
-    def _rollback(self, concept: Registered, result: Result) -> str:
+    def _rollback(self, concept: RegisteredConcept, result: Result) -> str:
         """Put the previous champion back if it is better off itself; say what was done."""
         number = predecessor(concept, result.version)
         if number is None or number not in concept.versions:
             return "there is no previous champion to put back"
-        previous = self._examine(concept.versions[number])
+        previous = self._reevaluate(concept.versions[number])
         sound = [Verdict.UNCHANGED]
         if result.verdict is Verdict.BROKEN:  # else what moved the champion's scores may have moved these
             sound.append(Verdict.NEW_BASELINE)
@@ -263,7 +250,7 @@ class Reevaluation:
         return f"rolled back to version {number} ({previous.verdict})"
 
 
-def _champion(concept: Registered) -> ModelVersion:
+def _champion(concept: RegisteredConcept) -> ModelVersion:
     if concept.retired:
         raise SvdiffError(f"'{concept.name}' is retired ({concept.tags[RETIRED]})")
     if concept.champion is None:

@@ -1,12 +1,12 @@
-"""The rule of the re-evaluation: what a champion's scores of today say, held against its baseline.
+"""The rule of the re-evaluation: what a champion's scores of today say, compared with its baseline.
 
 In the order in which it is asked:
 
 1. The delta is not in the registry, cannot be read, is not the one that was registered (SHA-256), or the base at hand
    is not the one that it was trained on: **broken artifact**.
-2. The measure (evaluators, prompts and seeds, sampler, the concept's pictures: `flows.registry.baseline`) is another than that of
-   the baseline, or there is no baseline, or a person accepts what is: **evaluator or prompts changed**. The scores of
-   today become the baseline; nothing is alarming about it.
+2. The conditions (evaluators, prompts and seeds, sampler, the concept's pictures: `flows.registry.conditions`) are not those
+   of the baseline, or there is no baseline, or a person accepts today's scores: **evaluator or prompts changed**. The scores
+   of today become the baseline; nothing is alarming about it.
 3. Image or text alignment changed by more than `image_tolerance` or `text_tolerance` (`reevaluate` in params.yaml), in
    the mean of |change| over pictures paired by prompt and seed: **drift**. Better scores are drift as well: with nothing
    changed that should change them, they say that something else did, such as a library, a part of the base that
@@ -14,8 +14,8 @@ In the order in which it is asked:
 4. Otherwise: **unchanged**.
 
 Seeds fix the noise and DDIM adds none, so on one machine with the same libraries the change is zero, but for the six
-decimals that scores are kept with. The baseline stays until the measure changes: slow drift adds up instead of hiding in
-a chain of small steps.
+decimals that scores are stored with. The baseline stays until the conditions change, so that slow drift adds up instead of
+hiding in a chain of small steps.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Judgement:
 
 
 def compare(today: pd.DataFrame, baseline: pd.DataFrame, rule: ReevaluateConfig) -> Judgement:
-    """Parts 3 and 4: scores by (prompt, seed) with columns `image_alignment` and `text_alignment`, of one measure."""
+    """Parts 3 and 4: scores by (prompt, seed) with columns `image_alignment` and `text_alignment`, under the same conditions."""
     change = (today - baseline.reindex(today.index)).abs().mean(skipna=False)
     image, text = float(change["image_alignment"]), float(change["text_alignment"])
     # Written so that a score which is no number is no "unchanged".
-    kept = image <= rule.image_tolerance and text <= rule.text_tolerance
+    unchanged = image <= rule.image_tolerance and text <= rule.text_tolerance
     return Judgement(
-        Verdict.UNCHANGED if kept else Verdict.DRIFT,
+        Verdict.UNCHANGED if unchanged else Verdict.DRIFT,
         f"image alignment changed by {image:.6f} (tolerance {rule.image_tolerance:g}), text alignment by {text:.6f} "
         f"(tolerance {rule.text_tolerance:g}), in the mean over {len(today)} pictures",
         image,
@@ -71,7 +71,7 @@ def compare(today: pd.DataFrame, baseline: pd.DataFrame, rule: ReevaluateConfig)
 
 
 def new_baseline(parts: Sequence[str] | None, *, accepted: bool = False) -> Judgement:
-    """Part 2: `parts` of the measure that changed, None if there was no baseline at all."""
+    """Part 2: `parts` of the conditions that changed, None if there was no baseline at all."""
     if accepted:
         why = "accepted by hand"
     elif parts is None:

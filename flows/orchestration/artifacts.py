@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a finished concept: its scores, its pictures, where its version is."""
+"""Artifacts in the Prefect UI: scores, pictures and registered version of a concept, progress of a stage."""
 
 from __future__ import annotations
 

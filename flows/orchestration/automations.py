@@ -1,8 +1,8 @@
-"""What the Prefect server does by itself: notices runs that died silently, and gives them to another worker.
+"""Automations of the Prefect server: mark runs without heartbeat as crashed, schedule crashed runs again; limit on GPUs.
 
-A flow run says every `flows.heartbeat_frequency` seconds (prefect.toml) that it lives. When worker, engine or machine
-die, three silences later the server marks it Crashed; a crashed run of a deployment is scheduled anew, ATTEMPTS times
-in all. What it had finished is up to date by then, and registering twice makes one version, so nothing is done twice.
+A flow run sends a heartbeat every `flows.heartbeat_frequency` seconds (prefect.toml). When worker, engine or machine
+die, three missing heartbeats later the server marks it Crashed; a crashed run of a deployment is scheduled again, ATTEMPTS
+times in all. What it had finished is up to date by then, and registering twice makes one version, so nothing is done twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run a deployment on whichever worker is free, and wait for it through crashes that are made good."""
+"""Runs a deployment on any free worker and waits for it, also while a crashed run is tried again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLL = 5.0  # seconds
 PATIENCE = timedelta(seconds=60)  # a crashed run is scheduled anew sooner than that, if it is at all
 
 
-def run_elsewhere(deployment: str, name: str, parameters: dict[str, Any]) -> None:
+def run_on_workers(deployment: str, name: str, parameters: dict[str, Any]) -> None:
     """Run `deployment` with `parameters` as the part `name` of this flow run; return when it is completed.
 
     A flow run that is itself begun anew finds the parts that it started before. Raises RuntimeError with the part's

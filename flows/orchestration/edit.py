@@ -14,8 +14,8 @@ from prefect import flow
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from flows.orchestration.artifacts import data_uri, key
+from flows.orchestration.parameters import Minutes, Name, check
 from flows.orchestration.tasks import dvc_stage
-from flows.orchestration.train import Minutes, Name, check
 from flows.pipeline.order import own_stages
 from svdiff.config import Config, EditConfig
 

@@ -1,4 +1,4 @@
-"""What stages said, for programs: one line of JSON each, with run, concept and stage, in .svdiff/logs of the clone."""
+"""The output of stages as lines of JSON with run, concept and stage, in .svdiff/logs of the clone, for programs."""
 
 from __future__ import annotations
 

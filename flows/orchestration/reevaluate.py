@@ -15,28 +15,25 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.runtime import flow_run
 
-from flows.monitoring.round import Reevaluation, Result
+from flows.monitoring.round import Result, Round
 from flows.monitoring.rule import Verdict
-from flows.orchestration.train import Name
+from flows.orchestration.parameters import Name
 from flows.registry.runs import FLOW_RUN, FLOW_RUN_URL
-from flows.registry.store import connect
+from flows.registry.tracking import connect
 from svdiff.config import load_config
 
 EVENTS = {Verdict.DRIFT: "svdiff.champion.drifted", Verdict.BROKEN: "svdiff.champion.broken"}
 
 
 @task(name="re-evaluate", task_run_name="{concept}", cache_policy=NO_CACHE, persist_result=False)
-def _examine(concept: str, round_: Reevaluation) -> Result:
+def _reevaluate(concept: str, round_: Round) -> Result:
     """One champion, as a task of its own."""
-    return round_.examine(concept)
+    return round_.reevaluate(concept)
 
 
 @flow(name="reevaluate", flow_run_name="reevaluate", persist_result=False)
 def reevaluate(
-    concepts: list[Name] | None = None,
-    force: bool = False,
-    accept: bool = False,
-    rollback: bool | None = None,
+    concepts: list[Name] | None = None, force: bool = False, accept: bool = False, rollback: bool | None = None
 ) -> dict[str, str]:
     """Sample and score registered champions again, and say what became of each.
 
@@ -55,7 +52,7 @@ def reevaluate(
     if rollback is not None:
         config = config.model_copy(update={"reevaluate": config.reevaluate.model_copy(update={"rollback": rollback})})
     links = {FLOW_RUN: str(flow_run.id or ""), FLOW_RUN_URL: str(flow_run.ui_url or "")}
-    round_ = Reevaluation(
+    round_ = Round(
         connect(config.tracking, root),
         config,
         root,
@@ -66,7 +63,7 @@ def reevaluate(
     names = [planned.concept for planned in round_.plan(concepts)]
     results, failures = [], {}
     for name in names:
-        state = _examine(name, round_, return_state=True)
+        state = _reevaluate(name, round_, return_state=True)
         if not state.is_completed():
             failures[name] = state.message or state.type.value
             continue

@@ -22,8 +22,7 @@ from prefect.states import State
 
 from flows.orchestration.artifacts import Progress
 from flows.orchestration.logs import StageLog
-from flows.pipeline.stages import StageRun, StageWaits, push_stage, run_stage
-from flows.services.control import SHARE
+from flows.pipeline.stages import SHARE, StageRun, StageWaits, push_stage, run_stage
 
 GPU = "gpu"  # tag of the tasks that a concurrency limit holds back where GPUs are scarce
 LIGHT = {"register", "register-pair", "correlate", "report"}  # stages that need none

@@ -19,30 +19,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.orchestration.artifacts import publish_concept
-from flows.orchestration.dispatch import run_elsewhere
+from flows.orchestration.dispatch import run_on_workers
+from flows.orchestration.edit import edit_image
+from flows.orchestration.parameters import Minutes, Name, check
 from flows.orchestration.tasks import dvc_stage
 from flows.pipeline.order import analysis_stages, own_stages, prior_stages
 from svdiff.config import Config, load_config
-from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
-from svdiff.words import NAME
-
-# What the UI checks before a run is made, and shows beside the descriptions of the docstrings.
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-Minutes = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
-
-
-def check(*names: str) -> Config:
-    """params.yaml of the current folder, in which all `names` must be, with pictures that can be read.
-
-    Raises SvdiffError before any work, naming the concept or the file.
-    """
-    config = load_config()
-    for name in names:
-        for concept in config.entry(name).concepts:
-            load_concept_images(concept_folder(concept))
-        if name in config.edits:
-            load_picture(config.edits[name].image)
-    return config
 
 
 @flow(name="train-concept", flow_run_name="train-{concept}", persist_result=False)
@@ -91,15 +73,13 @@ def _train(config: Config, name: str, timeout_minutes: float | None, prior: bool
 @task(name="name", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def _one(name: str, kind: str, where: str, timeout_minutes: float | None) -> None:
     """One concept, pair or edit of `train-all`, as a flow run of its own."""
-    from flows.orchestration.edit import edit_image
-
     part: Any = {"concept": train_concept, "pair": train_pair, "edit": edit_image}[kind]
     parameters: dict[str, Any] = {kind: name, "timeout_minutes": timeout_minutes}
     if kind != "edit":
         # Here they are made already; a worker's own clone has yet to take them from the DVC remote.
         parameters["prior"] = where == "workers"
     if where == "workers":
-        run_elsewhere(part.name, name, parameters)
+        run_on_workers(part.name, name, parameters)
     else:
         part(**parameters)
 

@@ -1,4 +1,4 @@
-"""Where a version comes from: git commit, DVC's hash of the pictures, what DVC recorded of the stages.
+"""Where results come from: git commit, DVC's hash of the pictures, what dvc.lock records of the stages.
 
 Everything that a version needs to be made again is one file, `lineage/lineage.json` of its training's run: the commit, the
 parameters in force, the entries of dvc.lock of its own stages and of those upstream of them, and the packages.
@@ -6,10 +6,8 @@ parameters in force, the entries of dvc.lock of its own stages and of those upst
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import version as installed
@@ -19,17 +17,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from svdiff.data.concepts import concept_folder
-from svdiff.errors import SvdiffError
 from svdiff.files import sha256_tree
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
     from flows.pipeline.results import Results
-    from flows.registry.store import Tracking
     from svdiff.config import Config
 
-FOLDER, FILE = "lineage", "lineage.json"
 OWN_STAGES = ("out/train", "out/sample", "out/score")  # whose outputs a version is made of
 SECTIONS = ("base", "evaluators", "prior", "mix", "train", "sample", "score")
 PACKAGES = (
@@ -130,7 +123,7 @@ def data_hash(root: Path, concepts: Iterable[str]) -> str:
     return " ".join(hashes)
 
 
-def describe(config: Config, results: Results) -> dict[str, Any]:
+def describe_lineage(config: Config, results: Results) -> dict[str, Any]:
     """The lineage of what the stages of one name left, as lineage.json."""
     stages = read_lock(results.root)
     ends = makers_of(stages, [f"{folder}/{results.concept}" for folder in OWN_STAGES])
@@ -154,23 +147,6 @@ def packages() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine()} | {
         name: installed(name) for name in PACKAGES
     }
-
-
-def read_lineage(tracking: Tracking, version: ModelVersion) -> dict[str, Any]:
-    """lineage.json of a version. Raises SvdiffError for one that was registered without."""
-    from mlflow.exceptions import MlflowException
-
-    which = f"version {version.version} of '{version.name}'"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = tracking.client.download_artifacts(str(version.run_id), f"{FOLDER}/{FILE}", folder)
-        except (MlflowException, OSError) as error:
-            raise SvdiffError(
-                f"{which} has no {FOLDER}/{FILE} in its run {version.run_id} ({error}); it was registered by an older "
-                "release, or its artifacts are gone"
-            ) from None
-        content: dict[str, Any] = json.loads(Path(path).read_text())
-    return content
 
 
 def outputs(stages: Mapping[str, dict[str, Any]]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which stages of dvc.yaml lead from pictures to a registered version, in order: `--single-item` looks at none upstream."""
+"""The order of the stages of dvc.yaml, from pictures to a registered version, for those who run them one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A version made again from its lineage alone, and held against the registered one, bit for bit.
+"""Trains a registered version again from its lineage alone, and compares it bit for bit.
 
 A clone of this repository at the version's commit, with the version's own entries of dvc.lock, gets its inputs from
 the DVC cache or remote by hash. DVC must find nothing changed in it; then the training runs again, without any resume
@@ -17,20 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from flows.pipeline.lineage import git, makers_of, packages, read_lineage
-from flows.services.processes import kill, marked, new_mark
+from flows.pipeline.lineage import git, makers_of, packages
+from flows.pipeline.process_tree import running
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file
 from svdiff.models import scratch
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
-
-    from flows.registry.store import Tracking
 
 Say = Callable[[str], None]
 TAIL = 20  # lines of a failed command that are shown
@@ -52,22 +47,27 @@ class Reproduction:
 
 
 def reproduce(
-    tracking: Tracking, root: Path, version: ModelVersion, *, into: Path | None = None, say: Say
+    root: Path,
+    which: str,
+    lineage: dict[str, Any],
+    fetch: Callable[[Path], Path],
+    *,
+    into: Path | None = None,
+    say: Callable[[str], None],
 ) -> Reproduction:
-    """Train `version` again from its lineage in a clone of `root`, and compare.
+    """Train a version again from its lineage in a clone of `root`, and compare.
 
     Args:
-        tracking: the registry.
         root: a checkout of the repository that the version comes from.
-        version: the version.
+        which: the version's name, for messages.
+        lineage: what was recorded of it.
+        fetch: puts the registered delta into a folder, and returns its path.
         into: folder for the clone, which then stays there; default one that is removed.
         say: called with a line for each step, and with the lines of the training.
 
     Raises:
         SvdiffError: the lineage does not suffice (no commit, a dirty tree), or what it names is not to be had any more.
     """
-    which = f"{version.name}@{version.version}"
-    lineage = read_lineage(tracking, version)
     commit = _usable_commit(root, which, lineage)
     stage = _training_stage(which, lineage)
     with _clone(root, which, commit, into) as clone:
@@ -77,8 +77,8 @@ def reproduce(
         _bring_inputs(clone, stage, lineage, say)
         say(f"{which}: training again ({stage})")
         _dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "--no-commit", stage, say=say)
-        made = clone / "out" / "train" / version.name / "delta.safetensors"
-        return _compare(tracking, version, lineage, made, which)
+        made = clone / "out" / "train" / lineage["concept"] / "delta.safetensors"
+        return _compare(which, lineage, fetch, made)
 
 
 def _usable_commit(root: Path, which: str, lineage: dict[str, Any]) -> str:
@@ -172,16 +172,12 @@ def _bring_inputs(clone: Path, stage: str, lineage: dict[str, Any], say: Say) ->
         )
 
 
-def _compare(
-    tracking: Tracking, version: ModelVersion, lineage: dict[str, Any], made: Path, which: str
-) -> Reproduction:
-    registered, found = str(version.tags["delta_sha256"]), sha256_file(made)
+def _compare(which: str, lineage: dict[str, Any], fetch: Callable[[Path], Path], made: Path) -> Reproduction:
+    registered, found = str(lineage["delta_sha256"]), sha256_file(made)
     if registered == found:
         return Reproduction(which, registered, found)
-    from flows.monitoring.measurement import fetch
-
     with tempfile.TemporaryDirectory() as folder:
-        differences = differing(fetch(tracking, version, Path(folder))[0], made)
+        differences = differing(fetch(Path(folder)), made)
     here, then = packages(), lineage["packages"]
     differences += [f"{name} was {then.get(name)}, is {here[name]}" for name in here if then.get(name) != here[name]]
     return Reproduction(which, registered, found, differences or ["the bytes alone: tensors and metadata are equal"])
@@ -217,29 +213,25 @@ def _dvc(clone: Path, *arguments: str, check: bool = True, say: Say | None = Non
 
 def _run(folder: Path, *command: str, say: Say | None = None) -> subprocess.CompletedProcess[str]:
     """Run to the end, with `say` line by line and all in stdout; an interruption leaves no process behind."""
-    mark, lines = new_mark(), []
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
+    lines = []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        running(
             command,
             cwd=folder,
-            env=_environment(folder) | marked(mark),
-            stdin=subprocess.DEVNULL,
+            env=_environment(folder),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if say else errors,
             text=True,
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                if say:
-                    say(line.rstrip())
-            process.wait()
-        finally:
-            kill(mark)
-            process.stdout.close()
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            lines.append(line)
+            if say:
+                say(line.rstrip())
+        status = process.wait()
         errors.seek(0)
-        return subprocess.CompletedProcess(command, process.returncode, "".join(lines), errors.read())
+        return subprocess.CompletedProcess(command, status, "".join(lines), errors.read())
 
 
 def _environment(folder: Path) -> dict[str, str]:

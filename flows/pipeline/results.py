@@ -1,4 +1,4 @@
-"""What the stages of one concept left on disk, read once and checked before anything is registered."""
+"""Reads what the stages of one concept wrote below out/, and checks it before anything is registered."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One DVC stage as a child process: streamed, limited in time, and ended with everything that it started.
+"""Runs one DVC stage as a child process: output streamed, time limited, all its processes ended with it.
 
-Knows nothing of Prefect. DVC decides what is stale and records results; here is only how a stage is run, and how its
-inputs come from the DVC remote and its outputs go there where several clones work together.
+DVC decides what is stale and records results. Where several clones work together, inputs come from the DVC remote and
+outputs go there.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flows.services.processes import guarded, kill, marked, new_mark
+from flows.pipeline.process_tree import running, stop
 
+SHARE = "SVDIFF_SHARE"  # set where a worker has a clone of its own: its stages go through the DVC remote
 TAIL = 30  # lines that a failure carries
-POLL = 0.5  # seconds between looks at the process
 PROGRESS_EVERY = 10.0  # seconds between progress bars passed on
 BEGUN = re.compile(r"Running stage '")  # from here on the stage itself speaks
 
@@ -39,7 +40,7 @@ class StageTimeout(StageFailed, TimeoutError):
 
 
 class StageWaits(StageFailed):
-    """Something that the stage needs is not to be had now: wait and try again. What was finished is kept."""
+    """Something that the stage needs is not to be had now: wait and try again. Nothing finished is lost."""
 
     reason = "something that it needs is not there"
 
@@ -106,7 +107,7 @@ def run_stage(
     """
     started, outcome = time.monotonic(), "restored"
 
-    def heed(line: str) -> None:
+    def note(line: str) -> None:
         nonlocal outcome
         if BEGUN.match(line):
             outcome = "ran"
@@ -119,8 +120,8 @@ def run_stage(
             ["repro", "--single-item", *(["--pull"] if pull else []), stage],
             stage,
             root=root,
-            on_line=heed,
-            on_progress=on_progress or heed,
+            on_line=note,
+            on_progress=on_progress or note,
             timeout=timeout,
             environment=environment or {},
         )
@@ -148,8 +149,8 @@ def push_stage(stage: str, *, root: Path, on_line: Callable[[str], None]) -> Non
     except StageWaits:
         raise
     except StageFailed as error:
-        kept = "cannot push to the DVC remote; what it made is safe in this clone and is pushed when it runs again"
-        raise RemoteAway(stage, kept, error.tail) from None
+        problem = "cannot push to the DVC remote; what it made is safe in this clone and is pushed when it runs again"
+        raise RemoteAway(stage, problem, error.tail) from None
 
 
 def _run_dvc(
@@ -163,39 +164,17 @@ def _run_dvc(
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a DVC command to its end and pass on what it says. Raises StageBusy, StageTimeout or StageFailed."""
-    mark = new_mark()
-    with guarded(mark):
-        tail, timed_out, status = _follow(command, mark, root, on_line, on_progress, timeout, environment or {})
-    if timed_out:
-        raise StageTimeout(stage, f"took longer than {timeout:g} s and was ended", tail)
-    if status:
-        busy = any(StageBusy.signs.search(line) for line in tail)
-        raise (StageBusy if busy else StageFailed)(stage, _ending(status), tail)
-
-
-def _follow(
-    command: list[str],
-    mark: str,
-    root: Path,
-    on_line: Callable[[str], None],
-    on_progress: Callable[[str], None],
-    timeout: float | None,
-    environment: Mapping[str, str],
-) -> tuple[list[str], bool, int]:
-    """Last lines, whether time ran out, and exit status."""
-    tail, shown = deque[str](maxlen=TAIL), 0.0
-    # No session of its own: whoever ends our process group (Prefect on cancel) reaches the stage as well.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", *command],
-        cwd=root,
-        env=_environment(environment) | marked(mark),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    watch = _Watch(process, mark, timeout)
-    try:
+    tail, shown, timed_out = deque[str](maxlen=TAIL), 0.0, threading.Event()
+    with (
+        running(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", *command],
+            cwd=root,
+            env=_environment(environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as process,
+        _limited(process, timeout, timed_out),
+    ):
         for line, is_progress in _lines(process.stdout):
             if not is_progress:
                 tail.append(line)
@@ -203,11 +182,29 @@ def _follow(
             elif time.monotonic() - shown >= PROGRESS_EVERY:
                 shown = time.monotonic()
                 on_progress(line)
-        process.wait()
+        status = process.wait()
+    if timed_out.is_set():
+        raise StageTimeout(stage, f"took longer than {timeout:g} s and was ended", list(tail))
+    if status:
+        busy = any(StageBusy.signs.search(line) for line in tail)
+        raise (StageBusy if busy else StageFailed)(stage, _ending(status), list(tail))
+
+
+@contextmanager
+def _limited(process: subprocess.Popen[bytes], seconds: float | None, timed_out: threading.Event) -> Iterator[None]:
+    """Stop the process after `seconds`, if there is such a limit, and say so in `timed_out`."""
+
+    def expire() -> None:
+        timed_out.set()
+        stop(process)
+
+    timer = threading.Timer(threading.TIMEOUT_MAX if seconds is None else seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
     finally:
-        watch.end()
-        process.stdout.close()
-    return list(tail), watch.timed_out, process.returncode
+        timer.cancel()
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -221,8 +218,9 @@ def _ending(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"failed with status {code}"
 
 
-def _lines(stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
+def _lines(stream: IO[bytes] | None) -> Iterator[tuple[str, bool]]:
     """Lines as they come, and whether each is a progress bar: one that ends by going back to its start."""
+    assert stream is not None
     buffer = b""
     while chunk := os.read(stream.fileno(), 65536):
         *parts, buffer = re.split(rb"(\r\n|\n|\r)", buffer + chunk)
@@ -236,28 +234,3 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
 def _clean(text: bytes) -> str:
     """Text without colours and cursor movements."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")).rstrip()
-
-
-class _Watch:
-    """Ends a stage that takes too long, and what outlives dvc: its orphans hold the pipe that we read."""
-
-    def __init__(self, process: subprocess.Popen[bytes], mark: str, timeout: float | None) -> None:
-        self.process, self.mark, self.timed_out = process, mark, False
-        self.deadline = None if timeout is None else time.monotonic() + timeout
-        self.finished = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name=f"stage-{process.pid}", daemon=True)
-        self.thread.start()
-
-    def end(self) -> None:
-        """Stop watching, and kill whatever is left."""
-        self.finished.set()
-        self.thread.join()
-        kill(self.mark)
-        self.process.wait()
-
-    def _watch(self) -> None:
-        while not self.finished.wait(POLL):
-            self.timed_out = self.deadline is not None and time.monotonic() > self.deadline
-            if self.timed_out or self.process.poll() is not None:
-                kill(self.mark)
-                return

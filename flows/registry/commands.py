@@ -1,4 +1,7 @@
-"""Commands on registered concepts, beside the MLflow UI: `python -m flows list|lineage|promote|rollback|retire|…`."""
+"""Commands on registered concepts: list, lineage, promote, rollback, retire, reproduce, register, disk usage and pruning.
+
+Everything that is slow to import (MLflow, DVC) is imported by the command that needs it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from flows.registry.store import Tracking
+    from mlflow.entities.model_registry import ModelVersion
+
+    from flows.registry.tracking import Tracking
     from svdiff.config import Config
 
-app = typer.Typer()
+app = typer.Typer(no_args_is_help=True, help="Registered concepts: what there is, where it comes from, what is in use.")
 Name = Annotated[str, typer.Argument(help="registered concept")]
 Which = Annotated[str, typer.Argument(help="CONCEPT (its champion), CONCEPT@VERSION or CONCEPT@ALIAS")]
 Reason = Annotated[str, typer.Option("--reason", "-m", help="why; stays with the version")]
@@ -24,22 +29,52 @@ PARAMS = Path("params.yaml")
 
 def connected(params: Path) -> tuple[Config, Tracking]:
     """params.yaml, and the MLflow store that it names."""
-    from flows.registry.store import connect
+    from flows.registry.tracking import connect
     from svdiff.config import load_config
 
     config = load_config(params)
     return config, connect(config.tracking, params.resolve().parent)
 
 
-def looked_at(params: Path) -> tuple[Config, Tracking]:
-    """As `connected`, for commands that only read the catalogue: that of a SQLite file does without MLflow."""
-    from flows.registry.store import locate
-    from svdiff.config import load_config
+@app.command()
+def init(params: Params = PARAMS) -> None:
+    """Make the MLflow database and experiment, if they are not there."""
+    _, tracking = connected(params)
+    typer.echo(f"MLflow: {tracking.uri}, experiment '{tracking.experiment}' ({tracking.experiment_id})")
 
-    config = load_config(params)
-    tracking = locate(config.tracking, params.resolve().parent)
-    readable = tracking.database is not None and tracking.database.is_file()
-    return (config, tracking) if readable else connected(params)
+
+@app.command()
+def register(
+    concept: Annotated[str, typer.Option("--concept", "-c", help="name under `concepts:` or `pairs:` in params.yaml")],
+    params: Params = PARAMS,
+) -> None:
+    """Stage: log a concept's training to MLflow and register its delta; writes out/register/<concept>.json."""
+    from flows.pipeline.results import read_results
+    from svdiff.config import load_config
+    from svdiff.files import write_atomic
+
+    root = params.resolve().parent
+    # Before MLflow is imported: a missing file or an unknown concept is told at once.
+    results = read_results(load_config(params), concept, root)
+    from flows.registry.register import register as run
+
+    config, tracking = connected(params)
+    done = run(tracking, config, results)
+    record = {
+        "concept": concept,
+        "version": done.version,
+        "run_id": done.run_id,
+        "run_url": tracking.run_url(done.run_id),
+        "delta_sha256": done.delta_sha256,
+        "base_hash": done.base_hash,
+        "role": done.role,
+        "reason": done.decision.reason,
+    }
+    write_atomic(root / "out" / "register" / f"{concept}.json", json.dumps(record, indent=2) + "\n")
+    typer.echo(
+        f"{concept}: version {done.version} {'registered' if done.new else 'was registered already'}, "
+        f"{done.role} ({done.decision.reason})\nmodels:/{concept}/{done.version}, run {record['run_url']}"
+    )
 
 
 @app.command("list")
@@ -49,25 +84,25 @@ def list_registered(
     as_json: AsJson = False,
 ) -> None:
     """Registered concepts: champion, challenger, scores, last re-evaluation, and why the champion is one."""
-    from flows.registry.catalogue import list_concepts
+    from flows.registry.concepts import list_concepts
 
-    entries = list_concepts(looked_at(params)[1], retired=retired)
+    found = list_concepts(connected(params)[1], retired=retired)
     if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        typer.echo(json.dumps([asdict(concept) for concept in found], indent=2))
         return
     row = "{:<24} {:>8} {:>10} {:>8} {:>7} {:>7}  {:<28} {}".format
     typer.echo(row("concept", "champion", "challenger", "versions", "image", "text", "re-evaluation", "reason"))
-    for e in entries:
-        scores = ["-" if value is None else f"{value:.4f}" for value in (e.image_alignment, e.text_alignment)]
-        last, why = e.reevaluation or "-", f"retired: {e.retired}" if e.retired else e.reason
-        typer.echo(row(e.concept, e.champion or "-", e.challenger or "-", e.versions, *scores, last, why))
+    for c in found:
+        scores = ["-" if value is None else f"{value:.4f}" for value in (c.image_alignment, c.text_alignment)]
+        last, why = c.reevaluation or "-", f"retired: {c.retired}" if c.retired else c.reason
+        typer.echo(row(c.concept, c.champion or "-", c.challenger or "-", c.versions, *scores, last, why))
 
 
 @app.command()
 def lineage(which: Which, params: Params = PARAMS, as_json: AsJson = False) -> None:
     """Where a version comes from: data, commit, base, what DVC recorded, and what became of it."""
-    from flows.pipeline.lineage import read_lineage
-    from flows.registry.catalogue import find
+    from flows.registry.concepts import find
+    from flows.registry.runs import read_lineage
 
     _, tracking = connected(params)
     version = find(tracking, which)
@@ -75,16 +110,18 @@ def lineage(which: Which, params: Params = PARAMS, as_json: AsJson = False) -> N
     if as_json:
         typer.echo(json.dumps({"version": int(version.version), "tags": version.tags, **content}, indent=2))
         return
-    for line in _lineage_lines(version, content, tracking.run_url(str(version.run_id))):
-        typer.echo(line)
+    lines = _lineage_lines(version, content, tracking.run_url(str(version.run_id)))
+    width = max(map(len, lines))
+    for key, value in lines.items():
+        typer.echo(f"{key:<{width}}  {value}")
 
 
-def _lineage_lines(version: Any, content: dict[str, Any], url: str) -> list[str]:
+def _lineage_lines(version: ModelVersion, content: dict[str, Any], url: str) -> dict[str, str]:
     from flows.pipeline.lineage import outputs
 
     dirty = "dirty: tracked files differed from it" if content["git_dirty"] != "false" else "clean"
     base = content["base"]
-    lines = {
+    return {
         "version": f"models:/{version.name}/{version.version}",
         "run": url,
         "commit": f"{content['git_commit']} ({dirty})",
@@ -96,8 +133,6 @@ def _lineage_lines(version: Any, content: dict[str, Any], url: str) -> list[str]
         "packages": ", ".join(f"{name} {number}" for name, number in content["packages"].items()),
         **{f"tag {key}": value for key, value in sorted(version.tags.items()) if key not in content},
     }
-    width = max(map(len, lines))
-    return [f"{key:<{width}}  {value}" for key, value in lines.items()]
 
 
 @app.command()
@@ -108,9 +143,9 @@ def promote(
     params: Params = PARAMS,
 ) -> None:
     """Make a version the champion, whatever the rule said."""
-    from flows.registry.overrides import promote_by_hand
+    from flows.registry.overrides import promote_manually
 
-    number = promote_by_hand(connected(params)[1], concept, version, reason)
+    number = promote_manually(connected(params)[1], concept, version, reason)
     typer.echo(f"{concept}: champion is version {number} now")
 
 
@@ -132,54 +167,18 @@ def retire(
     params: Params = PARAMS,
 ) -> None:
     """Take a concept or a version out of use: no alias, not listed, not re-evaluated. Nothing is deleted."""
-    from flows.registry.overrides import reinstate
-    from flows.registry.overrides import retire as run
+    from flows.registry import overrides
     from svdiff.errors import SvdiffError
 
     if not undo and not reason:
         raise SvdiffError("say why with --reason: it is what the next person will ask")
-    _, tracking = connected(params)
-    aliases = reinstate(tracking, concept, version) if undo else run(tracking, concept, version, reason)
-    what = concept if version is None else f"{concept} version {version}"
-    done = "is in use again" if undo else "is retired"
-    typer.echo(f"{what} {done}; aliases {'given back' if undo else 'removed'}: {', '.join(aliases) or 'none'}")
-
-
-@app.command()
-def reevaluate(
-    concept: Annotated[list[str] | None, typer.Option("--concept", "-c", help="default: all champions in use")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="only say what would be measured, and why")] = False,
-    force: Annotated[bool, typer.Option("--force", help="measure again what is fresh")] = False,
-    accept: Annotated[bool, typer.Option("--accept", help="take today's scores as the baseline")] = False,
-    params: Params = PARAMS,
-) -> None:
-    """Sample and score champions again: unchanged, evaluator or prompts changed, drift or broken artifact.
-
-    Exit status 1 if any drifted, broke or could not be measured. The rule is under `reevaluate:` in params.yaml.
-    """
-    from flows.monitoring.round import Reevaluation
-
-    config, tracking = (looked_at if plan else connected)(params)
-    round_ = Reevaluation(tracking, config, params.resolve().parent, force=force, accept=accept)
-    planned = round_.plan(concept or None)
-    if plan:
-        for p in planned:
-            typer.echo(f"{p.concept} version {p.version}: {'measure' if p.due else 'keep'} ({p.why})")
-        return
-    wrong = []
-    for p in planned:
-        try:
-            result = round_.examine(p.concept)
-        except Exception as error:  # one that fails does not stop the others
-            typer.secho(f"{p.concept} version {p.version}: failed: {error}", err=True, fg="red")
-            wrong.append(p.concept)
-            continue
-        typer.echo(result.line())
-        if result.verdict.alarming:
-            wrong.append(p.concept)
-    if wrong:
-        typer.secho(f"{len(wrong)} of {len(planned)} want looking at: {', '.join(wrong)}", err=True, fg="red")
-        raise typer.Exit(1)
+    what, (_, tracking) = concept if version is None else f"{concept} version {version}", connected(params)
+    if undo:
+        given_back = overrides.reinstate(tracking, concept, version)
+        typer.echo(f"{what} is in use again; aliases given back: {', '.join(given_back) or 'none'}")
+    else:
+        removed = overrides.retire(tracking, concept, version, reason)
+        typer.echo(f"{what} is retired; aliases removed: {', '.join(removed) or 'none'}")
 
 
 @app.command()
@@ -190,10 +189,17 @@ def reproduce(
 ) -> None:
     """Train a version again from its lineage alone, and compare it bit for bit. Exit status 1 if it differs."""
     from flows.pipeline.reproduce import reproduce as run
-    from flows.registry.catalogue import find
+    from flows.registry.concepts import fetch, find
+    from flows.registry.runs import read_lineage
 
     _, tracking = connected(params)
-    done = run(tracking, params.resolve().parent, find(tracking, which), into=into, say=typer.echo)
+    version = find(tracking, which)
+
+    def fetch_delta(folder: Path) -> Path:
+        return fetch(tracking, version, folder)[0]
+
+    name, recorded = f"{version.name}@{version.version}", read_lineage(tracking, version)
+    done = run(params.resolve().parent, name, recorded, fetch_delta, into=into, say=typer.echo)
     if done.equal:
         typer.echo(f"{done.version}: equal, bit for bit (sha256 {done.made})")
         return
@@ -206,10 +212,9 @@ def reproduce(
 @app.command()
 def storage(params: Params = PARAMS, as_json: AsJson = False) -> None:
     """What checkpoints, decompositions, DVC and MLflow take on this disk."""
-    from flows.registry.storage import human
-    from flows.registry.storage import storage as run
+    from flows.registry.storage import disk_usage, human
 
-    found = run(connected(params)[1], params.resolve().parent)
+    found = disk_usage(connected(params)[1], params.resolve().parent)
     if as_json:
         typer.echo(json.dumps([asdict(usage) for usage in found], indent=2))
         return
@@ -229,11 +234,11 @@ def prune(
 
     Says what it would remove, and asks first.
     """
-    from flows.registry.prune import look
+    from flows.registry.prune import find_unused
     from flows.registry.storage import human
 
     config, tracking = connected(params)
-    parts = list(look(tracking, config, params.resolve().parent))
+    parts = list(find_unused(tracking, config, params.resolve().parent))
     for part in parts:
         size = human(sum(thing.bytes for thing in part.found))
         typer.echo(f"{part.name}: {part.problem or f'{len(part.found)} to remove, {size}'}")

@@ -1,4 +1,4 @@
-"""A registered concept as an MLflow pyfunc: prompts in, pictures out. MLflow stores this file, no pickle.
+"""The MLflow model (pyfunc) that serves a registered concept: prompts in, pictures out. MLflow stores this file, no pickle.
 
 The base model is not part of it: it is read from the folder or Hub id recorded at registration, or from the
 environment variable SVDIFF_BASE_MODEL, and refused unless its weights are those that the delta was trained on.

@@ -1,4 +1,4 @@
-"""What hands may do beside the written rule: promote, roll back, retire and take back into use, each for a reason that stays.
+"""What people decide beside the rule: promote, roll back, retire, reinstate, each for a reason that stays on record.
 
 A version that was rolled back is never promoted by the rule again. What is retired keeps its versions and artifacts
 but has no alias: listings and re-evaluations pass it by, `models:/<concept>@champion` ends, and `reinstate` undoes it all.
@@ -9,18 +9,26 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from flows.registry.catalogue import CHALLENGER, CHAMPION, REASON, RETIRED, Registered, model_version, read_concept
+from flows.registry.concepts import (
+    CHALLENGER,
+    CHAMPION,
+    REASON,
+    RETIRED,
+    RegisteredConcept,
+    model_version,
+    read_concept,
+)
 from flows.registry.promotion import PREVIOUS, ROLLED_BACK, now, promote
-from flows.registry.store import locked
+from flows.registry.tracking import locked
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
-    from flows.registry.store import Tracking
+    from flows.registry.tracking import Tracking
 
 ALIASES = "retired_aliases"  # tag: what a retired concept or version was, for its return
 
 
-def promote_by_hand(tracking: Tracking, concept: str, version: int | None, reason: str) -> int:
+def promote_manually(tracking: Tracking, concept: str, version: int | None, reason: str) -> int:
     """Promote `version`, by default the challenger, for a person's `reason`; return its number.
 
     Raises SvdiffError for a version that is not there, is champion already or is retired.
@@ -71,7 +79,7 @@ def rollback(tracking: Tracking, concept: str, reason: str) -> tuple[int, int]:
     return number, previous
 
 
-def predecessor(concept: Registered, number: int) -> int | None:
+def predecessor(concept: RegisteredConcept, number: int) -> int | None:
     """The last champion before version `number` that was neither rolled back nor retired; it may be deleted by now."""
     seen = {number}
     while True:
@@ -126,7 +134,7 @@ def reinstate(tracking: Tracking, concept: str, version: int | None) -> list[str
     return sorted(back)
 
 
-def _refuse_retired(concept: Registered, version: int | None) -> None:
+def _refuse_retired(concept: RegisteredConcept, version: int | None) -> None:
     retired = RETIRED in concept.versions[version].tags if version in concept.versions else False
     for name, is_retired in ((_name(concept.name, version), retired), (_name(concept.name, None), concept.retired)):
         if is_retired:

@@ -1,4 +1,4 @@
-"""Champions and challengers: the written rule, and the moves of aliases with their reasons.
+"""The rule by which a version becomes champion or challenger, and the moves of MLflow's aliases, with reasons.
 
 The rule (`promote` in params.yaml), in the order in which it is asked:
 
@@ -13,8 +13,8 @@ The rule (`promote` in params.yaml), in the order in which it is asked:
 6. Otherwise it stays challenger, and the reason says what could not be compared.
 
 The champion of a concept has the alias `champion`; the newest version that failed to become it, `challenger`. MLflow
-keeps no history of aliases, so each champion remembers its predecessor in the tag `previous_champion`. What hands may do
-beside the rule is in `flows.registry.overrides`.
+has no history of aliases, so each champion names its predecessor in the tag `previous_champion`. What people may do beside
+the rule is in `flows.registry.overrides`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flows.pipeline.results import Results, Scores
-from flows.registry.baseline import Measure, baseline_of, baseline_scores, registered_measure, set_baseline
-from flows.registry.catalogue import CHALLENGER, CHAMPION, REASON, RETIRED, model_version, registered_model
-from flows.registry.store import Tracking
+from flows.registry.concepts import CHALLENGER, CHAMPION, REASON, RETIRED, model_version, registered_model
+from flows.registry.conditions import (
+    Conditions,
+    baseline_conditions,
+    baseline_scores,
+    conditions_of_results,
+    set_baseline,
+)
+from flows.registry.tracking import Tracking
 from svdiff.config import Config, PromoteConfig
 
 if TYPE_CHECKING:
@@ -34,11 +40,11 @@ if TYPE_CHECKING:
 
 JUDGED = "judged_scores"
 PREVIOUS, ROLLED_BACK = "previous_champion", "rolled_back"
-COMPARABLE = ("sampling", "pictures")  # parts of the measure; evaluators are asked and prompts paired in `judge`
+COMPARABLE = ("sampling", "pictures")  # parts of the conditions; `judge` looks at evaluators and prompts
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """Whether a version is (or was made) champion, and why, in the words that stay with it."""
 
     promoted: bool
@@ -46,42 +52,42 @@ class Verdict:
     barred: bool = False  # retired or rolled back: not even challenger
 
 
-def judge(challenger: Scores, champion: Scores, rule: PromoteConfig) -> Verdict:
+def judge(challenger: Scores, champion: Scores, rule: PromoteConfig) -> Decision:
     """Parts 5 and 6 of the rule: compare two versions on the prompts and seeds that both have."""
     if challenger.evaluators != champion.evaluators:
-        return Verdict(False, "not comparable: the champion was scored by other evaluators")
+        return Decision(False, "not comparable: the champion was scored by other evaluators")
     both = challenger.table.join(champion.table, how="inner", rsuffix="_champion")
     if both.empty:
-        return Verdict(False, "not comparable: no prompt and seed in common with the champion")
+        return Decision(False, "not comparable: no prompt and seed in common with the champion")
     image = float((both["image_alignment"] - both["image_alignment_champion"]).mean())
     text = float((both["text_alignment"] - both["text_alignment_champion"]).mean())
-    better, kept = image > rule.image_margin, text >= -rule.text_margin
-    return Verdict(
-        better and kept,
+    better, no_worse = image > rule.image_margin, text >= -rule.text_margin
+    return Decision(
+        better and no_worse,
         f"image alignment {image:+.4f} ({'above' if better else 'not above'} margin {rule.image_margin:g}), "
-        f"text alignment {text:+.4f} ({'within' if kept else 'beyond'} tolerance {rule.text_margin:g}), "
+        f"text alignment {text:+.4f} ({'within' if no_worse else 'beyond'} tolerance {rule.text_margin:g}), "
         f"over {len(both)} pictures paired by prompt and seed",
     )
 
 
-def decide(tracking: Tracking, config: Config, results: Results, version: ModelVersion) -> Verdict:
+def decide(tracking: Tracking, config: Config, results: Results, version: ModelVersion) -> Decision:
     """Apply the rule to `version`, once for each scoring of it, which becomes its baseline, and move the aliases."""
     if version.tags.get(JUDGED) == results.scores_sha256:
-        return Verdict(champion_of(tracking, version.name) == int(version.version), version.tags[REASON])
+        return Decision(champion_of(tracking, version.name) == int(version.version), version.tags[REASON])
     client, name, number = tracking.client, version.name, str(version.version)
     for measured in ("image_alignment", "text_alignment"):
         if measured in results.metrics:
             client.set_model_version_tag(name, number, measured, f"{results.metrics[measured]:.6f}")
-    measure = registered_measure(config, results)
-    set_baseline(tracking, version, measure, str(version.run_id))
-    verdict = _verdict(tracking, config.promote, version, Scores.read(results.folder("score")), measure)
-    _apply(tracking, version, verdict)
+    conditions = conditions_of_results(config, results)
+    set_baseline(tracking, version, conditions, str(version.run_id))
+    decision = _decide_by_rule(tracking, config.promote, version, Scores.read(results.folder("score")), conditions)
+    _apply(tracking, version, decision)
     # Written last: after a crash the version is judged again, to the same end.
     client.set_model_version_tag(name, number, JUDGED, results.scores_sha256)
-    return verdict
+    return decision
 
 
-def decide_again(tracking: Tracking, rule: PromoteConfig, concept: str) -> Verdict | None:
+def decide_again(tracking: Tracking, rule: PromoteConfig, concept: str) -> Decision | None:
     """Apply the rule to the challenger of `concept` by the baselines on record; None if there is no challenger.
 
     For when the champion was measured anew: what could not be compared perhaps can be now.
@@ -90,55 +96,55 @@ def decide_again(tracking: Tracking, rule: PromoteConfig, concept: str) -> Verdi
     if number is None:
         return None
     challenger = model_version(tracking, concept, number)
-    measure = baseline_of(challenger)
-    if measure is None:
+    conditions = baseline_conditions(challenger)
+    if conditions is None:
         return None
-    verdict = _verdict(tracking, rule, challenger, baseline_scores(tracking, challenger), measure)
-    _apply(tracking, challenger, verdict)
-    return verdict
+    decision = _decide_by_rule(tracking, rule, challenger, baseline_scores(tracking, challenger), conditions)
+    _apply(tracking, challenger, decision)
+    return decision
 
 
-def _apply(tracking: Tracking, version: ModelVersion, verdict: Verdict) -> None:
+def _apply(tracking: Tracking, version: ModelVersion, decision: Decision) -> None:
     name, number = version.name, str(version.version)
-    if verdict.promoted:
-        promote(tracking, name, int(number), verdict.reason)
+    if decision.promoted:
+        promote(tracking, name, int(number), decision.reason)
         return
-    tracking.client.set_model_version_tag(name, number, REASON, verdict.reason)
-    if not verdict.barred:
+    tracking.client.set_model_version_tag(name, number, REASON, decision.reason)
+    if not decision.barred:
         tracking.client.set_registered_model_alias(name, CHALLENGER, number)
 
 
-def _verdict(
-    tracking: Tracking, rule: PromoteConfig, version: ModelVersion, scores: Scores, measure: Measure
-) -> Verdict:
+def _decide_by_rule(
+    tracking: Tracking, rule: PromoteConfig, version: ModelVersion, scores: Scores, conditions: Conditions
+) -> Decision:
     model = registered_model(tracking, version.name)
     for retired in (model.tags.get(RETIRED), version.tags.get(RETIRED)):
         if retired is not None:
-            return Verdict(False, f"retired ({retired}); `python -m flows retire --undo` takes it back", barred=True)
+            return Decision(False, f"retired ({retired}); `python -m flows retire --undo` takes it back", barred=True)
     if CHAMPION not in model.aliases:
-        return Verdict(True, "no champion to compare with")
+        return Decision(True, "no champion to compare with")
     number = int(model.aliases[CHAMPION])
     if number == int(version.version):
-        return Verdict(True, version.tags.get(REASON, "champion already"))
+        return Decision(True, version.tags.get(REASON, "champion already"))
     if ROLLED_BACK in version.tags:
-        return Verdict(False, f"was rolled back ({version.tags[ROLLED_BACK]}); only promoted by hand", barred=True)
+        return Decision(False, f"was rolled back ({version.tags[ROLLED_BACK]}); only promoted by hand", barred=True)
     champion = tracking.client.get_model_version(version.name, str(number))
     base = champion.tags.get("base_hash", "unknown")
     if base != version.tags.get("base_hash"):
-        return Verdict(True, f"champion version {number} belongs to another base ({base[:12]}…)")
-    theirs = baseline_of(champion)
-    apart = [part for part in COMPARABLE if theirs and theirs[part] != measure[part]]
+        return Decision(True, f"champion version {number} belongs to another base ({base[:12]}…)")
+    theirs = baseline_conditions(champion)
+    apart = [part for part in COMPARABLE if theirs and theirs[part] != conditions[part]]
     if apart:
-        return Verdict(
+        return Decision(
             False,
             f"not comparable: champion version {number} was scored with other {' and '.join(apart)}; re-evaluate it",
         )
     try:
         of_champion = baseline_scores(tracking, champion)
     except Exception as error:  # whatever an artifact store raises: a broken champion must not stop the others
-        return Verdict(False, f"not comparable: scores of champion version {number} cannot be read ({error})")
-    verdict = judge(scores, of_champion, rule)
-    return Verdict(verdict.promoted, f"against champion version {number}: {verdict.reason}")
+        return Decision(False, f"not comparable: scores of champion version {number} cannot be read ({error})")
+    decision = judge(scores, of_champion, rule)
+    return Decision(decision.promoted, f"against champion version {number}: {decision.reason}")
 
 
 def champion_of(tracking: Tracking, concept: str) -> int | None:

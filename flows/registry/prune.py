@@ -13,27 +13,26 @@ Every part can be asked for by itself; a part that cannot be looked at says why 
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.registry.baseline import BASELINE_RUN
-from flows.registry.catalogue import Registered, model_id, read_catalogue
+from flows.pipeline.cache import remove_unused_objects, unused_objects
+from flows.registry.concepts import RegisteredConcept, model_id, read_concepts
+from flows.registry.conditions import BASELINE_RUN
 from flows.registry.storage import local_path, usage
+from flows.registry.tracking import all_pages
 from svdiff.errors import SvdiffError
 from svdiff.models import scratch
 
 if TYPE_CHECKING:
-    from flows.registry.store import Tracking
+    from flows.registry.tracking import Tracking
     from svdiff.config import Config
 
 DAY = 86_400.0
@@ -59,9 +58,9 @@ class Part:
     problem: str = ""
 
 
-def look(tracking: Tracking, config: Config, root: Path) -> Iterator[Part]:
+def find_unused(tracking: Tracking, config: Config, root: Path) -> Iterator[Part]:
     """Every part with what it found. Nothing is removed before `Part.remove` is called."""
-    concepts = read_catalogue(tracking)
+    concepts = read_concepts(tracking)
     home = root / scratch()
     for name, find in {
         "resume states": lambda: _folders(
@@ -93,7 +92,7 @@ def _folders(folders: list[Path], what: str) -> Found:
     return found, remove
 
 
-def _finished_states(root: Path, home: Path, concepts: list[Registered]) -> list[Path]:
+def _finished_states(root: Path, home: Path, concepts: list[RegisteredConcept]) -> list[Path]:
     """States that no training would take up: it would find its delta there."""
     records = [*root.glob("out/**/train.json"), *home.glob("rank/**/train.json")]
     keys = {str(json.loads(record.read_text()).get("train_key", "")) for record in records}
@@ -102,7 +101,7 @@ def _finished_states(root: Path, home: Path, concepts: list[Registered]) -> list
     return sorted(folder for folder in home.glob("state/*") if folder.name.rpartition("-")[2] in finished)
 
 
-def _unused_bases(config: Config, root: Path, home: Path, concepts: list[Registered]) -> list[Path]:
+def _unused_bases(config: Config, root: Path, home: Path, concepts: list[RegisteredConcept]) -> list[Path]:
     cached = sorted(folder for folder in home.glob("bases/*") if folder.is_dir())
     if not cached:
         return []
@@ -141,7 +140,7 @@ def _old(folder: Path) -> list[Path]:
     return sorted(f for f in folder.glob("*") if f.is_dir() and time.time() - f.stat().st_mtime > DAY)
 
 
-def _mlflow(tracking: Tracking, concepts: list[Registered]) -> Found:
+def _mlflow(tracking: Tracking, concepts: list[RegisteredConcept]) -> Found:
     """Deleted runs, and models that were stored but belong to no version: what a kill or a deletion leaves."""
     if tracking.uri.startswith("http"):
         raise SvdiffError(f"{tracking.uri} is a server; run `mlflow gc` where its database is")
@@ -172,28 +171,22 @@ def _mlflow(tracking: Tracking, concepts: list[Registered]) -> Found:
     return found, remove
 
 
+def _dvc(root: Path) -> Found:
+    unused = unused_objects(root)
+    found = [Removable("object that no commit refers to", str(path), path.lstat().st_size) for path in unused]
+    return found, lambda: remove_unused_objects(root) if unused else None
+
+
 def _deleted_runs(tracking: Tracking) -> list[Any]:
     """Deleted runs of all experiments, deleted or not."""
     from mlflow.entities import ViewType
 
     ids = [str(e.experiment_id) for e in tracking.client.search_experiments(view_type=ViewType.ALL)]
-    runs: list[Any] = []
-    token = None
-    while True:
-        page = tracking.client.search_runs(ids, run_view_type=ViewType.DELETED_ONLY, page_token=token)
-        runs += page
-        if not (token := page.token):
-            return runs
+    return all_pages(tracking.client.search_runs, ids, run_view_type=ViewType.DELETED_ONLY)
 
 
 def _orphaned_models(tracking: Tracking, used: set[str]) -> list[Any]:
-    found: list[Any] = []
-    token = None
-    while True:
-        page = tracking.client.search_logged_models([tracking.experiment_id], page_token=token)
-        found += page
-        if not (token := page.token):
-            break
+    found = all_pages(tracking.client.search_logged_models, [tracking.experiment_id])
     before = (time.time() - DAY) * 1000  # younger ones may be about to be registered
     return [model for model in found if model.model_id not in used and model.creation_timestamp < before]
 
@@ -202,43 +195,3 @@ def _removable(what: str, name: str, uri: str) -> Removable:
     path = local_path(uri)
     size = usage(what, path).bytes if path is not None and path.exists() else 0
     return Removable(what, name, size)
-
-
-def _dvc(root: Path) -> Found:
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        repo = Repo(str(root))
-        with repo, _unheard():
-            used = {o.value for objects in _used(repo) for o in objects}
-            cache = repo.cache.local
-            unused = [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in used]
-    except DvcException as error:
-        raise SvdiffError(f"DVC: {error}") from error
-
-    def remove() -> None:
-        if unused:
-            with Repo(str(root)) as again, _unheard():
-                again.gc(workspace=True, all_commits=True, all_experiments=True, force=True)
-
-    return [Removable("object that no commit refers to", str(path), path.lstat().st_size) for path in unused], remove
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """DVC tells of every stage of every commit that was not run then, and of every object that it removes."""
-    logger = logging.getLogger("dvc")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _used(repo: Any) -> Iterator[set[Any]]:
-    """Objects in use, as `dvc gc --workspace --all-commits --all-experiments` finds them."""
-    with repo.lock:
-        yield from repo.used_objs(all_commits=True, all_experiments=True, force=True).values()

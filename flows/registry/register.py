@@ -1,4 +1,4 @@
-"""Registered versions: one registered model a concept, one version a delta, however often it is asked for."""
+"""Registers what the stages made: one registered model a concept, one version a delta, however often it is run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import svdiff
 from flows.pipeline.lineage import data_hash, git_state
 from flows.pipeline.results import Results
 from flows.registry import runs, summary
-from flows.registry.catalogue import CHALLENGER, CHAMPION, model_id
-from flows.registry.promotion import Verdict, aliases_of, decide
-from flows.registry.store import Tracking, locked
+from flows.registry.concepts import CHALLENGER, CHAMPION, model_id
+from flows.registry.promotion import Decision, aliases_of, decide
+from flows.registry.tracking import Tracking, locked
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
 from svdiff.models import scratch
@@ -37,7 +37,7 @@ class Registration:
     delta_sha256: str
     base_hash: str
     new: bool
-    verdict: Verdict
+    decision: Decision
     role: str  # `champion`, `challenger` or `neither champion nor challenger`
 
 
@@ -60,17 +60,10 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
         runs.log_scores(tracking, results, run_id, model_id(version))
         _describe(tracking, version, summary.description(config, results))
         runs.link_flow_run(tracking, run_id)
-        verdict = decide(tracking, config, results, version)
+        decision = decide(tracking, config, results, version)
         role = _role(tracking, version)
     return Registration(
-        results.concept,
-        int(version.version),
-        run_id,
-        results.delta_sha256,
-        results.base_hash,
-        new,
-        verdict,
-        role,
+        results.concept, int(version.version), run_id, results.delta_sha256, results.base_hash, new, decision, role
     )
 
 
@@ -82,7 +75,7 @@ def find_version(tracking: Tracking, results: Results) -> ModelVersion | None:
 
 
 def settle(tracking: Tracking, same: list[ModelVersion]) -> ModelVersion | None:
-    """Of several versions of one delta keep the lowest, delete the others, and return the one kept.
+    """Of several versions of one delta keep the lowest, delete the others, and return that one.
 
     Every process that finds the same versions keeps the same one, so that nobody need ask the others.
     """
@@ -90,14 +83,14 @@ def settle(tracking: Tracking, same: list[ModelVersion]) -> ModelVersion | None:
 
     if not same:
         return None
-    kept, *others = sorted(same, key=lambda version: int(version.version))
+    lowest, *others = sorted(same, key=lambda version: int(version.version))
     for other in others:
         try:
             tracking.client.delete_model_version(other.name, str(other.version))
         except MlflowException as error:  # somebody else settled it meanwhile
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-    return kept
+    return lowest
 
 
 def version_tags(config: Config, results: Results) -> dict[str, str]:
@@ -137,12 +130,12 @@ def _create_version(tracking: Tracking, config: Config, results: Results, run_id
     logged = _find_logged(tracking, results) or _log_model(tracking, config, results, run_id)
     # The tags go in with the version, in one request: there is never a version that `find_version` cannot see.
     created = mlflow.register_model(f"models:/{logged.model_id}", results.concept, tags=version_tags(config, results))
-    kept = find_version(tracking, results)
-    if kept is None:
+    version = find_version(tracking, results)
+    if version is None:
         raise SvdiffError(
             f"version {created.version} of '{results.concept}' vanished while it was registered; register it again"
         )
-    return kept
+    return version
 
 
 def _describe(tracking: Tracking, version: ModelVersion, text: str) -> None:
@@ -175,7 +168,7 @@ def _log_model(tracking: Tracking, config: Config, results: Results, run_id: str
     mlflow.set_experiment(experiment_id=tracking.experiment_id)
     with tempfile.TemporaryDirectory() as folder:
         description = Path(folder) / "concept.json"
-        description.write_text(json.dumps(describe(config, results), indent=2) + "\n")
+        description.write_text(json.dumps(model_description(config, results), indent=2) + "\n")
         info = Model.log(
             artifact_path=None,
             name=results.concept,
@@ -205,7 +198,7 @@ class _Pyfunc:
         mlflow.pyfunc.save_model(**arguments)
 
 
-def describe(config: Config, results: Results) -> dict[str, Any]:
+def model_description(config: Config, results: Results) -> dict[str, Any]:
     """concept.json of the model: what concept_model.py needs to know beside the delta."""
     local = (results.root / config.base.model).resolve()
     return {

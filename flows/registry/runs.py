@@ -1,4 +1,4 @@
-"""The MLflow run of one training: found by the key that the training tagged it with, or made from its files."""
+"""The MLflow run of a training: found by the training's key or made, completed from its files, with scores and lineage."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from flows.pipeline import lineage
 from flows.pipeline.results import Results
-from flows.registry.store import Tracking
+from flows.registry.tracking import Tracking
 from svdiff.config import Config
 from svdiff.data.concepts import concept_folder
+from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
+    from mlflow.entities.model_registry import ModelVersion
     from PIL.Image import Image
 
 TRAIN_KEY, CONCEPT = "svdiff.train_key", "svdiff.concept"
 DELTA, SCORES = "svdiff.delta_sha256", "svdiff.scores_sha256"
 FLOW_RUN, FLOW_RUN_URL = "prefect.flow_run_id", "prefect.flow_run_url"
 FLOW_RUN_VARIABLE, FLOW_RUN_URL_VARIABLE = "SVDIFF_FLOW_RUN_ID", "SVDIFF_FLOW_RUN_URL"
+LINEAGE = "lineage/lineage.json"
 DIGEST = 36  # characters that MLflow takes of a dataset's digest
 BATCH = 500  # metrics a request; MLflow takes at most 1000
 CELL = 160  # pixels a picture of the sample grid at most
@@ -139,9 +142,25 @@ def _log_training(tracking: Tracking, config: Config, results: Results, run: Run
 
 def log_lineage(tracking: Tracking, config: Config, results: Results, run_id: str) -> None:
     """Everything that the version needs to be made again, as files of the run."""
-    described = json.dumps(lineage.describe(config, results), indent=1) + "\n"
-    tracking.client.log_text(run_id, described, f"{lineage.FOLDER}/{lineage.FILE}")
-    tracking.client.log_artifact(run_id, str(results.root / "params.yaml"), lineage.FOLDER)
+    described = json.dumps(lineage.describe_lineage(config, results), indent=1) + "\n"
+    tracking.client.log_text(run_id, described, LINEAGE)
+    tracking.client.log_artifact(run_id, str(results.root / "params.yaml"), "lineage")
+
+
+def read_lineage(tracking: Tracking, version: ModelVersion) -> dict[str, Any]:
+    """The lineage that was logged with a version. Raises SvdiffError for one that was registered without."""
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = tracking.client.download_artifacts(str(version.run_id), LINEAGE, folder)
+        except (MlflowException, OSError) as error:
+            raise SvdiffError(
+                f"version {version.version} of '{version.name}' has no {LINEAGE} in its run {version.run_id} ({error}); "
+                "it was registered by an older release, or its artifacts are gone"
+            ) from None
+        content: dict[str, Any] = json.loads(Path(path).read_text())
+    return content
 
 
 def _parameters(config: Config, results: Results) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What takes the disk: resume states, decompositions and other scratch, DVC's cache and remote, MLflow, Prefect."""
+"""How much disk resume states, decompositions and other scratch, DVC's cache and remote, MLflow and Prefect take."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from flows.registry.store import SQLITE
+from flows.pipeline.cache import dvc_places
+from flows.registry.tracking import SQLITE
 from svdiff.models import scratch
 
 if TYPE_CHECKING:
-    from flows.registry.store import Tracking
+    from flows.registry.tracking import Tracking
 
 # Folders of the scratch folder by what they hold; others are shown by their names.
 SCRATCH = {
@@ -36,7 +37,7 @@ class Usage:
     files: int
 
 
-def storage(tracking: Tracking, root: Path) -> list[Usage]:
+def disk_usage(tracking: Tracking, root: Path) -> list[Usage]:
     """What each store takes, largest first; stores on other machines are not asked."""
     places = list(_places(tracking, root))
     return sorted((usage(what, path) for what, path in places if path.exists()), key=lambda u: -u.bytes)
@@ -71,23 +72,6 @@ def _places(tracking: Tracking, root: Path) -> Iterator[tuple[str, Path]]:
         # Everything below one folder, whichever experiment it belongs to.
         yield "MLflow artifacts", artifacts.parent if tracking.uri.startswith(SQLITE) else artifacts
     yield "Prefect: database, logs, services", root / ".prefect"
-
-
-def dvc_places(root: Path) -> Iterator[tuple[str, Path]]:
-    """DVC's cache, and its default remote if that is a folder."""
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.repo import Repo
-
-    try:
-        repo = Repo(str(root))
-    except NotDvcRepoError:
-        return
-    with repo:
-        yield "DVC cache", Path(repo.cache.local_cache_dir)
-        remote = repo.config["core"].get("remote")
-        url = repo.config["remote"].get(remote, {}).get("url", "")
-        if url and "://" not in url:
-            yield f"DVC remote '{remote}'", Path(url)
 
 
 def local_path(uri: str) -> Path | None:

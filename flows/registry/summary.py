@@ -1,4 +1,4 @@
-"""What people read about a finished concept, in markdown: in the MLflow registry and in the Prefect UI."""
+"""Markdown about a finished concept for people: in the MLflow registry and in the Prefect UI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from flows.pipeline.results import Results
     from svdiff.config import Config
 
-MEASURES = {
+SCORES = {
     "identity": "identity",
     "image_alignment": "image alignment",
     "text_alignment": "text alignment",
@@ -53,9 +53,9 @@ def scores(results: Results) -> list[str]:
     """Table of the trained model's scores beside the untouched base's."""
     metrics = results.metrics
     rows = [
-        f"| {words} | {metrics[measure]:.4f} | {metrics.get(f'base_{measure}', float('nan')):.4f} |"
-        for measure, words in MEASURES.items()
-        if measure in metrics
+        f"| {words} | {metrics[score]:.4f} | {metrics.get(f'base_{score}', float('nan')):.4f} |"
+        for score, words in SCORES.items()
+        if score in metrics
     ]
     return ["| | trained | base |", "|---|---|---|", *rows]
 

@@ -11,7 +11,7 @@ from miniature import Project, write_params, write_train
 from PIL import Image
 
 from flows.pipeline.results import read_results
-from flows.registry.catalogue import model_id
+from flows.registry.concepts import model_id
 from flows.registry.register import Registration, register
 from svdiff.config import Config
 from svdiff.spectral import attach, load_basis

@@ -11,7 +11,7 @@ import pytest
 from miniature import Project, make_dvc_project, write_params
 from team import UP, Team, bring_flows, postgres
 
-from flows.registry.store import connect
+from flows.registry.tracking import connect
 from svdiff.config import TrackingConfig
 
 

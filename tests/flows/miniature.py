@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from flows.pipeline.results import Results, read_results
-from flows.registry.store import Tracking, connect
+from flows.registry.tracking import Tracking, connect
 from svdiff.config import Config, load_config
 from svdiff.files import sort_safetensors_metadata
 

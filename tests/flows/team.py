@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 import flows
-from flows.services.control import POOL, answers
-from flows.services.processes import bearers, kill, marked, new_mark, wait_gone
+from flows.services.control import POOL
+from flows.services.supervision import answers
 
 UP = ["flows", "up", "--workers", "0", "--gpus", "2"]
 REPOSITORY = Path(flows.__file__).parents[1]
@@ -58,12 +59,11 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        self.mark = new_mark()
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
+            self.process = psutil.Popen(
                 self.command,
                 cwd=self.cwd,
-                env=self.env | marked(self.mark),
+                env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -71,21 +71,36 @@ class Process:
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
+    def tree(self) -> list[psutil.Process]:
+        """All its living processes."""
+        return [p for p in (self.process, *self.process.children(recursive=True)) if alive(p)] if self.alive else []
+
     def kill(self) -> None:
-        """kill -9 of the whole tree."""
-        kill(self.mark)
+        """kill -9 of the whole tree: stopped first, so that nobody can start or end anything meanwhile."""
+        stopped: set[psutil.Process] = set()
+        while fresh := set(self.tree()) - stopped:
+            for process in fresh:
+                process.suspend()
+            stopped |= fresh
+        for process in stopped:
+            process.kill()
         self.process.wait()
 
     def stop(self) -> None:
-        if self.process.poll() is None:
+        if self.alive:
             self.process.send_signal(signal.SIGINT)
-        if not wait_gone(self.mark, 30):
-            kill(self.mark)
-        self.process.wait()
+            self.process.wait(60)
 
     @property
     def alive(self) -> bool:
-        return bool(bearers(self.mark))
+        return alive(self.process)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from miniature import Project
 
-from flows.registry.catalogue import find, list_concepts, read_concept
-from flows.registry.overrides import promote_by_hand, reinstate, retire, rollback
+from flows.registry.concepts import find, list_concepts, read_concept
+from flows.registry.overrides import promote_manually, reinstate, retire, rollback
 from flows.registry.promotion import aliases_of, champion_of
 from svdiff.errors import SvdiffError
 
@@ -22,11 +22,11 @@ def test_a_retired_concept_comes_back_as_it_was(project: Project) -> None:
     assert "no longer sold" in entry.retired
 
     again = project.register(value=3, image=0.9)  # better than everything, and still out of use
-    assert not again.verdict.promoted
-    assert "retired" in again.verdict.reason
+    assert not again.decision.promoted
+    assert "retired" in again.decision.reason
     assert aliases_of(project.tracking, "dog") == {}
     with pytest.raises(SvdiffError, match="'dog' is retired"):
-        promote_by_hand(project.tracking, "dog", 3, "x")
+        promote_manually(project.tracking, "dog", 3, "x")
     with pytest.raises(SvdiffError, match="'dog' is retired"):
         retire(project.tracking, "dog", None, "x")
 
@@ -39,16 +39,16 @@ def test_a_retired_concept_comes_back_as_it_was(project: Project) -> None:
 
 def test_a_retired_version_is_passed_by(project: Project) -> None:
     for value in (1, 2, 3):
-        assert project.register(value=value, image=0.3 + 0.1 * value).verdict.promoted
+        assert project.register(value=value, image=0.3 + 0.1 * value).decision.promoted
     assert retire(project.tracking, "dog", 2, "licence of a picture") == []
     assert rollback(project.tracking, "dog", "smears") == (3, 1)  # 2 was next, but is out of use
     assert project.tracking.client.get_model_version("dog", "1").tags["promotion_reason"].endswith("smears")
     with pytest.raises(SvdiffError, match="version 2 of 'dog' is retired"):
-        promote_by_hand(project.tracking, "dog", 2, "x")
+        promote_manually(project.tracking, "dog", 2, "x")
 
     assert retire(project.tracking, "dog", 1, "too") == ["champion"]
     assert champion_of(project.tracking, "dog") is None
-    assert project.register(value=4, image=0.1).verdict.promoted  # there is no champion to compare with
+    assert project.register(value=4, image=0.1).decision.promoted  # there is no champion to compare with
     assert reinstate(project.tracking, "dog", 1) == []  # the alias is somebody else's by now
     assert champion_of(project.tracking, "dog") == 4
 
@@ -69,5 +69,5 @@ def test_scores_against_other_pictures_are_not_compared(project: Project) -> Non
     folder.mkdir(parents=True)
     (folder / "new.png").write_bytes(b"another picture")
     done = project.register(value=2, image=0.9)
-    assert not done.verdict.promoted
-    assert "scored with other pictures" in done.verdict.reason
+    assert not done.decision.promoted
+    assert "scored with other pictures" in done.decision.reason

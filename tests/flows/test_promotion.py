@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from miniature import Project
 
 from flows.pipeline.results import Scores
-from flows.registry.overrides import promote_by_hand, rollback
+from flows.registry.overrides import promote_manually, rollback
 from flows.registry.promotion import aliases_of, champion_of, judge
 from svdiff.config import PromoteConfig
 from svdiff.errors import SvdiffError
@@ -36,9 +36,9 @@ def scores(image: list[float], text: list[float], *, evaluators: str = '{"clip":
 def test_margins(image: float, text: float, promoted: bool) -> None:
     champion = scores([0.5, 0.25, 0.75], [0.25, 0.5, 0.25])
     challenger = scores([0.5 + image, 0.25 + image, 0.75 + image], [0.25 + text, 0.5 + text, 0.25 + text])
-    verdict = judge(challenger, champion, RULE)
-    assert verdict.promoted == promoted, verdict.reason
-    assert "3 pictures" in verdict.reason
+    decision = judge(challenger, champion, RULE)
+    assert decision.promoted == promoted, decision.reason
+    assert "3 pictures" in decision.reason
 
 
 def test_only_pictures_in_common_count() -> None:
@@ -50,9 +50,9 @@ def test_only_pictures_in_common_count() -> None:
 
 
 def test_other_evaluators_are_not_compared() -> None:
-    verdict = judge(scores([0.9], [0.9], evaluators='{"clip": 2}'), scores([0.1], [0.1]), RULE)
-    assert not verdict.promoted
-    assert "other evaluators" in verdict.reason
+    decision = judge(scores([0.9], [0.9], evaluators='{"clip": 2}'), scores([0.1], [0.1]), RULE)
+    assert not decision.promoted
+    assert "other evaluators" in decision.reason
 
 
 @settings(deadline=None)
@@ -74,13 +74,13 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     tags = lambda number: project.tracking.client.get_model_version("dog", str(number)).tags  # noqa: E731
     project.register(value=1, image=0.5)
     worse = project.register(value=2, image=0.4)
-    assert not worse.verdict.promoted
+    assert not worse.decision.promoted
     assert worse.role == "challenger"
     assert aliases_of(project.tracking, "dog") == {"champion": 1, "challenger": 2}
     assert "image alignment -0.1000 (not above" in tags(2)["promotion_reason"]
 
     better = project.register(value=3, image=0.6)
-    assert better.verdict.promoted
+    assert better.decision.promoted
     assert aliases_of(project.tracking, "dog") == {"champion": 3, "challenger": 2}
     assert tags(3)["previous_champion"] == "1"
     assert "+0.1000 (above" in tags(3)["promotion_reason"]
@@ -90,13 +90,13 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     assert "smears on red" in tags(3)["rolled_back"]
     repeated = project.register(value=3, image=0.6)
     assert repeated.role == "neither champion nor challenger"
-    assert repeated.verdict.reason == "rolled back to version 1: smears on red"
+    assert repeated.decision.reason == "rolled back to version 1: smears on red"
     again = project.register(value=3, image=0.7)
-    assert not again.verdict.promoted
-    assert "rolled back" in again.verdict.reason
+    assert not again.decision.promoted
+    assert "rolled back" in again.decision.reason
     assert champion_of(project.tracking, "dog") == 1
 
-    assert promote_by_hand(project.tracking, "dog", 3, "was the scanner") == 3
+    assert promote_manually(project.tracking, "dog", 3, "was the scanner") == 3
     assert champion_of(project.tracking, "dog") == 3
     assert "rolled_back" not in tags(3)
     assert tags(3)["promotion_reason"] == "by hand: was the scanner"
@@ -107,9 +107,9 @@ def test_hands_are_told_what_cannot_be(project: Project) -> None:
     project.register()
     for action, message in [
         (lambda: rollback(project.tracking, "dog", "x"), "no predecessor"),
-        (lambda: promote_by_hand(project.tracking, "dog", None, "x"), "no challenger"),
-        (lambda: promote_by_hand(project.tracking, "dog", 7, "x"), "no version 7"),
-        (lambda: promote_by_hand(project.tracking, "dog", 1, "x"), "champion already"),
+        (lambda: promote_manually(project.tracking, "dog", None, "x"), "no challenger"),
+        (lambda: promote_manually(project.tracking, "dog", 7, "x"), "no version 7"),
+        (lambda: promote_manually(project.tracking, "dog", 1, "x"), "champion already"),
         (lambda: rollback(project.tracking, "cow", "x"), "no concept 'cow'"),
     ]:
         with pytest.raises(SvdiffError, match=message):
@@ -131,5 +131,5 @@ def test_a_champion_whose_scores_are_lost_does_not_stop_a_registration(project: 
     for file in (project.root / "mlruns").rglob(f"{first.run_id}/artifacts/scores/*"):
         file.unlink()
     second = project.register(value=2, image=0.6)
-    assert not second.verdict.promoted
-    assert "cannot be read" in second.verdict.reason
+    assert not second.decision.promoted
+    assert "cannot be read" in second.decision.reason

@@ -13,15 +13,15 @@ from champions import Champions
 from miniature import Project
 
 from flows.registry import prune
-from flows.registry.catalogue import model_id
-from flows.registry.prune import look
-from flows.registry.storage import human, storage
+from flows.registry.concepts import model_id
+from flows.registry.prune import find_unused
+from flows.registry.storage import disk_usage, human
 
 
 def found(project: Project) -> dict[str, list[str]]:
     return {
         part.name: [thing.where for thing in part.found]
-        for part in look(project.tracking, project.config, project.root)
+        for part in find_unused(project.tracking, project.config, project.root)
     }
 
 
@@ -40,7 +40,7 @@ def test_every_store_is_counted_once(project: Project) -> None:
     write(project.root / ".svdiff/state/train-abc/state.pt", 5000)
     (project.root / ".svdiff/state/train-abc/again.pt").hardlink_to(project.root / ".svdiff/state/train-abc/state.pt")
     write(project.root / ".svdiff/bases/h/w.safetensors", 7000)
-    by_name = {usage.what: usage for usage in storage(project.tracking, project.root)}
+    by_name = {usage.what: usage for usage in disk_usage(project.tracking, project.root)}
     assert by_name["resume states of trainings"].bytes == 5000
     assert by_name["decompositions of bases"].bytes == 7000
     assert by_name["MLflow artifacts"].bytes > 0
@@ -52,7 +52,7 @@ def test_finished_states_go_and_others_stay(project: Project) -> None:
     project.register(train_key=key)
     finished = write(project.root / f".svdiff/state/train-{key[:24]}/state.pt").parent
     going_on = write(project.root / f".svdiff/state/train-{'a' * 24}/state.pt").parent
-    [part] = [p for p in look(project.tracking, project.config, project.root) if p.name == "resume states"]
+    [part] = [p for p in find_unused(project.tracking, project.config, project.root) if p.name == "resume states"]
     assert [thing.where for thing in part.found] == [str(finished)]
     assert part.found[0].bytes == 1000
     assert finished.exists()  # nothing happens before it is asked for
@@ -71,7 +71,7 @@ def test_deleted_runs_and_models_of_no_version_go(project: Project, monkeypatch:
     client.delete_model_version("dog", str(second.version))
     assert found(project)["MLflow"] == [stray.info.run_id]  # the model is young: it may be about to be registered
     monkeypatch.setattr(prune, "DAY", -1.0)
-    [part] = [p for p in look(project.tracking, project.config, project.root) if p.name == "MLflow"]
+    [part] = [p for p in find_unused(project.tracking, project.config, project.root) if p.name == "MLflow"]
     assert {thing.where for thing in part.found} == {stray.info.run_id, orphan}
     assert sum(thing.bytes for thing in part.found) > 5000
     part.remove()
@@ -81,7 +81,7 @@ def test_deleted_runs_and_models_of_no_version_go(project: Project, monkeypatch:
     assert client.list_artifacts(first.run_id, "scores")
 
     client.delete_run(first.run_id)  # a registered version needs it
-    [part] = [p for p in look(project.tracking, project.config, project.root) if p.name == "MLflow"]
+    [part] = [p for p in find_unused(project.tracking, project.config, project.root) if p.name == "MLflow"]
     assert part.found == []
     assert first.run_id in part.problem
 
@@ -91,11 +91,7 @@ def test_bases_in_use_stay(project: Project, tiny_base: Path, tiny_pipe) -> None
     from svdiff.spectral import weights_hash
 
     champions = Champions(project.root, tiny_base, "dog")
-    bases = {
-        "of params.yaml": weights_hash(tiny_pipe.unet),
-        "of a registered delta": "b" * 64,
-        "of nothing": "c" * 64,
-    }
+    bases = {"of params.yaml": weights_hash(tiny_pipe.unet), "of a registered delta": "b" * 64, "of nothing": "c" * 64}
     champions.register("dog")
     (champions.root / "out/train/dog/delta.safetensors").unlink()  # the registry alone refers to its base
     for name in bases.values():
@@ -116,7 +112,7 @@ def test_dvc_objects_of_no_commit_go_and_the_rest_can_be_checked_out(dvc_project
     stage = dvc_project / "stage.py"
     stage.write_text(stage.read_text().replace("write_text(stage)", "write_text(stage * 2)"))
     dvc("repro", "-f", "prior@dog")
-    [part] = [p for p in look(project.tracking, project.config, dvc_project) if p.name == "DVC"]
+    [part] = [p for p in find_unused(project.tracking, project.config, dvc_project) if p.name == "DVC"]
     assert not part.problem
     assert len(part.found) == 2  # the folder and its file, of the first run
     part.remove()

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from champions import EVALUATORS, SAMPLE, Champions, disturb_autoencoder
 
-from flows.monitoring import round as reevaluation
-from flows.monitoring.round import REEVALUATES, VERDICT, WHEN, Reevaluation
+from flows.monitoring import round as module
+from flows.monitoring.round import REEVALUATES, VERDICT, WHEN, Round
 from flows.monitoring.rule import Verdict, compare
-from flows.registry.catalogue import model_id
+from flows.registry.concepts import model_id
 from flows.registry.overrides import retire
 from flows.registry.promotion import aliases_of, champion_of
 from svdiff.config import ReevaluateConfig
@@ -48,10 +48,10 @@ def champions(project, tiny_base: Path, tiny_evaluators: None) -> Champions:
     return Champions(project.root, tiny_base, "dog", "dog2", "dog3")
 
 
-def reevaluate(champions: Champions, *names: str, **options: bool) -> dict[str, reevaluation.Result]:
-    round_ = Reevaluation(champions.tracking, champions.config, champions.root, **options)
+def reevaluate(champions: Champions, *names: str, **options: bool) -> dict[str, module.Result]:
+    round_ = Round(champions.tracking, champions.config, champions.root, **options)
     planned = round_.plan(names or None)
-    return {p.concept: round_.examine(p.concept) for p in planned}
+    return {p.concept: round_.reevaluate(p.concept) for p in planned}
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_each_verdict_in_one_round_and_what_follows(champions: Champions, tiny_p
     [run] = client.search_runs([champions.tracking.experiment_id], f"tags.`{REEVALUATES}` = 'dog3/1'")
     assert run.info.status == "FINISHED"
     assert run.data.metrics["image_change"] > 0.005
-    assert run.data.tags["svdiff.measure.evaluators"]
+    assert run.data.tags["svdiff.conditions.evaluators"]
     assert {f.path for f in client.list_artifacts(run.info.run_id, "drift-0000")} >= {"drift-0000/samples.png"}
     metrics = client.get_logged_model(model_id(champions.version("dog3"))).metrics
     assert any(m.run_id == run.info.run_id for m in metrics)
@@ -114,7 +114,7 @@ def test_a_killed_round_goes_on_and_nothing_is_measured_twice(
     champions.train(tiny_pipe, "dog")
     champions.train(tiny_pipe, "dog2", seed=2)
     champions.change(sample=SAMPLE | {"seeds": [0, 1, 2]})
-    real = reevaluation.set_baseline
+    real = module.set_baseline
 
     def dies(tracking, version, *rest) -> None:
         if version.name == "dog2":
@@ -122,15 +122,15 @@ def test_a_killed_round_goes_on_and_nothing_is_measured_twice(
         real(tracking, version, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reevaluation, "set_baseline", dies)
+        patch.setattr(module, "set_baseline", dies)
         with pytest.raises(KeyboardInterrupt):
             reevaluate(champions)
     assert WHEN in champions.version("dog").tags
     assert WHEN not in champions.version("dog2").tags
 
-    round_ = Reevaluation(champions.tracking, champions.config, champions.root)
+    round_ = Round(champions.tracking, champions.config, champions.root)
     assert [(p.concept, p.due) for p in round_.plan()] == [("dog", False), ("dog2", True)]
-    results = {name: round_.examine(name) for name in ("dog", "dog2")}
+    results = {name: round_.reevaluate(name) for name in ("dog", "dog2")}
     assert results["dog"].fresh
     assert not results["dog2"].fresh
     assert {r.verdict for r in results.values()} == {Verdict.NEW_BASELINE}
@@ -138,7 +138,7 @@ def test_a_killed_round_goes_on_and_nothing_is_measured_twice(
     for name in ("dog", "dog2"):
         runs = client.search_runs([champions.tracking.experiment_id], f"tags.`{REEVALUATES}` = '{name}/1'")
         assert [run.info.status for run in runs] == ["FINISHED"]
-    assert [p.due for p in Reevaluation(champions.tracking, champions.config, champions.root, force=True).plan()] == [
+    assert [p.due for p in Round(champions.tracking, champions.config, champions.root, force=True).plan()] == [
         True,
         True,
     ]
@@ -148,10 +148,10 @@ def test_a_killed_round_goes_on_and_nothing_is_measured_twice(
 def test_a_broken_champion_makes_way_for_a_sound_predecessor(champions: Champions, tiny_pipe) -> None:
     champions.train(tiny_pipe, "dog", seed=1)
     champions.train(tiny_pipe, "dog", seed=2)
-    from flows.registry.overrides import promote_by_hand
+    from flows.registry.overrides import promote_manually
 
     if champion_of(champions.tracking, "dog") == 1:
-        promote_by_hand(champions.tracking, "dog", 2, "for the test")
+        promote_manually(champions.tracking, "dog", 2, "for the test")
     corrupt = champions.delta_file("dog", 2)
     corrupt.write_bytes(b"nothing")
     assert reevaluate(champions)["dog"].verdict is Verdict.BROKEN
@@ -164,7 +164,7 @@ def test_a_broken_champion_makes_way_for_a_sound_predecessor(champions: Champion
     assert "re-evaluation: broken artifact" in champions.version("dog", 2).tags["rolled_back"]
 
     # What moves all versions of a base is no reason to put another one forward.
-    promote_by_hand(champions.tracking, "dog", 2, "mended")
+    promote_manually(champions.tracking, "dog", 2, "mended")
     corrupt.write_bytes((champions.root / "out/train/dog/delta.safetensors").read_bytes())
     assert sha256_file(corrupt) == champions.version("dog", 2).tags["delta_sha256"]
     disturb_autoencoder(champions.base)
@@ -183,12 +183,12 @@ def test_a_broken_champion_makes_way_for_a_sound_predecessor(champions: Champion
 def test_what_cannot_be_measured_is_no_verdict(champions: Champions, tiny_pipe) -> None:
     """Pictures or base that are not here say nothing about the version; another base says that it is broken."""
     champions.train(tiny_pipe, "dog")
-    round_ = Reevaluation(champions.tracking, champions.config, champions.root)
+    round_ = Round(champions.tracking, champions.config, champions.root)
     with pytest.raises(SvdiffError, match="no concept 'cow'"):
         round_.plan(["cow"])
     shutil.move(champions.root / "data/concepts/dog", champions.root / "away")
     with pytest.raises(SvdiffError, match="data/concepts/dog"):
-        round_.examine("dog")
+        round_.reevaluate("dog")
     shutil.move(champions.root / "away", champions.root / "data/concepts/dog")
     assert VERDICT not in champions.version("dog").tags
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_measured_is_no_verdict(champions: Champions, tiny_pipe) 
     assert "it was trained on a base with weights" in result.reason
 
     retire(champions.tracking, "dog", None, "no longer sold")
-    assert Reevaluation(champions.tracking, champions.config, champions.root).plan() == []
+    assert Round(champions.tracking, champions.config, champions.root).plan() == []
     with pytest.raises(SvdiffError, match="retired"):
         reevaluate(champions, "dog")
     assert aliases_of(champions.tracking, "dog") == {}

@@ -15,10 +15,8 @@ from miniature import BASE_HASH, Project, write_params, write_results
 from mlflow import MlflowClient
 
 from flows.pipeline.results import read_results
-from flows.registry import catalogue as registered
 from flows.registry import register as registry
-from flows.registry import snapshot
-from flows.registry.catalogue import Registered, list_concepts, model_id
+from flows.registry.concepts import list_concepts, model_id, read_concepts
 from flows.registry.promotion import aliases_of, champion_of
 from flows.registry.runs import TRAIN_KEY
 from svdiff.errors import SvdiffError
@@ -33,7 +31,7 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     done = project.register()
     client = project.tracking.client
     version = client.get_model_version_by_alias("dog", "champion")
-    assert (int(version.version), done.new, done.verdict.promoted) == (1, True, True)
+    assert (int(version.version), done.new, done.decision.promoted) == (1, True, True)
     assert version.tags["delta_sha256"] == project.results().delta_sha256
     assert version.tags["base_hash"] == BASE_HASH
     assert version.tags["class_word"] == "dog"
@@ -75,8 +73,8 @@ def test_same_delta_on_another_base_is_another_version(project: Project) -> None
     done = project.register(base_hash="c" * 64)
     assert done.new
     assert done.version == 2
-    assert done.verdict.promoted
-    assert "another base" in done.verdict.reason
+    assert done.decision.promoted
+    assert "another base" in done.decision.reason
 
 
 def test_the_live_run_of_the_training_is_taken_up_and_closed(project: Project) -> None:
@@ -208,8 +206,8 @@ def run_flows(root: Path, *arguments: str, **kwargs: object) -> subprocess.Popen
     )  # fmt: skip
 
 
-def test_a_snapshot_is_what_mlflow_finds(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deleted versions, prompts, aliases and tags of both kinds; of a schema that is not known, MLflow's own word."""
+def test_the_catalogue_is_whole(project: Project) -> None:
+    """Aliases and tags of both kinds; no deleted version, nothing that is registered beside models."""
     client = project.tracking.client
     for value in (0.1, 0.2, 0.3):
         project.register(value=value, image=value)
@@ -217,19 +215,10 @@ def test_a_snapshot_is_what_mlflow_finds(project: Project, monkeypatch: pytest.M
     client.delete_model_version("dog", "2")
     client.set_registered_model_tag("dog2", "colour", "brown")
     mlflow.genai.register_prompt("greeting", "hello {{name}}")
-
-    def parts(found: dict[str, Registered]) -> dict[str, object]:
-        return {
-            name: (c.aliases, c.tags, {n: (v.name, v.run_id, v.source, dict(v.tags)) for n, v in c.versions.items()})
-            for name, c in found.items()
-        }
-
-    by_mlflow = parts(registered._search(project.tracking))
-    assert by_mlflow.keys() == {"dog", "dog2"}
-    assert parts(registered._snapshot(project.tracking) or {}) == by_mlflow
-    monkeypatch.setattr(snapshot, "REVISIONS", {"another"})
-    assert registered._snapshot(project.tracking) is None
-    assert [entry.concept for entry in list_concepts(project.tracking)] == ["dog", "dog2"]
+    dog, dog2 = read_concepts(project.tracking)
+    assert (dog.name, sorted(dog.versions), dog.aliases) == ("dog", [1, 3], {"champion": 3})
+    assert dog.champion.tags["delta_sha256"]
+    assert (dog2.name, dog2.tags) == ("dog2", {"colour": "brown"})
 
 
 @pytest.mark.slow

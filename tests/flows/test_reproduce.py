@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from miniature import Project
 
-from flows.pipeline.lineage import read_lineage, upstream
+from flows.pipeline.lineage import upstream
 from flows.pipeline.reproduce import Reproduction, reproduce
-from flows.registry.catalogue import find
+from flows.registry.concepts import fetch, find
+from flows.registry.runs import read_lineage
 from svdiff.errors import SvdiffError
 
 pytestmark = pytest.mark.slow
@@ -57,9 +58,11 @@ class Checkout:
     def train(self) -> None:
         self.dvc("repro", "prior@dog", "train@dog", "sample@dog", "score@dog", "register@dog")
 
-    def reproduce(self) -> Reproduction:
+    def reproduce(self, which: str = "dog@1") -> Reproduction:
         tracking = Project(self.root).tracking
-        return reproduce(tracking, self.root, find(tracking, "dog"), say=print)
+        version = find(tracking, which)
+        lineage = read_lineage(tracking, version)
+        return reproduce(self.root, which, lineage, lambda folder: fetch(tracking, version, folder)[0], say=print)
 
 
 @pytest.fixture
@@ -94,8 +97,7 @@ def test_a_difference_is_named(checkout: Checkout) -> None:
     stage.write_text(stage.read_text().replace("/ 1000", "/ 1000 + time.time() % 1"))
     checkout.commit("the training looks at the clock")
     checkout.train()
-    tracking = Project(checkout.root).tracking
-    done = reproduce(tracking, checkout.root, find(tracking, "dog@2"), say=print)
+    done = checkout.reproduce("dog@2")
     assert not done.equal
     assert "1 of 1 tensors, most in unet.conv_in.weight, by up to" in done.differences[0]
 
@@ -106,14 +108,12 @@ def test_a_dirty_tree_is_refused_until_it_is_committed(checkout: Checkout) -> No
     pictures = checkout.root / "data/concepts/dog"
     (pictures / "0.png").unlink()
     checkout.train()
-    tracking = Project(checkout.root).tracking
-    version = find(tracking, "dog@2")
     with pytest.raises(SvdiffError, match="dog@2 was registered from a dirty tree"):
-        reproduce(tracking, checkout.root, version, say=print)
+        checkout.reproduce("dog@2")
     checkout.dvc("commit", "-f", "-q", "data.dvc")
     checkout.commit("what was trained with")
     checkout.run(sys.executable, "-m", "flows", "register", "--concept", "dog")
-    assert reproduce(tracking, checkout.root, find(tracking, "dog@2"), say=print).equal
+    assert checkout.reproduce("dog@2").equal
 
 
 def test_data_that_is_gone_is_named(checkout: Checkout) -> None:

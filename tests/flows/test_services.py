@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from miniature import registered
+from team import alive, bring_flows, free_port, until
 
-import flows
-from flows.services.control import answers
+from flows.services.supervision import answers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-REPOSITORY = Path(flows.__file__).parents[1]
 
 
 class Shell:
     """Commands in a checkout, as another shell would give them: nothing in the environment but the API's address."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.api = f"http://127.0.0.1:{free.getsockname()[1]}/api"
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "SVDIFF"))}
-        self.environment = kept | {"PREFECT_API_URL": self.api}
+        self.root, self.api = root, f"http://127.0.0.1:{free_port()}/api"
+        others = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "MLFLOW", "SVDIFF"))}
+        self.environment = others | {"PREFECT_API_URL": self.api}
 
     def __call__(self, *command: str) -> str:
         done = subprocess.run(
@@ -43,9 +36,7 @@ class Shell:
 
 @pytest.fixture
 def shell(dvc_project: Path) -> Iterator[Shell]:
-    for name in ("prefect.yaml", "prefect.toml"):
-        shutil.copy(REPOSITORY / name, dvc_project / name)
-    shutil.copytree(REPOSITORY / "flows", dvc_project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    bring_flows(dvc_project)
     shell = Shell(dvc_project)
     yield shell
     subprocess.run([sys.executable, "-m", "flows", "down"], cwd=dvc_project, env=shell.environment, check=False)
@@ -54,16 +45,7 @@ def shell(dvc_project: Path) -> Iterator[Shell]:
 def stage_processes(root: Path) -> list[psutil.Process]:
     marks = root / ".marks/pids"
     pids = [int(pid) for pid in marks.read_text().split()] if marks.exists() else []
-    return [
-        psutil.Process(p) for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE
-    ]
-
-
-def until(condition, patience: float = 600) -> None:
-    end = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.5)
+    return [process for process in map(psutil.Process, filter(psutil.pid_exists, pids)) if alive(process)]
 
 
 def test_up_run_cancel_down(shell: Shell) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from team import alive
 
 from flows.pipeline.stages import StageBusy, StageFailed, StageTimeout, run_stage
 
@@ -27,8 +28,8 @@ def pids(root: Path, patience: float = 300) -> list[int]:
     raise AssertionError("the stage did not start")
 
 
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+def runs(pid: int) -> bool:
+    return psutil.pid_exists(pid) and alive(psutil.Process(pid))
 
 
 def dvc_of(pid: int) -> psutil.Process:
@@ -68,7 +69,7 @@ def test_timeout_ends_the_whole_tree(dvc_project: Path) -> None:
     (dvc_project / ".marks/train-dog-hang").touch()
     with pytest.raises(StageTimeout, match="took longer than 30 s"):
         run_stage("train@dog", root=dvc_project, on_line=print, timeout=30)
-    assert not any(alive(pid) for pid in pids(dvc_project, 1))
+    assert not any(runs(pid) for pid in pids(dvc_project, 1))
 
 
 def hanging(root: Path) -> tuple[threading.Thread, list[BaseException], list[int]]:
@@ -94,7 +95,7 @@ def test_killed_dvc_leaves_no_orphan_that_a_rerun_would_race(dvc_project: Path) 
     dvc_of(started[0]).kill()
     thread.join(120)
     assert [str(error) for error in raised if "killed by signal 9" in str(error)]
-    assert not any(alive(pid) for pid in started)
+    assert not any(runs(pid) for pid in started)
     (dvc_project / ".marks/train-dog-hang").unlink()
     assert run_stage("train@dog", root=dvc_project, on_line=print).outcome == "ran"
 
@@ -106,7 +107,7 @@ def test_killed_stage_is_a_failure_and_runs_again(dvc_project: Path) -> None:
     thread.join(120)
     assert len(raised) == 1
     assert isinstance(raised[0], StageFailed)
-    assert not any(alive(pid) for pid in started)
+    assert not any(runs(pid) for pid in started)
     (dvc_project / ".marks/train-dog-hang").unlink()
     assert run_stage("train@dog", root=dvc_project, on_line=print).outcome == "ran"
 
@@ -141,7 +142,7 @@ def test_interrupting_or_killing_the_caller_ends_the_stage(dvc_project: Path, by
     os.kill(caller.pid, by)  # the caller alone: the rest is its own work
     caller.wait(120)
     end = time.monotonic() + (30 if by == signal.SIGKILL else 0)
-    while any(alive(pid) for pid in started):
+    while any(runs(pid) for pid in started):
         assert time.monotonic() < end, "the stage outlives its caller"
         time.sleep(0.1)
 

@@ -15,10 +15,9 @@ import pandas as pd
 import pytest
 import yaml
 from miniature import make_dvc_project
-from team import Team, bring_flows, ran, said, until
+from team import Team, alive, bring_flows, ran, said, until
 
 from flows.orchestration import automations
-from flows.services.processes import alive, bearers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
@@ -245,7 +244,7 @@ def test_an_engine_that_is_killed_takes_its_stage_along_and_its_run_begins_anew(
     worker = team.worker(clone)
     run = team.start("train-concept", concept=dog)
     until(begun(clone, f"train@{dog}"))
-    processes = {process: process.cmdline() for process in bearers(worker.mark)}
+    processes = {process: process.cmdline() for process in worker.tree()}
     (engine,) = [process for process, line in processes.items() if "prefect.engine" in line]
     stages = [process for process, line in processes.items() if "stage.py" in line or "dvc" in line]
     assert len(stages) >= 2
@@ -276,14 +275,14 @@ def test_a_server_that_is_away_for_minutes_costs_nothing(team: Team, origin: Pat
 def test_a_worker_that_ends_by_itself_is_started_again(team: Team, origin: Path, names: list[str]) -> None:
     dog, clone = names[0], team.clone(origin, "one")
     go_on = hold(clone, f"train-{dog}")
-    keeper = team.worker(clone)
+    supervisor = team.worker(clone)
     run = team.start("train-concept", concept=dog)
     until(begun(clone, f"train@{dog}"))
-    (worker,) = [process for process in bearers(keeper.mark) if process.cmdline()[1:4] == ["-m", "prefect", "worker"]]
+    (worker,) = [process for process in supervisor.tree() if process.cmdline()[1:4] == ["-m", "prefect", "worker"]]
     worker.kill()
     go_on()
     team.completed(run)
-    assert keeper.alive
+    assert supervisor.alive
     assert len(team.registered(dog)) == 1
 
 

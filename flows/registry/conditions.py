@@ -1,8 +1,8 @@
-"""What scores were measured with, and the baseline that a version's later scores are held against.
+"""The conditions that scores were measured under, and the baseline that a version's later scores are compared with.
 
-Scores compare only where evaluators, prompts and seeds, sampler and the concept's own pictures are the same: together they
-are the *measure*. A version remembers in tags the measure of its baseline and the run that holds the baseline's scores:
-first the run of its training, later that of the re-evaluation that met a new measure.
+Scores compare only where the conditions are the same: evaluators, prompts and seeds, sampler, and the concept's own
+pictures. A version's tags name the conditions of its baseline and the run that holds the baseline's scores: first the run of
+its training, later that of the first re-evaluation under new conditions.
 """
 
 from __future__ import annotations
@@ -23,22 +23,19 @@ from svdiff.files import sha256_tree
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-    from flows.registry.store import Tracking
+    from flows.registry.tracking import Tracking
 
 BASELINE, BASELINE_RUN = "baseline", "baseline_run"  # tags of a version
 SCORES_FOLDER = "scores"  # artifacts of the run: images.csv and evaluators.json
 DIGITS = 16  # of each part's hash
 
-Measure = dict[str, str]  # `evaluators`, `prompts`, `sampling`, `pictures`: a short hash each
+Conditions = dict[str, str]  # `evaluators`, `prompts`, `sampling`, `pictures`: a short hash each
 
 
-def measure(
-    evaluators: Any,
-    shown: Iterable[tuple[str, int]],
-    settings: SampleConfig,
-    references: Sequence[Path],
-) -> Measure:
-    """The measure of scores.
+def conditions(
+    evaluators: Any, shown: Iterable[tuple[str, int]], settings: SampleConfig, references: Sequence[Path]
+) -> Conditions:
+    """The conditions of scores.
 
     Args:
         evaluators: content of evaluators.json.
@@ -54,10 +51,10 @@ def measure(
     }
 
 
-def registered_measure(config: Config, results: Results) -> Measure:
-    """The measure of what the stages `sample` and `score` left."""
+def conditions_of_results(config: Config, results: Results) -> Conditions:
+    """The conditions of what the stages `sample` and `score` left."""
     scores = Scores.read(results.folder("score"))
-    return measure(
+    return conditions(
         scores.evaluators,
         scores.table.index,
         config.sample,
@@ -65,18 +62,18 @@ def registered_measure(config: Config, results: Results) -> Measure:
     )
 
 
-def changed(before: Measure, now: Measure) -> list[str]:
+def changed(before: Conditions, now: Conditions) -> list[str]:
     """Names of the parts that differ."""
     return [part for part in now if before.get(part) != now[part]]
 
 
-def baseline_of(version: ModelVersion) -> Measure | None:
-    """The measure of a version's baseline; None for one that was registered without."""
+def baseline_conditions(version: ModelVersion) -> Conditions | None:
+    """The conditions of a version's baseline; None for one that was registered without."""
     return json.loads(version.tags[BASELINE]) if BASELINE in version.tags else None
 
 
-def set_baseline(tracking: Tracking, version: ModelVersion, now: Measure, run_id: str) -> None:
-    """Scores of the run `run_id`, measured by `now`, are the version's baseline from here on."""
+def set_baseline(tracking: Tracking, version: ModelVersion, now: Conditions, run_id: str) -> None:
+    """Scores of the run `run_id`, measured under `now`, are the version's baseline from here on."""
     client, name, number = tracking.client, version.name, str(version.version)
     client.set_model_version_tag(name, number, BASELINE_RUN, run_id)
     client.set_model_version_tag(name, number, BASELINE, json.dumps(now))

@@ -1,16 +1,16 @@
-"""The connection to MLflow: one database, one experiment, made once, safe when several processes start at once."""
+"""The connection to MLflow: database and experiment, made where they are missing, also by several processes at once."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svdiff.config import TrackingConfig
 from svdiff.errors import SvdiffError
@@ -28,6 +28,16 @@ def locked(path: Path) -> Iterator[None]:
     with open(path, "a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+def all_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+    """Everything that a search of MLflow's client finds, which gives it page by page."""
+    found, token = [], None
+    while True:
+        page = search(*arguments, **options, page_token=token)
+        found += page
+        if not (token := page.token):
+            return found
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,11 @@ def connect(config: TrackingConfig, root: Path = Path()) -> Tracking:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    tracking = locate(config, root)
+    root = root.resolve()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
+    if uri.startswith(SQLITE):  # absolute: MLflow keeps one store a URI, wherever the process goes
+        uri = f"{SQLITE}{(root / uri.removeprefix(SQLITE)).resolve()}"
+    tracking = Tracking(uri, config.experiment, root)
     mlflow.set_tracking_uri(tracking.uri)
     mlflow.set_registry_uri(tracking.uri)
     try:
@@ -91,15 +105,6 @@ def connect(config: TrackingConfig, root: Path = Path()) -> Tracking:
     except (MlflowException, OSError, sqlite3.Error) as error:
         raise SvdiffError(f"MLflow at {tracking.uri} cannot be used: {error}") from error
     return tracking
-
-
-def locate(config: TrackingConfig, root: Path = Path()) -> Tracking:
-    """The store, neither loaded nor reached: enough to read the catalogue of a SQLite file that is there."""
-    root = root.resolve()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
-    if uri.startswith(SQLITE):  # absolute: MLflow keeps one store a URI, wherever the process goes
-        uri = f"{SQLITE}{(root / uri.removeprefix(SQLITE)).resolve()}"
-    return Tracking(uri, config.experiment, root)
 
 
 def _prepare_sqlite(database: Path) -> str:
