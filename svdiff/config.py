@@ -23,6 +23,7 @@ from svdiff.sections import (
     BaseModelConfig,
     ClassWord,
     ConceptConfig,
+    CorrelateConfig,
     EditConfig,
     EditingConfig,
     EvaluatorsConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "BaseModelConfig",
     "ConceptConfig",
     "Config",
+    "CorrelateConfig",
     "EditConfig",
     "EditingConfig",
     "EvaluatorsConfig",
@@ -82,7 +84,8 @@ class Config(Section):
     edit: EditingConfig = EditingConfig()
     sample: SampleConfig
     score: ScoreConfig = ScoreConfig()
-    rank: RankConfig
+    correlate: CorrelateConfig = CorrelateConfig()
+    rank: RankConfig = RankConfig()
     tracking: TrackingConfig = TrackingConfig()
     promote: PromoteConfig = PromoteConfig()
     reevaluate: ReevaluateConfig = ReevaluateConfig()
@@ -101,12 +104,16 @@ class Config(Section):
         for name in self.edits:
             for method in self.edit.methods:
                 self.train_config(name, {"method": method})
-        for name in self.rank.concepts:
-            if name not in self.concepts:
-                raise ValueError(
-                    f"rank.concepts names '{name}', which is not among concepts ({', '.join(self.concepts)})"
-                    + did_you_mean(name, self.concepts)
-                )
+        for key, names in (
+            ("rank.concepts", self.rank.concepts),
+            ("correlate.second_runs", self.correlate.second_runs),
+        ):
+            for name in names:
+                if name not in self.concepts:
+                    raise ValueError(
+                        f"{key} names '{name}', which is not among concepts ({', '.join(self.concepts)})"
+                        + did_you_mean(name, self.concepts)
+                    )
         return self
 
     def _section(self, kind: Kind) -> dict[str, Any]:

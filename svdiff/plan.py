@@ -88,10 +88,12 @@ def estimate(config: Config, stage: str, forward: float) -> float:
     work = OTHERS.get(kind, 0.0)
     if kind == "prior":
         work = config.prior.images * config.prior.steps * guided
-    elif kind == "train":
+    elif kind == "train" or kind == "second-run":
         work = _training(config, name, {}, forward)
     elif kind == "sample":
-        work = 2 * len(config.sample_prompts(name)) * len(config.sample.seeds) * sampled
+        pictures = len(config.sample_prompts(name)) * len(config.sample.seeds)
+        pictures += len(config.entry(name).class_prompts(config.prior.prompt)) * config.sample.drift_pictures
+        work = 2 * pictures * sampled
     elif kind == "edit":
         once = len(config.edit.starts) * len(config.edit.seeds) * guided + forward  # and a step of inversion
         work = OTHERS["score"] + (1 + len(config.edits[name].targets)) * config.edit.steps * once

@@ -202,10 +202,19 @@ class ScoreConfig(Section):
     seed: int = Field(0, ge=0, description="seed of the resampling")
 
 
+class CorrelateConfig(Section):
+    """Correlation of the concepts' shifts (Fig. 9a)."""
+
+    second_runs: list[str] = Field(
+        [], description="concepts that are trained twice, for the diagonal; it is blank for others"
+    )
+    lr_1d: float = Field(1e-6, ge=0, le=10, description="learning rate of 1-D weights in the second run")
+
+
 class RankConfig(Section):
     """Rank analysis (Fig. 25)."""
 
-    concepts: list[str] = Field(description="concepts that are trained once a rank; [] for none")
+    concepts: list[str] = Field([], description="concepts that are trained once a rank; [] for none")
     ranks: list[int] = Field([1, 4, 16], description="ranks; the full rank is trained as well")
     steps: int = Field(200, ge=1, description="training steps a rank")
     prompts: dict[Literal["reconstruction", "edit"], SubjectPrompt] = Field(

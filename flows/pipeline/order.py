@@ -25,4 +25,5 @@ def own_stages(config: Config, name: str) -> list[str]:
 
 def analysis_stages(config: Config) -> list[str]:
     """Stages that look at everything together."""
-    return ["correlate", *(f"rank@{concept}" for concept in config.rank.concepts), "report"]
+    second_runs = [f"second-run@{concept}" for concept in config.correlate.second_runs]
+    return [*second_runs, "correlate", *(f"rank@{concept}" for concept in config.rank.concepts), "report"]

@@ -1,6 +1,6 @@
 """Finding and removing what nothing refers to any more.
 
-- Resume states of trainings that are finished: their delta lies in out/train, in the rank analysis, or in the registry.
+- Resume states of trainings that are finished: their delta lies in out/train, in an experiment, or in the registry.
 - Decompositions of bases that are neither the one in params.yaml nor that of a trained or registered delta.
 - Clones of reproductions that were killed a day ago or longer.
 - MLflow's deleted runs with their artifacts, and stored models that no version refers to, a day old or older; never
@@ -94,7 +94,7 @@ def _folders(folders: list[Path], what: str) -> Found:
 
 def _finished_states(root: Path, home: Path, concepts: list[RegisteredConcept]) -> list[Path]:
     """States that no training would take up: it would find its delta there."""
-    records = [*root.glob("out/**/train.json"), *home.glob("rank/**/train.json")]
+    records = [*root.glob("out/**/train.json"), *home.glob("experiments/**/train.json")]
     keys = {str(json.loads(record.read_text()).get("train_key", "")) for record in records}
     keys |= {version.tags.get("train_key", "") for concept in concepts for version in concept.versions.values()}
     finished = {key[:KEY_DIGITS] for key in keys if key}
@@ -106,7 +106,7 @@ def _unused_bases(config: Config, root: Path, home: Path, concepts: list[Registe
     if not cached:
         return []
     used = {v for c in concepts for version in c.versions.values() for v in _base_hashes(version.tags)}
-    for delta in [*root.glob("out/**/delta.safetensors"), *home.glob("rank/**/delta.safetensors")]:
+    for delta in [*root.glob("out/**/delta.safetensors"), *home.glob("experiments/**/delta.safetensors")]:
         used |= _base_hashes(_metadata(delta))
     used |= _hashes_of(config)
     return [folder for folder in cached if folder.name not in used]

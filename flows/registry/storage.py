@@ -21,7 +21,7 @@ SCRATCH = {
     "state": "resume states of trainings",
     "bases": "decompositions of bases",
     "prior": "prior images by base and prompt",
-    "rank": "trainings of the rank analysis",
+    "experiments": "trainings and pictures of experiments",
     "base": "training of the embedded base",
     "reproduce": "reproductions",
 }

@@ -25,8 +25,8 @@ from svdiff.base.world import (
     on_grid,
     places_left,
 )
-from svdiff.editing.curves import KnownEdit
 from svdiff.errors import SvdiffError
+from svdiff.experiments.edits import KnownEdit
 
 if TYPE_CHECKING:
     from PIL.Image import Image

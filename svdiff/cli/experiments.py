@@ -29,14 +29,14 @@ def compare_pairs(
 ) -> None:
     """How well identities are kept apart, with and without Cut-Mix-Unmix (Fig. 6). Resumes: what is finished is kept."""
     config = read(params)
-    from svdiff.evaluation import comparison
+    from svdiff.experiments import pairs
 
     overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
-    path = comparison.compare_pairs(
+    path = pairs.compare_pairs(
         config,
         pair or [],
-        methods=method or comparison.METHODS,
-        ways=way or comparison.WAYS,
+        methods=method or pairs.METHODS,
+        ways=way or pairs.WAYS,
         seeds=seeds,
         pictures=pictures,
         prompt=prompt,
@@ -61,8 +61,8 @@ def edit_curves(
     from svdiff.base.config import load_base_training
     from svdiff.base.scenes import scene_edits
     from svdiff.base.world import World
-    from svdiff.editing.curves import LENGTHS, METHODS
-    from svdiff.editing.curves import edit_curves as run
+    from svdiff.experiments.edits import LENGTHS, METHODS
+    from svdiff.experiments.edits import edit_curves as run
 
     config = read(params)
     world = World(load_base_training(params).world)

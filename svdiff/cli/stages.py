@@ -128,17 +128,24 @@ def score(name: NameOrNone = None, concept: NamedConcept = None, params: Params 
 
 
 @app.command()
-def correlate(params: Params = PARAMS) -> None:
+def correlate(
+    second_run: Annotated[
+        str | None, typer.Option(help="train this concept a second time instead: the diagonal of Fig. 9a")
+    ] = None,
+    params: Params = PARAMS,
+) -> None:
     """Stage: correlation of all concepts' shifts (Fig. 9a, 15)."""
     from svdiff.evaluation.correlation import correlate as run
+    from svdiff.evaluation.correlation import train_second_run
 
-    wrote(run(read(params)))
+    config = read(params)
+    wrote(run(config) if second_run is None else train_second_run(config, second_run))
 
 
 @app.command()
 def rank(concept: Concept, params: Params = PARAMS) -> None:
     """Stage: alignment against the rank trained with (Fig. 25)."""
-    from svdiff.evaluation.rank import rank as run
+    from svdiff.experiments.rank import rank as run
 
     wrote(run(read(params), concept))
 
@@ -146,6 +153,6 @@ def rank(concept: Concept, params: Params = PARAMS) -> None:
 @app.command()
 def report(params: Params = PARAMS) -> None:
     """Stage: one page to look at."""
-    from svdiff.evaluation.report import report as run
+    from svdiff.report.page import report as run
 
     wrote(run(read(params)))

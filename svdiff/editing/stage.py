@@ -14,12 +14,13 @@ from svdiff.editing.edits import edit_picture, sheet
 from svdiff.editing.scores import score_edits
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
-from svdiff.evaluation.edit_section import EDITS
-from svdiff.evaluation.evaluators import describe_evaluators, load_evaluators
+from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators
 from svdiff.files import atomic_dir
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import check_prompts
 from svdiff.sampling.stage import delta_path, personalise
+
+EDITS = Path("out/edit")  # a folder an edit
 
 
 def edit(config: Config, name: str, *, delta: Path | None = None, output: Path | None = None) -> Path:
@@ -38,7 +39,7 @@ def edit(config: Config, name: str, *, delta: Path | None = None, output: Path |
         SvdiffError: a bad picture, a prompt too long, or nothing trained yet; before any work.
     """
     request, output = config.edit_of(name), output or EDITS / name
-    picture = load_picture(request.image).image
+    load_picture(request.image)
     delta = delta or delta_path(name)
     if not delta.is_file():
         raise SvdiffError(f"{delta} not found; train on the picture first, with `dvc repro train-edit@{name}`")
@@ -46,7 +47,13 @@ def edit(config: Config, name: str, *, delta: Path | None = None, output: Path |
     check_prompts(pipe, [request.prompt, *request.targets])
     evaluators = load_evaluators(config.evaluators)
     personalise(pipe, delta)
-    edited = edit_picture(pipe, picture, request.prompt, request.targets, config.edit)
+    return make_edits(pipe, config, name, evaluators, output)
+
+
+def make_edits(pipe: Any, config: Config, name: str, evaluators: Evaluators, output: Path) -> Path:
+    """Sample and score the edits of `name` with `pipe` as it is, into the files of `edit`."""
+    request = config.edit_of(name)
+    edited = edit_picture(pipe, load_picture(request.image).image, request.prompt, request.targets, config.edit)
     table, numbers = score_edits(edited, evaluators)
     with atomic_dir(output) as folder:
         (folder / "pictures").mkdir()

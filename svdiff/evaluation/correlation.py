@@ -2,8 +2,8 @@
 
 An entry is the cosine of two concepts' shifts in each layer, averaged over the layers. A concept with itself
 would always be 1; the paper's diagonal compares two runs of the concept instead, with learning rates of the
-1-D weights of 1e-3 and 1e-6. The second run is `out/train/<concept>/twin/delta.safetensors`; where there is
-none, the diagonal is blank.
+1-D weights of 1e-3 and 1e-6. The stage `second-run` makes the second run of `correlate.second_runs`, with
+`correlate.lr_1d`; for other concepts the diagonal is blank.
 """
 
 from __future__ import annotations
@@ -28,18 +28,12 @@ def correlate(config: Config) -> Path:
     """Correlate all trained concepts of the configuration into out/correlate: matrix.csv, heatmap.png,
     summary.json.
 
-    Raises:
-        SvdiffError: fewer than two concepts are trained, or their shifts are not of one base.
+    Of no concept the matrix is empty, of one it has its diagonal alone. Raises SvdiffError if shifts are not of one base.
     """
     spectral = [name for name in config.concepts if config.train_config(name).method == "svdiff"]
     deltas = {name: SpectralDelta.load(path) for name in spectral if (path := delta_path(name)).is_file()}
-    if len(deltas) < 2:
-        raise SvdiffError(
-            f"correlation compares trained concepts, found {', '.join(deltas) or 'none'} in {TRAINED}; "
-            "expected at least two of " + ", ".join(config.concepts) + ". Fix: train them, e.g. `dvc repro`"
-        )
-    twins = {name: SpectralDelta.load(path) for name in deltas if (path := twin_path(name)).is_file()}
-    matrix = correlation_matrix(deltas, twins)
+    seconds = {name: SpectralDelta.load(path) for name in deltas if (path := second_run_path(name)).is_file()}
+    matrix = correlation_matrix(deltas, seconds)
     with atomic_dir(CORRELATION) as folder:
         matrix.to_csv(folder / "matrix.csv", index_label="concept", float_format="%.6f")
         (folder / "summary.json").write_text(json.dumps(summarise(matrix), indent=2) + "\n")
@@ -52,18 +46,30 @@ def delta_path(concept: str) -> Path:
     return TRAINED / concept / "delta.safetensors"
 
 
-def twin_path(concept: str) -> Path:
-    """The delta of the concept's second run, with another learning rate of the 1-D weights."""
-    return TRAINED / concept / "twin" / "delta.safetensors"
+def second_run_path(concept: str) -> Path:
+    """The delta of the concept's second run; no entry can have this name."""
+    return TRAINED / f"{concept}@second-run" / "delta.safetensors"
 
 
-def correlation_matrix(deltas: dict[str, SpectralDelta], twins: dict[str, SpectralDelta] | None = None) -> pd.DataFrame:
-    """Mean layer cosines, rows and columns in the order of `deltas`; the diagonal from `twins`, else NaN."""
-    names, twins = list(deltas), twins or {}
+def train_second_run(config: Config, concept: str) -> Path:
+    """Stage `second-run`: train the concept once more, with another learning rate of the 1-D weights."""
+    from svdiff.training import train
+
+    config.concept(concept)
+    overrides = {"method": "svdiff", "lr_1d": config.correlate.lr_1d}
+    quiet = config.model_copy(update={"tracking": config.tracking.model_copy(update={"live": "none"})})
+    return train(quiet, concept, out_dir=second_run_path(concept).parent, overrides=overrides)
+
+
+def correlation_matrix(
+    deltas: dict[str, SpectralDelta], second_runs: dict[str, SpectralDelta] | None = None
+) -> pd.DataFrame:
+    """Mean layer cosines, rows and columns in the order of `deltas`; the diagonal from `second_runs`, else NaN."""
+    names, second_runs = list(deltas), second_runs or {}
     matrix = pd.DataFrame(np.nan, index=names, columns=names)
     for row, first in enumerate(names):
-        if first in twins:
-            matrix.loc[first, first] = mean_cosine(deltas[first], twins[first], f"{first} and its twin")
+        if first in second_runs:
+            matrix.loc[first, first] = mean_cosine(deltas[first], second_runs[first], f"two runs of {first}")
         for second in names[row + 1 :]:
             cosine = mean_cosine(deltas[first], deltas[second], f"{first} and {second}")
             matrix.loc[first, second] = matrix.loc[second, first] = cosine
@@ -92,6 +98,8 @@ def mean_cosine(a: SpectralDelta, b: SpectralDelta, pair: str = "the deltas") ->
 
 def summarise(matrix: pd.DataFrame) -> dict[str, float | str]:
     """Flat facts of summary.json: the mean between different concepts, the most and least similar pair."""
+    if len(matrix) < 2:
+        return {"concepts": len(matrix), **_two_runs(matrix)}
     rows, columns = np.triu_indices(len(matrix), k=1)
     values = matrix.to_numpy()[rows, columns]
     most, least = int(np.nanargmax(values)), int(np.nanargmin(values))
@@ -105,7 +113,9 @@ def summarise(matrix: pd.DataFrame) -> dict[str, float | str]:
         "least_similar": pairs[least],
         "least_similar_cosine": round(float(values[least]), 6),
     }
+    return {**summary, **_two_runs(matrix)}
+
+
+def _two_runs(matrix: pd.DataFrame) -> dict[str, float]:
     diagonal = np.diag(matrix.to_numpy())
-    if np.isfinite(diagonal).any():
-        summary["two_runs_mean"] = round(float(np.nanmean(diagonal)), 6)
-    return summary
+    return {"two_runs_mean": round(float(np.nanmean(diagonal)), 6)} if np.isfinite(diagonal).any() else {}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 INK, QUIET, GRID, BLANK = "#1f2430", "#6b7280", "#e5e7eb", "#f1f2f4"
 HUES = ("#2f6f9f", "#c2703d", "#4f8a5b", "#8a5a9e", "#b0476a", "#7a7a35", "#3d8f93", "#8c6246")
+WRITTEN, NAMED = 24, 100  # rows of a heat map with their values written, and with their names
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -95,12 +96,12 @@ def training_curve(curve: pd.DataFrame) -> Figure:
 
 
 def alignment_scatter(scores: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Fig. 9b: text against image alignment, an arrow a concept from the untrained base to the delta."""
+    """Fig. 9b: text alignment against identity, an arrow a concept from the untrained base to the delta."""
     with _figure(6.4, 4.2) as (figure, axes):
         for index, score in enumerate(scores.values()):
             colour = HUES[index % len(HUES)]
-            start = (score["base_text_alignment"], score["base_image_alignment"])
-            end = (score["text_alignment"], score["image_alignment"])
+            start = (score["base_text_alignment"], score["base_identity"])
+            end = (score["text_alignment"], score["identity"])
             axes.annotate(
                 "",
                 end,
@@ -113,9 +114,10 @@ def alignment_scatter(scores: Mapping[str, Mapping[str, float]]) -> Figure:
         axes.plot([], [], "o", color=QUIET, label="trained")
         axes.margins(0.18)
         axes.set_xlabel("text alignment: CLIP cosine with the prompt →")
-        axes.set_ylabel("image alignment: 1 − LPIPS →")
+        axes.set_ylabel("identity: cosine with the concept's pictures →")
         axes.legend(loc="best", fontsize=8)
-        _label_points(axes, [(name, s["text_alignment"], s["image_alignment"]) for name, s in scores.items()])
+        if len(scores) <= WRITTEN:
+            _label_points(axes, [(name, s["text_alignment"], s["identity"]) for name, s in scores.items()])
     return figure
 
 
@@ -135,21 +137,28 @@ def _label_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None
 
 
 def heat_map(matrix: pd.DataFrame, label: str) -> Figure:
-    """Fig. 9a: a square matrix of cosines with its values; NaN is blank. Colours are symmetric about zero."""
+    """Fig. 9a: a square matrix of cosines with its values; NaN is blank. Colours are symmetric about zero.
+
+    Beyond NAMED rows there are no names, beyond WRITTEN no values: nobody could read them.
+    """
+    if matrix.empty:
+        matrix = pd.DataFrame([[np.nan]], ["no concept"], ["no concept"])
     names = [str(name) for name in matrix.columns]
-    side = 1.8 + 0.62 * max(len(names), 3)
+    side = 1.8 + 0.62 * max(min(len(names), WRITTEN), 3)
     with _figure(side + 1.0, side) as (figure, axes):
         values = matrix.to_numpy(float)
         limit = max(0.1, 1.2 * float(np.nanmax(np.abs(values), initial=0)))
         image = axes.imshow(np.ma.masked_invalid(values), cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes.set_facecolor(BLANK)
-        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
+        ticks = range(len(names)) if len(names) <= NAMED else range(0)
+        size = min(9, 600 / len(names))
+        axes.set_xticks(ticks, names[: len(ticks)], rotation=40, ha="right", rotation_mode="anchor", fontsize=size)
+        axes.set_yticks(ticks, names[: len(ticks)], fontsize=size)
         axes.grid(visible=False)
         axes.tick_params(length=0, labelcolor=INK)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        if len(names) <= 24:
+        if len(names) <= WRITTEN:
             for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
                 value = values[row, column]
                 colour = "white" if abs(value) > 0.6 * limit else INK
@@ -161,11 +170,11 @@ def heat_map(matrix: pd.DataFrame, label: str) -> Figure:
 
 
 def rank_curve(ranks: pd.DataFrame) -> Figure:
-    """Fig. 25 in numbers: image and text alignment against the rank trained with, a line a kind of prompt."""
+    """Fig. 25 in numbers: identity and text alignment against the rank trained with, a line a kind of prompt."""
     labels = list(dict.fromkeys(ranks["rank"].astype(str)))
     with _figure(4.6, 4.8, rows=2) as (figure, axes):
         titles = {
-            "image_alignment": "image alignment: 1 − LPIPS",
+            "identity": "identity: cosine",
             "text_alignment": "text alignment: CLIP cosine",
         }
         for axis, (measure, title) in zip(axes, titles.items(), strict=True):

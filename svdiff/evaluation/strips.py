@@ -16,6 +16,8 @@ from svdiff.sampling.images import Job
 from svdiff.sampling.stage import Part, draw_pictures, personalise_with
 from svdiff.spectral import SpectralDelta, mix_by_layer
 
+STYLE_SUBSET = "UNet-2D"  # of Fig. 10
+
 
 class Column(NamedTuple):
     """One model of a strip: its caption, and the weighted deltas that make it (none: the base)."""
@@ -46,6 +48,7 @@ def addition(deltas: Sequence[tuple[Path, float]], names: Sequence[str]) -> list
 def style_mixing(geometry: Path, appearance: Path, layers: str | None = None) -> list[Column]:
     """Fig. 10: geometry from one delta, everything else from another; and the two the other way round.
 
+    The paper's deltas of Fig. 10 are trained on UNet-2D; a column says which subset its delta shifts where it is another.
     `layers` is a regular expression of weight names that carry geometry; default: `geometry_layers`.
     Raises SvdiffError where it chooses no weight or all of them, or the deltas are not spectral.
     """
@@ -59,11 +62,17 @@ def style_mixing(geometry: Path, appearance: Path, layers: str | None = None) ->
             "but not all, such as 'mid_block'"
         )
     return [
-        Column("geometry", [(geometry, 1.0)]),
+        Column(f"geometry{_subset(a)}", [(geometry, 1.0)]),
         Column("mixed", [(mix_by_layer(a, b, takes), 1.0)]),
         Column("swapped", [(mix_by_layer(b, a, takes), 1.0)]),
-        Column("appearance", [(appearance, 1.0)]),
+        Column(f"appearance{_subset(b)}", [(appearance, 1.0)]),
     ]
+
+
+def _subset(delta: SpectralDelta) -> str:
+    """A second line of a caption: the subset of Table 1 that a delta shifts, unless it is that of Fig. 10."""
+    subset = delta.metadata.get("subset", STYLE_SUBSET)
+    return "" if subset == STYLE_SUBSET else f"\nshifts {subset}"
 
 
 def _matching(pattern: str) -> Callable[[str], bool]:
@@ -106,14 +115,17 @@ def draw_strip(
 ) -> Path:
     """Write a PNG with a row a prompt and seed and a column a model; the noise of a row is the same in all columns.
 
+    `settings` say how; default: section `sample` with the paper's η = 0.
+
     Raises SvdiffError for deltas that do not fit the base or each other.
     """
     jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
+    settings = settings or config.sample.replaced({"eta": 0.0})
     pipe = load_pipeline(config.base)
     drawn = []
     for caption, parts in columns:
         personal = personalise_with(pipe, parts)
-        drawn.append(draw_pictures(pipe, jobs, settings or config.sample, progress=f"strip {caption}"))
+        drawn.append(draw_pictures(pipe, jobs, settings, progress=f"strip {caption}"))
         personal.unload()
     rows = [[images[place] for images in drawn] for place in range(len(jobs))]
     labels = [job.prompt if len(seeds) == 1 else f"{job.prompt}, seed {job.seed}" for job in jobs]

@@ -13,7 +13,15 @@ from PIL import Image
 
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.correlation import correlate, correlation_matrix, mean_cosine, summarise
+from svdiff.evaluation import plots
+from svdiff.evaluation.correlation import (
+    correlate,
+    correlation_matrix,
+    mean_cosine,
+    second_run_path,
+    summarise,
+    train_second_run,
+)
 from svdiff.spectral import SpectralDelta
 
 
@@ -74,18 +82,46 @@ def test_stage(checkout: Path, config: Config) -> None:
     assert min(Image.open(folder / "heatmap.png").size) > 300
     first = (folder / "heatmap.png").read_bytes()
 
-    twin = checkout / "out/train/red-dog/twin"
-    twin.mkdir()
-    random_delta(5).save(twin / "delta.safetensors")
+    second_run = second_run_path("red-dog")
+    second_run.parent.mkdir()
+    random_delta(5).save(second_run)
     matrix = pd.read_csv(correlate(config) / "matrix.csv", index_col="concept")
     assert matrix.loc["red-dog", "red-dog"] == pytest.approx(reference(random_delta(0), random_delta(5)), abs=1e-6)
 
-    (twin / "delta.safetensors").unlink()
+    second_run.unlink()
     correlate(config)
     assert (folder / "heatmap.png").read_bytes() == first, "the same matrix makes the same file"
 
 
-def test_one_delta_is_not_enough(checkout: Path, config: Config) -> None:
-    (checkout / "out/train/red-dog/delta.safetensors").unlink()
-    with pytest.raises(SvdiffError, match="found green-cat"):
-        correlate(config)
+@pytest.mark.parametrize("trained", [[], ["green-cat"]])
+def test_one_concept_and_none_have_a_correlation_as_well(checkout: Path, config: Config, trained: list[str]) -> None:
+    for name in {"red-dog", "green-cat"} - set(trained):
+        (checkout / f"out/train/{name}/delta.safetensors").unlink()
+    folder = correlate(config)
+    assert json.loads((folder / "summary.json").read_text()) == {"concepts": len(trained)}
+    assert list(pd.read_csv(folder / "matrix.csv", index_col="concept").index) == trained
+    assert min(Image.open(folder / "heatmap.png").size) > 100
+
+
+def test_the_heat_map_of_hundreds_stays_a_figure() -> None:
+    names = [f"concept-{number}" for number in range(300)]
+    figure = plots.heat_map(pd.DataFrame(np.eye(300), names, names), "cosine")
+    assert max(figure.get_size_inches()) < 20
+    assert not figure.axes[0].get_xticklabels()
+
+
+def test_the_second_run_differs_by_its_rate_of_1d_weights_alone(
+    checkout: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import svdiff.training
+
+    asked = {}
+    monkeypatch.setattr(svdiff.training, "train", lambda _, name, **named: asked.update(name=name, **named))
+    train_second_run(config, "red-dog")
+    assert asked == {
+        "name": "red-dog",
+        "out_dir": second_run_path("red-dog").parent,
+        "overrides": {"method": "svdiff", "lr_1d": 1e-6},
+    }
+    with pytest.raises(SvdiffError, match=r"'dog' in params\.yaml"):
+        train_second_run(config, "dog")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from svdiff.config import Config, EditConfig
-from svdiff.evaluation.edit_section import edit_parts
-from svdiff.evaluation.report import report
+from svdiff.report.edits import edit_parts
+from svdiff.report.page import report
 
 NUMBERS = {
     "input_edit": 0.1,

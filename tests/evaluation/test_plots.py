@@ -42,7 +42,7 @@ def test_heat_map_labels_every_value_and_leaves_blanks() -> None:
 
 
 def test_names_of_close_points_do_not_cover_each_other() -> None:
-    point = {"text_alignment": 0.3, "image_alignment": 0.5, "base_text_alignment": 0.3, "base_image_alignment": 0.4}
+    point = {"text_alignment": 0.3, "identity": 0.5, "base_text_alignment": 0.3, "base_identity": 0.4}
     figure = plots.alignment_scatter({"one": point, "two": point, "three": point})
     figure.draw_without_rendering()
     labels = [text for text in figure.axes[0].texts if text.get_text() in {"one", "two", "three"}]

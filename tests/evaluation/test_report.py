@@ -9,15 +9,15 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from evaluation_parts import PROMPTS, drawing
+from evaluation_parts import PLAIN, PROMPTS, drawing, write_drift
 from PIL import Image
 
 from svdiff.config import Config
-from svdiff.errors import SvdiffError
 from svdiff.evaluation.correlation import correlate
-from svdiff.evaluation.report import report
 from svdiff.evaluation.score import score
+from svdiff.report.page import report
 
 
 class Page(HTMLParser):
@@ -81,7 +81,7 @@ def test_every_concept_with_its_parts(page: Page, config: Config) -> None:
             assert sum(words in (image["alt"] or "") for image in page.all("img")) == 1
     for words in ("Image alignment", "Text alignment", "CLIP-I", "lpips.net", "bootstrap: 2000"):
         assert words in page.text
-    targets = {attributes["href"] for attributes in page.all("a")}
+    targets = {attributes["href"] for attributes in page.all("a")} - {"scores.csv"}
     ids = {f"#{attributes['id']}" for _, attributes in page.tags if attributes.get("id")}
     assert targets <= ids
 
@@ -108,13 +108,65 @@ def test_unfinished_work_is_reported_as_such(checkout: Path, config: Config) -> 
     assert "NaN" not in html
 
 
-def test_nothing_to_report(checkout: Path, config: Config) -> None:
+def test_what_was_not_trained_says_so(checkout: Path, config: Config) -> None:
     for name in config.concepts:
         (checkout / f"out/train/{name}/curve.csv").unlink()
         (checkout / f"out/sample/{name}/images.csv").unlink()
-    with pytest.raises(SvdiffError, match="nothing to report"):
-        report(config)
-    assert not (checkout / "out/report").exists()
+    assert report(config).read_text().count("Not trained yet") == 2
+    none = Config.model_validate({"classes": [], "concepts": {}, "sample": {"prompts": ["a {subject}"]}})
+    assert "Nothing is trained yet" in report(none).read_text()
+
+
+def test_drift_is_shown_with_the_pictures_that_it_was_measured_on(checkout: Path, config: Config) -> None:
+    varied = ["goldenrod", "navy", "hotpink", "black"]
+    write_drift(checkout / "out/sample/red-dog/drift", "dog", {"trained": ["crimson"], "base": varied})
+    score(config, "red-dog", evaluators=PLAIN)
+    html = report(config).read_text()
+    page = Page(html)
+    assert page.open == []
+    assert [image for image in page.all("img") if image["alt"] == "4 pictures of “a dog” by the trained model"]
+    assert "Variety kept" in page.text
+    assert re.search(r'<td class="worse">\+0\.\d+', without_pictures(html)), (
+        "a class word that gained identity is worse"
+    )
+    assert "not scored yet" in page.text  # the other concept
+
+
+def test_hundreds_of_concepts_are_paged_and_the_worst_are_listed(
+    checkout: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"dog-{number:03d}" for number in range(45)]
+    many = Config.model_validate(
+        {
+            "classes": ["dog"],
+            "concepts": {name: {"class_word": "dog"} for name in names},
+            "sample": {"prompts": ["a {subject}"]},
+        }
+    )
+    score(config, "red-dog", evaluators=PLAIN)
+    known = json.loads((checkout / "out/score/red-dog/metrics.json").read_text())
+    for number, name in enumerate(names):
+        (checkout / "data/concepts" / name).mkdir()
+        drawing("crimson", seed=number, side=96).save(checkout / "data/concepts" / name / "0.png")
+        (checkout / "out/score" / name).mkdir(parents=True)
+        metrics = known | {"identity_gain": number / 100}
+        (checkout / "out/score" / name / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr("svdiff.report.page.LISTED", 10)
+    folder = report(many).parent
+    assert {path.name for path in folder.iterdir()} == {"index.html", "page-2.html", "page-3.html", "scores.csv"}
+    table = pd.read_csv(folder / "scores.csv", index_col="name")
+    assert list(table.index) == names
+    assert table.loc["dog-007", "identity_gain"] == 0.07
+    pages = {name: Page((folder / name).read_text()) for name in ("index.html", "page-2.html", "page-3.html")}
+    ids = {name: {f"#{a['id']}" for _, a in page.tags if a.get("id")} for name, page in pages.items()}
+    for name, page in pages.items():
+        assert page.open == []
+        for link in {str(a["href"]) for a in page.all("a")} - {"scores.csv"}:
+            file, _, anchor = link.partition("#")
+            assert not anchor or f"#{anchor}" in ids[file or name], link
+    rows = [str(a["href"]) for a in pages["index.html"].all("a") if "#concept-dog" in str(a["href"])]
+    assert rows[-10:] == [f"#concept-{name}" for name in names[:10]], "the lowest gains of identity"
+    assert "The 10 of 45 with the lowest gain" in " ".join(pages["index.html"].text.split())
 
 
 def test_names_and_prompts_are_escaped(checkout: Path, config: Config) -> None:

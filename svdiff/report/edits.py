@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from svdiff.config import Config
-from svdiff.evaluation.figures import Figure, figure_file, read_json
-
-EDITS = Path("out/edit")  # where the stage `edit` writes, a folder an edit
+from svdiff.editing.stage import EDITS
+from svdiff.report.figures import Figure, figure_file, read_json
 
 
 class StartScores(NamedTuple):

@@ -12,9 +12,10 @@ from evaluation_parts import PLAIN, drawing
 
 from svdiff.config import load_config
 from svdiff.errors import SvdiffError
-from svdiff.evaluation import comparison
-from svdiff.evaluation.comparison import WAYS, compare_pairs, estimate, summarise
+from svdiff.evaluation.intervals import mean_interval
 from svdiff.evaluation.pairs import PAIR_MEASURES
+from svdiff.experiments import cells
+from svdiff.experiments.pairs import WAYS, compare_pairs, summarise
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def pair_checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))
-    monkeypatch.setattr(comparison, "load_evaluators", lambda _: PLAIN)
+    monkeypatch.setattr(cells, "load_evaluators", lambda _: PLAIN)
     return tmp_path
 
 
@@ -85,7 +86,7 @@ def test_every_cell_is_made_once_and_kept(pair_checkout: Path, monkeypatch: pyte
 
 
 def test_what_is_impossible_is_refused_before_any_work(pair_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "load_pipeline", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr(cells, "load_pipeline", lambda *_: pytest.fail("work has begun"))
     config = load_config()
     with pytest.raises(SvdiffError, match="no way of training 'cutmix'"):
         compare_pairs(config, ways=["cutmix"], output=Path("result"))
@@ -102,9 +103,9 @@ def test_intervals_cover_the_truth_when_trainings_differ() -> None:
     random, covered, naive = np.random.default_rng(3), 0, 0
     for trial in range(200):
         values = 0.5 * random.standard_normal((12, 1)) + 0.2 * random.standard_normal((12, 20)) + 1.0
-        found = estimate(values, resamples=300, seed=trial)
+        found = mean_interval(values, resamples=300, seed=trial)
         covered += found.low <= 1.0 <= found.high
-        pooled = estimate(values.reshape(1, -1), resamples=300, seed=trial)
+        pooled = mean_interval(values.reshape(1, -1), resamples=300, seed=trial)
         naive += pooled.low <= 1.0 <= pooled.high
     assert covered / 200 > 0.85
     assert naive / 200 < 0.6
@@ -117,7 +118,7 @@ def test_differences_are_taken_picture_by_picture() -> None:
     gains = {("svdiff", "without"): 0.0, ("svdiff", "cut-mix-unmix"): 0.25, ("full", "without"): -0.5}
     table = pd.DataFrame(
         [
-            {"pair": "both", "method": method, "way": way, "seed": seed, "picture": picture}
+            {"pair": "both", "method": method, "way": way, "training": seed, "picture": picture}
             | dict.fromkeys(PAIR_MEASURES, value + gain)
             for (method, way), gain in gains.items()
             for (seed, picture), value in noise.items()

@@ -1,7 +1,8 @@
-"""Stage `report`: one self-contained page that shows every concept and pair beside its neighbours.
+"""Stage `report`: pages that show every concept and pair beside its neighbours, and a table of all scores.
 
-Pictures and figures are part of the file, nothing is loaded from anywhere: it can be mailed, archived and
-opened offline.
+Pictures and figures are part of the pages, nothing is loaded from anywhere: they can be mailed, archived and
+opened offline. Of many concepts the first page has the table of those with the lowest gain, scores.csv has all, and each
+further page shows the next PER_PAGE.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ import jinja2
 import pandas as pd
 import yaml
 from PIL import Image
+from tqdm.auto import tqdm
 
 import svdiff
 from svdiff.config import Config
-from svdiff.data.concepts import concept_folder, load_concept_images, to_square
+from svdiff.data.concepts import to_square
 from svdiff.data.mixes import mix_folder
-from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.evaluation.correlation import CORRELATION, TRAINED
-from svdiff.evaluation.edit_section import edit_parts
-from svdiff.evaluation.figures import Figure, chart, figure_file, picture_figure, read_json
-from svdiff.evaluation.rank import RANKS
-from svdiff.evaluation.score import SAMPLES, SCORES, read_samples
+from svdiff.evaluation.score import DRIFT, SAMPLES, SCORES, read_samples, real_pictures
+from svdiff.experiments.rank import RANKS
 from svdiff.files import atomic_dir
+from svdiff.report.edits import edit_parts
+from svdiff.report.figures import Figure, chart, figure_file, picture_figure, read_json
 
 REPORT = Path("out/report")
+PER_PAGE = 20  # concepts and pairs shown on a page
+LISTED = 50  # in the table of the first page
+DRIFT_SEEDS = 8  # pictures of a class prompt shown
 THUMBNAIL = 192  # largest side of a sample in the page, in pixels
 FILM = 6  # validation grids shown a concept
 MEASURES = {
@@ -40,6 +44,8 @@ MEASURES = {
     "clip_i": ("clip_i", "CLIP-I", "CLIP cosine with the training pictures"),
     # Of pairs only, whose image alignment and CLIP-I are those of the two things in a picture, each with its own subject.
     "separation": ("separation", "Separation", "1: both subjects as themselves, 0: blended, below: twins"),
+    "identity_first": ("identity_first", "Identity, first subject", "of its own region of the picture"),
+    "identity_second": ("identity_second", "Identity, second subject", "of its own region of the picture"),
     "both_identified": ("both_identified", "Both identified", "share of pictures that show both"),
 }
 
@@ -55,16 +61,18 @@ class Score:
     gain: float
     low: float
     high: float
+    lower_is_better: bool = False
 
     @property
-    def verdict(self) -> str:
+    def judgement(self) -> str:
         """'better', 'worse' or 'open', by the interval."""
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "open"
+        above, below = ("worse", "better") if self.lower_is_better else ("better", "worse")
+        return above if self.low > 0 else below if self.high < 0 else "open"
 
 
 @dataclass
-class Page:
-    """What the page shows of one concept or pair; parts that were not made yet are empty."""
+class Shown:
+    """What is shown of one concept or pair; parts that were not made yet are empty."""
 
     name: str
     subject: str
@@ -73,6 +81,9 @@ class Page:
     rows: list[tuple[str, Figure, Figure]] = field(default_factory=list)  # prompt, trained, base
     seeds: list[int] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    drift: Score | None = None  # identity of the bare class word's pictures with the concept
+    variety: tuple[float, float, float] | None = None  # the share that is kept, and its interval
+    class_rows: list[tuple[str, Figure, Figure]] = field(default_factory=list)  # class prompt, trained, base
     curve: Figure | None = None
     film: list[Figure] = field(default_factory=list)
     strip: Figure | None = None
@@ -81,36 +92,60 @@ class Page:
 
 
 def report(config: Config) -> Path:
-    """Write out/report/index.html from whatever the other stages have made of the configured concepts.
+    """Write out/report/: index.html, page-2.html, … and scores.csv, of whatever the other stages have made.
 
-    Raises:
-        SvdiffError: nothing was made yet, or an output is damaged.
+    Raises SvdiffError if an output is damaged.
     """
     names = [*config.concepts, *config.pairs]
-    pages = [_page(config, name) for name in names]
-    if not any(page.rows or page.curve for page in pages):
-        raise SvdiffError(
-            f"nothing to report: no concept of params.yaml has results in {TRAINED} yet. Fix: `dvc repro`"
-        )
     metrics = {name: values for name in names if (values := read_json(SCORES / name / "metrics.json"))}
     evaluators = next((values for name in metrics if (values := read_json(SCORES / name / "evaluators.json"))), {})
-    scatter = chart(plots.alignment_scatter(metrics), _scatter_alt(metrics)) if metrics else None
     correlation = read_json(CORRELATION / "summary.json")
-    html = _template().render(
-        version=svdiff.__version__,
-        date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
-        config=config,
-        params=_parameters(config),
-        pages=pages,
-        scatter=scatter,
-        correlation=correlation,
-        heat_map=figure_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
-        evaluators=_flat(evaluators),
-        edits=edit_parts(config),
-    )
+    chunks = [names[start : start + PER_PAGE] for start in range(0, len(names), PER_PAGE)] or [[]]
+    place = {name: file_name(number) for number, chunk in enumerate(chunks) for name in chunk}
+    lowest = sorted(names, key=lambda name: metrics.get(name, {}).get("identity_gain", -9.0))
+    listed = names if len(names) <= LISTED else lowest[:LISTED]
+    common = {
+        "version": svdiff.__version__,
+        "date": datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+        "config": config,
+        "place": place,
+        "files": [file_name(number) for number in range(len(chunks))],
+        "edits": edit_parts(config),
+    }
+    first = {
+        "listed": [_row_of_table(config, name, metrics.get(name, {})) for name in listed],
+        "entries": len(names),
+        "scatter": chart(plots.alignment_scatter(metrics), _scatter_alt(metrics)) if metrics else None,
+        "correlation": correlation,
+        "heat_map": figure_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
+        "params": _parameters(config),
+        "evaluators": _flat(evaluators),
+    }
+    template = _template()
     with atomic_dir(REPORT) as folder:
-        (folder / "index.html").write_text(html, encoding="utf-8")
+        for number, chunk in enumerate(tqdm(chunks, desc="report", unit="page")):
+            pages = [_shown(config, name) for name in chunk]
+            html = template.render(**common, **first, pages=pages, number=number)
+            (folder / file_name(number)).write_text(html, encoding="utf-8")
+        scores_table(metrics).to_csv(folder / "scores.csv", index_label="name")
     return REPORT / "index.html"
+
+
+def file_name(number: int) -> str:
+    """Of a page of the report, counted from 0."""
+    return "index.html" if number == 0 else f"page-{number + 1}.html"
+
+
+def scores_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """All numbers of all concepts and pairs, a row each."""
+    return pd.DataFrame.from_dict(metrics, orient="index")
+
+
+def _row_of_table(config: Config, name: str, metrics: dict[str, Any]) -> Shown:
+    """What the table of the first page says of an entry: its scores, without pictures."""
+    shown = Shown(name, config.entry(name).subject)
+    shown.scores, shown.drift, shown.variety = _scores(metrics), _drift(metrics), _variety(metrics)
+    return shown
 
 
 def _parameters(config: Config) -> str:
@@ -129,33 +164,36 @@ def _template() -> jinja2.Template:
     )
     environment.filters["number"] = lambda value, digits=3: f"{value:.{digits}f}".replace("-", "−")
     environment.filters["signed"] = lambda value: f"{value:+.3f}".replace("-", "−")
-    return environment.get_template("report.html")
+    return environment.get_template("page.html")
 
 
-def _page(config: Config, name: str) -> Page:
-    entry = config.entry(name)
-    page = Page(name, entry.subject)
-    page.training = [
-        picture_figure(to_square(picture.image, THUMBNAIL), f"training picture {index} of {concept}")
-        for concept in entry.concepts
-        for index, picture in enumerate(load_concept_images(concept_folder(concept)), start=1)
+def _shown(config: Config, name: str) -> Shown:
+    entry, metrics = config.entry(name), read_json(SCORES / name / "metrics.json")
+    shown = _row_of_table(config, name, metrics)
+    shown.training = [
+        picture_figure(to_square(picture, THUMBNAIL), f"training picture {index} of {concept}")
+        for concept, pictures in real_pictures(entry).items()
+        for index, picture in enumerate(pictures, start=1)
     ]
     if (SAMPLES / name / "images.csv").is_file():
         samples, _ = read_samples(SAMPLES / name)
-        page.seeds = sorted(samples["seed"].unique().tolist())
-        page.rows = [_row(SAMPLES / name, rows) for _, rows in samples.groupby("prompt_index")]
-    page.scores = _scores(read_json(SCORES / name / "metrics.json"))
+        shown.seeds = sorted(samples["seed"].unique().tolist())
+        shown.rows = [_row(SAMPLES / name, rows) for _, rows in samples.groupby("prompt_index")]
+    if (SAMPLES / name / DRIFT / "images.csv").is_file():
+        samples, _ = read_samples(SAMPLES / name / DRIFT)
+        few = samples[samples["seed"] < DRIFT_SEEDS]
+        shown.class_rows = [_row(SAMPLES / name / DRIFT, rows) for _, rows in few.groupby("prompt_index")]
     if (TRAINED / name / "curve.csv").is_file():
         curve = pd.read_csv(TRAINED / name / "curve.csv")
         alt = f"training loss of {name} over {int(curve['step'].max())} steps"
-        page.curve = chart(plots.training_curve(curve), alt)
-        page.facts = _facts(config, name, read_json(TRAINED / name / "train.json"))
-        page.film = _film(TRAINED / name / "validation", name)
+        shown.curve = chart(plots.training_curve(curve), alt)
+        shown.facts = _facts(config, name, read_json(TRAINED / name / "train.json"))
+        shown.film = _film(TRAINED / name / "validation", name)
     if (sheet := mix_folder(name) / "sheet.png").is_file():
-        page.mixes = picture_figure(Image.open(sheet), f"mixes that {name} was trained on, priors beneath")
-    page.strip = figure_file(RANKS / name / "strip.png", f"pictures of {name} for each rank trained with")
-    page.rank_curve = figure_file(RANKS / name / "curve.png", f"alignment of {name} against the rank trained with")
-    return page
+        shown.mixes = picture_figure(Image.open(sheet), f"mixes that {name} was trained on, priors beneath")
+    shown.strip = figure_file(RANKS / name / "strip.png", f"pictures of {name} for each rank trained with")
+    shown.rank_curve = figure_file(RANKS / name / "curve.png", f"alignment of {name} against the rank trained with")
+    return shown
 
 
 def _row(folder: Path, rows: pd.DataFrame) -> tuple[str, Figure, Figure]:
@@ -170,8 +208,7 @@ def _row(folder: Path, rows: pd.DataFrame) -> tuple[str, Figure, Figure]:
 
 
 def _scores(metrics: dict[str, Any]) -> list[Score]:
-    if not metrics:
-        return []
+    """The measures that were taken, identity first."""
     return [
         Score(
             label,
@@ -183,6 +220,28 @@ def _scores(metrics: dict[str, Any]) -> list[Score]:
         for short, (measure, label, meaning) in MEASURES.items()
         if measure in metrics
     ]
+
+
+def _drift(metrics: dict[str, Any]) -> Score | None:
+    """How far the bare class word has moved towards the concept."""
+    if "drift_identity" not in metrics:
+        return None
+    return Score(
+        label="Drift",
+        meaning="identity of the bare class word's pictures with the concept; a gain is a leak",
+        trained=metrics["drift_identity"],
+        base=metrics["base_drift_identity"],
+        gain=metrics["drift_gain"],
+        low=metrics["drift_gain_low"],
+        high=metrics["drift_gain_high"],
+        lower_is_better=True,
+    )
+
+
+def _variety(metrics: dict[str, Any]) -> tuple[float, float, float] | None:
+    if "variety_kept" not in metrics:
+        return None
+    return metrics["variety_kept"], metrics["variety_kept_low"], metrics["variety_kept_high"]
 
 
 def _facts(config: Config, name: str, trained: dict[str, Any]) -> list[tuple[str, str]]:
@@ -242,16 +301,16 @@ def _side_by_side(pictures: Sequence[Image.Image], gap: int = 1) -> Image.Image:
 
 def _scatter_alt(metrics: dict[str, Any]) -> str:
     parts = [
-        f"{name}: image {score['base_image_alignment']:.2f} to {score['image_alignment']:.2f}, "
+        f"{name}: identity {score['base_identity']:.2f} to {score['identity']:.2f}, "
         f"text {score['base_text_alignment']:.2f} to {score['text_alignment']:.2f}"
-        for name, score in metrics.items()
+        for name, score in list(metrics.items())[:PER_PAGE]
     ]
-    return "text and image alignment from the base to the trained model. " + "; ".join(parts)
+    return "text alignment and identity from the base to the trained model. " + "; ".join(parts)
 
 
 def _correlation_alt(summary: dict[str, Any]) -> str:
-    if not summary:
-        return ""
+    if "most_similar" not in summary:
+        return "correlation of the spectral shifts of fewer than two concepts"
     return (
         f"correlation of the spectral shifts of {summary['concepts']} concepts; most alike: "
         f"{summary['most_similar']} ({summary['most_similar_cosine']:.2f})"

@@ -15,9 +15,10 @@ import svdiff.training
 from svdiff.base.scenes import scene_edits
 from svdiff.base.world import World
 from svdiff.config import load_config
-from svdiff.editing.curves import MEASURES, edit_curves, summarise
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
+from svdiff.experiments import cells as experiments
+from svdiff.experiments.edits import MEASURES, edit_curves, summarise
 
 
 @pytest.mark.slow
@@ -33,6 +34,7 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
         return train(*args, **kwargs)
 
     monkeypatch.setattr(svdiff.training, "train", killed_once)
+    monkeypatch.setattr(experiments, "SMALL", 0)
     config, world = load_config(), World(checkout.values["base_training"]["world"])
     edits = [edit.known(world) for edit in scene_edits(world)]
     asked: dict[str, Any] = {"names": ["dog-background"], "methods": ["svdiff", "full"], "lengths": [1, 2]}
@@ -42,7 +44,7 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
     folder = edit_curves(config, edits, **asked, output=Path("curves"))
     assert trained == [("svdiff", 1), ("svdiff", 2), ("full", 1), ("full", 1), ("full", 2)]
 
-    assert not list(Path("scratch").rglob("delta.safetensors")), "cells that are done keep pictures and scores only"
+    assert not list(Path("scratch").rglob("delta.safetensors")), "of large deltas only pictures and scores stay"
     assert not list(Path("scratch").rglob("state.pt"))
 
     cells = pd.read_csv(folder / "cells.csv")

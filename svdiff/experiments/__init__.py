@@ -1,0 +1,1 @@
+"""Experiments: tables of settings that are trained, sampled and scored once, and drawings of what comes of them."""

@@ -1,0 +1,1 @@
+"""Stage `report`: one page to look at, made of what the other stages have written."""
