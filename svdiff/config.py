@@ -249,15 +249,18 @@ class Config(Section):
 #: Keys of `train` that say nothing to a kind of entry: what an edit is trained on stands in the edit itself (Sec. 3.4).
 WITHOUT_EFFECT: dict[Kind, tuple[str, ...]] = {
     "concept": ("methods", "mix_probability", "unmix_weight"),
-    "pair": ("methods",),
+    "pair": ("methods", "holdout"),
     "edit": (
         "methods",
+        "holdout",
         "prompt",
         "validation_prompts",
         "prior_weight",
         "mix_probability",
         "unmix_weight",
         "single_subject_weight",
+        "train_token",
+        "token_init",
     ),
 }
 

@@ -18,7 +18,7 @@ METHOD_RATES: dict[Method, dict[str, float]] = {
     "lora": {"lr": 1e-4, "lr_1d": 2e-3},
     "custom-diffusion": {"lr": 1e-5, "lr_1d": 1e-5},
 }
-RATES = ("lr", "lr_1d")  # settings that mean something for one method only
+RATES = ("lr", "lr_1d", "lr_text_encoder", "lr_token")  # settings that mean something for one method only
 Layout = Literal["left-right", "up-down"]
 Fit = Literal["cover", "contain"]
 
@@ -137,6 +137,29 @@ class TrainConfig(Section):
     accumulation: int = Field(1, ge=1, le=1024, description="batches whose gradients make one step")
     lr: float = Field(1e-3, gt=0, le=10, description="learning rate of 2-D and 4-D weights")
     lr_1d: float = Field(1e-6, ge=0, le=10, description="learning rate of 1-D weights (norms)")
+    lr_text_encoder: float | None = Field(None, gt=0, le=10, description="of a text encoder's weights; null: `lr`")
+    lr_token: float | None = Field(None, gt=0, le=10, description="of special tokens' embeddings; null: `lr`")
+    train_token: bool = Field(False, description="train the special token's embedding beside the weights")
+    token_init: Literal["keep", "distribution"] = Field(
+        "keep",
+        description="the special token's embedding at the start: the base's own row, or drawn from the mean and deviation "
+        "of the base's names (names.json beside its tokenizer), or of all words where it has none",
+    )
+    optimizer: Literal["adamw", "adamw-8bit", "prodigy"] = Field(
+        "adamw", description="adamw-8bit needs bitsandbytes, prodigy prodigyopt; prodigy wants rates of about 1"
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="save and validate the moving average of what is trained, e.g. 0.99; null: none"
+    )
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="γ of min-SNR weighting, e.g. 5: easy timesteps count less; null: all count alike"
+    )
+    noise_offset: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="shift of each channel's noise as a whole, e.g. 0.05, for very dark or light pictures",
+    )
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="learning-rate schedule")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     prior_weight: float = Field(1.0, ge=0, description="λ of Eq. 3; 0 trains without prior preservation")
@@ -148,6 +171,16 @@ class TrainConfig(Section):
     validate_every: int = Field(100, ge=1, description="steps between validation pictures; step 0 is the base")
     validation_prompts: Prompts = Field(["a {subject}"], min_length=1, description="rows of the validation grid")
     validation_seeds: Seeds = Field([0, 1], min_length=1, description="columns of the validation grid")
+    choose: Literal["best", "last"] = Field(
+        "best", description="the delta kept: that of the validation with the lowest fixed-noise loss, or the last one"
+    )
+    keep_deltas: int = Field(
+        3, ge=1, description="deltas of the last validations that are kept in .svdiff beside the chosen one"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without a lower fixed-noise loss; null: never"
+    )
+    holdout: int = Field(0, ge=0, description="concepts: pictures kept out of training, for the fixed-noise loss alone")
     mix_probability: float = Field(0.6, ge=0, le=1, description="pairs: share of samples that are Cut-Mix-Unmix mixes")
     unmix_weight: float = Field(0.0, ge=0, description="pairs: weight of the unmix loss on attention maps of mixes")
     single_subject_weight: float = Field(0.0, ge=0, description="weight of Eq. 8 on samples that show one subject")
@@ -236,7 +269,9 @@ class TrackingConfig(Section):
 
     uri: str = Field("sqlite:///mlruns/mlflow.db", description="MLflow tracking URI; MLFLOW_TRACKING_URI overrides it")
     experiment: str = Field("svdiff", description="MLflow experiment")
-    live: Literal["mlflow", "none"] = Field("mlflow", description="where the loss curve can be watched live")
+    live: Literal["mlflow", "tensorboard", "wandb", "none"] = Field(
+        "mlflow", description="where the loss curve can be watched live; tensorboard writes to .svdiff/tensorboard"
+    )
 
 
 class PromoteConfig(Section):

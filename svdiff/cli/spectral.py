@@ -217,6 +217,7 @@ def export(
     from svdiff.files import atomic_dir
     from svdiff.spectral.export import export_lora
     from svdiff.spectral.pipeline import SpectralPipeline
+    from svdiff.spectral.tokens import export_tokens
 
     delta, dtype = _load(file), torch.float16 if half else torch.float32
     concepts = SpectralPipeline(_pipeline(base), cache=_cache_folder())
@@ -225,6 +226,8 @@ def export(
         bases = {prefix: concepts.basis(prefix) for prefix in modules}
         layout = "kohya" if kohya else "diffusers"
         export_lora(modules, bases, delta, out, rank=rank, dtype=dtype, layout=layout)  # type: ignore[arg-type]
+        for path in export_tokens(concepts.pipe, delta.tokens, out):
+            typer.echo(str(path))
     else:
         if rank is not None or kohya:
             raise SvdiffError("--rank and --kohya are for LoRA: add --lora")

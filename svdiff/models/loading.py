@@ -93,12 +93,14 @@ def native_size(base: BaseModelConfig) -> int:
 
     Raises SvdiffError for another architecture or a missing folder.
     """
-    from diffusers import ModelMixin
+    from diffusers import AutoencoderKL
 
     family = family_at(base)
     try:
         configs = {
-            name: ModelMixin.load_config(base.model, subfolder=name, revision=base.revision, local_files_only=offline())
+            name: AutoencoderKL.load_config(
+                base.model, subfolder=name, revision=base.revision, local_files_only=offline()
+            )
             for name in (family.network_name, "vae")
         }
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from svdiff.errors import SvdiffError
@@ -14,20 +14,15 @@ from svdiff.files import atomic_file, sort_safetensors_metadata
 from svdiff.models import family_of
 from svdiff.spectral import weights_hash
 from svdiff.spectral.delta import metadata_key
+from svdiff.spectral.tokens import MARK, mix_changes, parse_token_name
 
 FORMAT = "svdiff-weights-delta"
 FORMAT_VERSION = "1"
-TOKEN_ROW = "special_token"  # in the place of a weight's name: one row of the token embedding
 
 
 def base_hashes(pipe: Any, networks: Sequence[str]) -> dict[str, str]:
     """`weights_hash` of networks by the metadata keys that spectral deltas use as well."""
     return {metadata_key(name, "base_hash"): weights_hash(getattr(pipe, name)) for name in networks}
-
-
-def row_name(encoder: str, token_id: int) -> str:
-    """Name of the change of one token's embedding."""
-    return f"{encoder}.{TOKEN_ROW}.{token_id}"
 
 
 def save_weights_delta(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -126,23 +121,22 @@ def load_weights_delta(pipe: Any, path: str | Path, scale: float = 1.0) -> Loade
 def load_weights_deltas(pipe: Any, parts: Sequence[tuple[str | Path, float]]) -> LoadedWeights:
     """Put the weighted sum of baselines' deltas on `pipe`: W₀ + Σ wᵢΔWᵢ (Fig. 8). Otherwise as `load_weights_delta`."""
     total: dict[str, Tensor] = {}
+    tokens: list[tuple[dict[str, Tensor], float]] = []
     for path, share in parts:
         tensors, metadata = read_weights_delta(path)
         _check_base(pipe, path, metadata)
+        tokens.append(({name: tensors.pop(name).float() for name in list(tensors) if MARK in name}, share))
         for name, change in _products(tensors).items():
             scaled = change.float() if share == 1 else share * change.float()
             total[name] = total[name] + scaled if name in total else scaled
     changes: list[tuple[Parameter, Tensor, int | None]] = []
     for name, tensor in total.items():
         network, _, weight = name.partition(".")
-        module: nn.Module = getattr(pipe, network)
-        row = None
-        if weight.startswith(f"{TOKEN_ROW}."):
-            row = int(weight.removeprefix(f"{TOKEN_ROW}."))
-            parameter = module.get_input_embeddings().weight  # type: ignore[operator]
-        else:
-            parameter = module.get_parameter(weight)
-        changes.append((parameter, tensor.reshape(parameter.shape if row is None else parameter.shape[1:]), row))
+        parameter = getattr(pipe, network).get_parameter(weight)
+        changes.append((parameter, tensor.reshape(parameter.shape), None))
+    for name, tensor in mix_changes(tokens).items():  # after the whole table, should that have been trained as well
+        encoder, row = parse_token_name(name)
+        changes.append((getattr(pipe, encoder).get_input_embeddings().weight, tensor, row))
     loaded = LoadedWeights(changes, metadata)
     loaded.set_scale(1.0)
     return loaded

@@ -19,6 +19,7 @@ from torch import Tensor
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_file, sort_safetensors_metadata
 from svdiff.spectral.basis import Basis
+from svdiff.spectral.tokens import MARK, mix_changes
 
 FORMAT = "svdiff-spectral-delta"
 FORMAT_VERSION = "1"
@@ -59,9 +60,12 @@ class SpectralDelta:
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    """Changes of special tokens' embeddings, by `tokens.token_name`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", {k: v.detach().float().cpu() for k, v in self.tensors.items()})
+        for what in ("tensors", "tokens"):
+            object.__setattr__(self, what, {k: v.detach().float().cpu() for k, v in getattr(self, what).items()})
 
     @classmethod
     def zeros(
@@ -84,7 +88,7 @@ class SpectralDelta:
         """The content of the file; without `provenance` only what is needed to read and combine shifts."""
         if dtype not in (torch.float32, torch.float16):
             raise SvdiffError(f"a delta is stored as float32 or float16, not {dtype}")
-        tensors = {name: value.to(dtype).contiguous() for name, value in self.tensors.items()}
+        tensors = {name: value.to(dtype).contiguous() for name, value in (self.tensors | self.tokens).items()}
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise SvdiffError(f"the shifts of {name!r} are not finite (or too large for {dtype}): not saved")
@@ -114,13 +118,14 @@ class SpectralDelta:
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise SvdiffError(f"{path}: the shifts of {name!r} are not finite; train again with lower rates")
-        return cls(tensors, metadata)
+        tokens = {name: tensors.pop(name) for name in list(tensors) if MARK in name}
+        return cls(tensors, metadata, tokens)
 
     @property
     def hash(self) -> str:
         """SHA-256 of the shifts alone: equal for equal concepts, whatever their metadata."""
         digest = hashlib.sha256()
-        for name, value in sorted(self.tensors.items()):
+        for name, value in sorted((self.tensors | self.tokens).items()):
             digest.update(f"{name}\0{value.numel()}\0".encode())
             digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -184,7 +189,8 @@ class SpectralDelta:
 
     def map(self, change: Callable[[str, Tensor], Tensor], **metadata: str) -> SpectralDelta:
         """Apply `change(name, shifts)` to every tensor."""
-        return SpectralDelta({n: change(n, v) for n, v in self.tensors.items()}, self.metadata | metadata)
+        tensors = {n: change(n, v) for n, v in self.tensors.items()}
+        return SpectralDelta(tensors, self.metadata | metadata, self.tokens)
 
     def limit_rank(self, rank: int) -> SpectralDelta:
         """Keep the shifts of the leading `rank` singular values of every weight; norms are kept whole.
@@ -223,10 +229,11 @@ def combine(parts: Iterable[tuple[SpectralDelta, float]]) -> SpectralDelta:
     for delta, weight in weighted:
         for name, shifts in delta.tensors.items():
             total[name] = total[name] + weight * shifts if name in total else weight * shifts
-    return _with_facts(total, [delta for delta, _ in weighted])
+    tokens = mix_changes([(delta.tokens, weight) for delta, weight in weighted])
+    return _with_facts(total, tokens, [delta for delta, _ in weighted])
 
 
-def _with_facts(tensors: dict[str, Tensor], parts: list[SpectralDelta]) -> SpectralDelta:
+def _with_facts(tensors: dict[str, Tensor], tokens: dict[str, Tensor], parts: list[SpectralDelta]) -> SpectralDelta:
     """A delta made of others: facts on which they agree, and what is needed to know where it fits."""
     known = {key for part in parts for key in part.metadata}
     values = {key: {part.metadata[key] for part in parts if key in part.metadata} for key in known}
@@ -241,7 +248,7 @@ def _with_facts(tensors: dict[str, Tensor], parts: list[SpectralDelta]) -> Spect
         if (key := metadata_key(prefix, "basis_id")) in known:
             # Another machine's rounding makes another id of the same directions: the first one stands.
             facts[key] = next(part.metadata[key] for part in parts if key in part.metadata)
-    return SpectralDelta(tensors, facts)
+    return SpectralDelta(tensors, facts, tokens)
 
 
 def _check_together(parts: list[SpectralDelta]) -> None:
@@ -272,7 +279,7 @@ def mix_by_layer(a: SpectralDelta, b: SpectralDelta, takes_a: Callable[[str], bo
     _check_together([a, b])
     tensors = {n: v for n, v in a.tensors.items() if takes_a(n)}
     tensors |= {n: v for n, v in b.tensors.items() if not takes_a(n)}
-    return _with_facts(tensors, [a, b])
+    return _with_facts(tensors, b.tokens | a.tokens, [a, b])
 
 
 def cosine_similarity(a: SpectralDelta, b: SpectralDelta) -> dict[str, float]:

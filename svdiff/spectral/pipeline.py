@@ -13,6 +13,7 @@ from svdiff.spectral.basis import Basis
 from svdiff.spectral.cache import load_basis
 from svdiff.spectral.delta import SpectralDelta, combine
 from svdiff.spectral.shifts import SpectralShifts
+from svdiff.spectral.tokens import LoadedTokens
 
 
 class SpectralPipeline:
@@ -36,6 +37,7 @@ class SpectralPipeline:
         self._shifts: dict[str, SpectralShifts] = {}
         self._deltas: dict[str, SpectralDelta] = {}
         self._active: dict[str, float] = {}
+        self._tokens = LoadedTokens(pipe)
 
     @property
     def deltas(self) -> list[str]:
@@ -66,6 +68,7 @@ class SpectralPipeline:
         for prefix in delta.prefixes():
             self._cover(prefix, delta.part(prefix))
         self._deltas[name] = delta
+        self._tokens.load(name, delta.tokens)
         self.set_deltas({name: 1.0} if len(self._deltas) == 1 else self._active)
 
     def set_deltas(self, names: str | Sequence[str] | Mapping[str, float], weights: Any = None) -> None:
@@ -81,6 +84,7 @@ class SpectralPipeline:
         total = combine((self._deltas[n], w) for n, w in chosen.items()) if chosen else SpectralDelta({})
         for prefix, shifts in self._shifts.items():
             shifts.set(total.part(prefix))
+        self._tokens.use([chosen])
         self._active = chosen
 
     def delete_delta(self, name: str) -> None:
@@ -89,20 +93,25 @@ class SpectralPipeline:
             raise SvdiffError(f"no delta named {name!r} is loaded; there are {self.deltas or 'none'}")
         self._refuse_fused("deleting a delta")
         del self._deltas[name]
+        self._tokens.forget(name)
         self.set_deltas({n: w for n, w in self._active.items() if n != name})
 
     def fuse(self) -> None:
         """Put the active deltas into plain weights: no spectral layer is left, sampling has the base's speed."""
         for shifts in self._shifts.values():
             shifts.fuse()
+        self._tokens.fuse()
 
     def unfuse(self) -> None:
         """Undo `fuse`: spectral layers again, with the same deltas active."""
+        self._tokens.unfuse()
         for shifts in self._shifts.values():
             shifts.unfuse()
+        self._tokens.follow()
 
     def unload(self) -> None:
         """Forget all deltas and give the pipeline back as it was, bit for bit."""
+        self._tokens.unload()
         for shifts in self._shifts.values():
             shifts.detach()
         self._shifts, self._deltas, self._active = {}, {}, {}
@@ -133,6 +142,7 @@ class SpectralPipeline:
         if missing:
             raise SvdiffError(f"the delta shifts {missing[0]!r}, which the pipeline's {prefix} does not have")
         self._shifts[prefix] = SpectralShifts(module, self.basis(prefix), names=wanted, prefix=prefix)
+        self._tokens.follow()
 
     @staticmethod
     def _order(module: nn.Module) -> list[str]:

@@ -19,6 +19,7 @@ from svdiff.training.attention import AttentionRecorder, token_map, token_positi
 from svdiff.training.batches import Batch
 from svdiff.training.losses import Loss, single_subject_loss, subject_mask, unmix_loss
 
+SUBJECTS = {"unmix": 2, "single_subject": 1}  # in the pictures that a loss looks at
 Words = list[tuple[int, str]]  # rows of a batch, each with the word whose map is wanted
 
 
@@ -51,12 +52,17 @@ class AttentionLosses:
         """What the pass of the network is made in: a recorder, or nothing without attention losses."""
         return nullcontext() if self.recorder is None else self.recorder
 
-    def add_to(self, loss: Loss, batch: Batch) -> Loss:
-        """`loss` with each attention loss times its weight added; the very same object without any."""
+    def add_to(self, loss: Loss, batch: Batch, whole: Batch | None = None) -> Loss:
+        """`loss` with each attention loss times its weight added; the very same object without any.
+
+        `whole` is the batch of all processes, of which `batch` is one's share: their mean is the loss of the whole.
+        """
         for name, (weight, term) in self.terms.items():
             value = term(batch)
             if value is None:  # no picture of this kind in the batch
                 value = torch.zeros_like(loss.total)
+            elif whole is not None and whole is not batch:
+                value = value * _share(batch, whole, SUBJECTS[name])
             loss = loss._replace(total=loss.total + weight * value, extra=loss.extra | {name: value})
         return loss
 
@@ -90,3 +96,9 @@ class AttentionLosses:
         rows = [row for row, _ in words]
         places = [token_positions(self.tokenizer, batch.prompts[row], word) for row, word in words]
         return token_map({layer: maps[rows] for layer, maps in self.recorder.maps.items()}, places)
+
+
+def _share(batch: Batch, whole: Batch, subjects: int) -> float:
+    """How many times its even share of the pictures with so many subjects a process has."""
+    own, every = (sum(len(shown) == subjects for shown in part.shown) for part in (batch, whole))
+    return own / every * len(whole.prompts) / len(batch.prompts)

@@ -124,6 +124,17 @@ class Batch(NamedTuple):
     shown: list[tuple[Shown, ...]]
     instances: int
 
+    def take(self, rows: list[int]) -> Batch:
+        """Some rows, in order."""
+        if len(rows) == len(self.prompts):
+            return self
+        return Batch(
+            self.latents[rows],
+            [self.prompts[row] for row in rows],
+            [self.shown[row] for row in rows],
+            sum(row < self.instances for row in rows),
+        )
+
 
 def draw_batch(dataset: Dataset, number: int, size: int, random: torch.Generator) -> Batch:
     """Batch `number`: `size` instance samples, and as many prior samples where the dataset has any."""

@@ -12,6 +12,7 @@ from svdiff.data.concepts import concept_folder, load_concept_images, load_pictu
 from svdiff.data.cutmix import choose
 from svdiff.data.mixes import load_mixes, mix_folder
 from svdiff.data.prior import load_prior_images, prior_folder
+from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file, sha256_tree
 from svdiff.models import Family
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices
@@ -43,6 +44,11 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
     """The concept's pictures under one prompt, and the prior images of its class."""
     [(name, concept)] = entry.concepts.items()
     pictures = [picture.image for picture in load_concept_images(concept_folder(name))]
+    if settings.holdout >= len(pictures):
+        raise SvdiffError(
+            f"train.holdout is {settings.holdout}, and {concept_folder(name)} has {len(pictures)} pictures: none is left to "
+            "train on; lower it or add pictures"
+        )
     priors = load_prior_images(concept.class_word) if settings.prior_weight > 0 else []
 
     def encode(family: Family) -> Dataset:
@@ -51,7 +57,9 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
         prior = None
         if priors:
             prior = Examples.alike(_encoded(family, priors), config.prior.prompt.format(subject=concept.class_word))
-        return Dataset(instance, prior, _in_turn(settings.seed, len(pictures), len(priors)), list(range(len(pictures))))
+        trained = len(pictures) - settings.holdout
+        held_out = list(range(trained if settings.holdout else 0, len(pictures)))
+        return Dataset(instance, prior, _in_turn(settings.seed, trained, len(priors)), held_out)
 
     reads: dict[str, object] = {
         "pictures": sha256_tree(concept_folder(name)),

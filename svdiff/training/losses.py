@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from svdiff.errors import SvdiffError
+
 
 class Loss(NamedTuple):
     """What a step minimises, and its parts: Eq. 3's two, and those on attention maps, each before its weight."""
@@ -21,23 +23,47 @@ class Loss(NamedTuple):
     extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
 
 
-def denoising_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Eq. 1: mean over batch and elements of ‖ε̂ − ε‖². Both (B, C, H, W); computed in float32."""
-    return torch.nn.functional.mse_loss(predicted.float(), target.float())
+def denoising_loss(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Eq. 1: mean over batch and elements of ‖ε̂ − ε‖², each sample times its weight (B,) where given.
+
+    Both (B, C, H, W); computed in float32.
+    """
+    if weights is None:
+        return torch.nn.functional.mse_loss(predicted.float(), target.float())
+    errors = torch.nn.functional.mse_loss(predicted.float(), target.float(), reduction="none")
+    return (errors.flatten(1).mean(1) * weights).mean()
 
 
-def prior_preservation_loss(predicted: Tensor, target: Tensor, instances: int, weight: float) -> Loss:
+def min_snr_weights(signal: Tensor, noise: Tensor, gamma: float, prediction: str) -> Tensor:
+    """min(SNR, γ) over SNR for ε, SNR + 1 for v, 1 for x; SNR = a²/b² of z = a x + b ε (Hang et al. 2023, Sec. 3.4).
+
+    Raises SvdiffError for flow matching, whose loss is weighted by its timesteps.
+    """
+    if prediction == "flow":
+        raise SvdiffError(
+            "train.min_snr_gamma is set, and the base predicts a flow, which has no such weights: leave it out"
+        )
+    snr = (signal / noise).square()
+    of_prediction = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / of_prediction[prediction]
+
+
+def prior_preservation_loss(
+    predicted: Tensor, target: Tensor, instances: int, weight: float, weights: Tensor | None = None
+) -> Loss:
     """Eq. 3: the loss on the first `instances` samples plus λ times the loss on the rest, the prior samples.
 
     Args:
         predicted, target: (B, C, H, W), instance samples first.
         instances: how many of the B samples show the concept.
         weight: λ.
+        weights: of each sample, (B,); None: 1.
     """
-    instance = denoising_loss(predicted[:instances], target[:instances])
+    first, rest = (None, None) if weights is None else (weights[:instances], weights[instances:])
+    instance = denoising_loss(predicted[:instances], target[:instances], first)
     if instances == len(predicted):
         return Loss(instance, instance, torch.zeros_like(instance))
-    prior = denoising_loss(predicted[instances:], target[instances:])
+    prior = denoising_loss(predicted[instances:], target[instances:], rest)
     return Loss(instance + weight * prior, instance, prior)
 
 

@@ -31,11 +31,11 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 
 def is_finite(state: Any) -> bool:
-    """Whether every number in nested dicts and lists is finite."""
+    """Whether all tensors in nested dicts and lists are finite, and no number is NaN (settings of optimisers may be ∞)."""
     if isinstance(state, torch.Tensor):
         return bool(state.isfinite().all())
     if isinstance(state, dict):
         return all(is_finite(value) for value in state.values())
     if isinstance(state, list | tuple):
         return all(is_finite(value) for value in state)
-    return not isinstance(state, float) or math.isfinite(state)
+    return not isinstance(state, float) or not math.isnan(state)

@@ -1,16 +1,18 @@
-"""Sends the loss curve to MLflow while a training runs; a tracker that fails is reported once and never stops it."""
+"""Sends the loss curve to a tracker while a training runs; a tracker that fails is reported once and never stops it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from svdiff.config import TrackingConfig
+from svdiff.errors import SvdiffError
 from svdiff.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -18,12 +20,19 @@ log = logging.getLogger(__name__)
 EVERY = 10  # steps whose mean makes one point: a database answers slower than a small model trains
 
 
+def check_tracker(live: str) -> None:
+    """Raise SvdiffError for a tracker that is not installed."""
+    if live != "none" and find_spec(live) is None:
+        raise SvdiffError(f"tracking.live is {live}, which is not installed: `pip install {live}`, or choose none")
+
+
 class LiveCurve:
     """Sends means of the curve's rows to the tracker, under one run for the whole training, resumed or not."""
 
     def __init__(self, accelerator: Accelerator, tracking: TrackingConfig) -> None:
         self.accelerator, self.experiment = accelerator, tracking.experiment
-        self.active = tracking.live != "none"
+        self.tracker = tracking.live
+        self.active = tracking.live != "none" and accelerator.is_main_process
         self.rows: list[dict[str, float]] = []
         os.environ.setdefault("MLFLOW_TRACKING_URI", tracking.uri)
 
@@ -32,16 +41,17 @@ class LiveCurve:
         if not self.active:
             return
         run_id = json.loads(memory.read_text())["run_id"] if memory.is_file() else None
+        tags = {"svdiff.train_key": train_key, "svdiff.concept": name}
+        options = {
+            "mlflow": {"run_name": name, "run_id": run_id, "tags": tags},
+            "wandb": {"name": name, "id": train_key[:24], "resume": "allow", "config": tags},
+            "tensorboard": {},
+        }
+        plain = {key: v if isinstance(v, int | float | str) else json.dumps(v) for key, v in parameters.items()}
+        project = f"{self.experiment}-{name}-{train_key[:8]}" if self.tracker == "tensorboard" else self.experiment
         try:
-            options = {
-                "run_name": name,
-                "run_id": run_id,
-                "tags": {"svdiff.train_key": train_key, "svdiff.concept": name},
-            }
-            self.accelerator.init_trackers(
-                self.experiment, config=None if run_id else parameters, init_kwargs={"mlflow": options}
-            )
-            run = getattr(self.accelerator.get_tracker("mlflow").tracker, "info", None)
+            self.accelerator.init_trackers(project, config=None if run_id else plain, init_kwargs=options)
+            run = getattr(self.accelerator.get_tracker(self.tracker).tracker, "info", None)
             if run is not None:
                 write_atomic(memory, json.dumps({"run_id": run.run_id}))
         except Exception as error:  # whatever a server or database can raise

@@ -13,11 +13,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from svdiff.config import BaseModelConfig, TrainConfig
+from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices, generator
-from svdiff.training.loop import Trainer
+from svdiff.training.loop import Trainer, draw_noise
+from svdiff.training.losses import min_snr_weights
 from svdiff.training.methods import apply_method
+from svdiff.training.optimizers import check_optimizer
 from svdiff.training.resume import load_state, save_state
+from svdiff.training.selection import best_step, is_over, kept_steps
 
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 STEPS = 4
@@ -238,3 +242,99 @@ def test_states_hold_tensors_and_numbers_only(tiny_base: Path) -> None:
     torch.save(trainer_on(tiny_base).state(), buffer)
     buffer.seek(0)
     torch.load(buffer, weights_only=True)
+
+
+# ---- what every trainer has ----
+
+
+def test_min_snr_weights_by_hand() -> None:
+    signal = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    noise = (1 - signal.square()).sqrt()
+    for prediction, below in (
+        ("epsilon", lambda snr: snr),
+        ("v_prediction", lambda snr: snr + 1),
+        ("sample", lambda _: 1),
+    ):
+        expected = [
+            min(a**2 / b**2, 0.2) / below(a**2 / b**2) for a, b in zip(signal.tolist(), noise.tolist(), strict=True)
+        ]
+        assert min_snr_weights(signal, noise, 0.2, prediction).tolist() == pytest.approx(expected)
+    with pytest.raises(SvdiffError, match="min_snr_gamma"):
+        min_snr_weights(signal, noise, 5.0, "flow")
+
+
+def test_min_snr_weights_every_sample_of_both_terms(tiny_base: Path) -> None:
+    plain, weighted = trainer_on(tiny_base), trainer_on(tiny_base, min_snr_gamma=1e9)
+    assert weighted._loss(0).total.item() == pytest.approx(plain._loss(0).total.item(), rel=1e-5)  # γ above all SNR: 1
+    assert trainer_on(tiny_base, min_snr_gamma=1e-4)._loss(0).total < 0.9 * plain._loss(0).total
+
+
+def test_noise_offset_shifts_whole_channels() -> None:
+    latents = torch.zeros(2, 4, 16, 16)
+    plain, shifted = (draw_noise(latents, offset, generator("n")) for offset in (0.0, 0.5))
+    difference = shifted - plain
+    assert difference.flatten(2).std(2).max() < 1e-6
+    assert difference[:, :, 0, 0].std() == pytest.approx(0.5, rel=0.6)
+
+
+def test_the_moving_average_is_validated_and_resumed(tiny_base: Path, tmp_path: Path) -> None:
+    straight = trainer_on(tiny_base, ema_decay=0.9, schedule="constant")
+    means = [torch.zeros_like(p) for p in straight.parameters]
+    for step, _ in enumerate(straight.run()):
+        decay = 0.0 if step == 0 else min(0.9, (1 + step) / (10 + step))
+        means = [decay * m + (1 - decay) * p.detach() for m, p in zip(means, straight.parameters, strict=True)]
+    trained = [p.detach().clone() for p in straight.parameters]
+    with straight.averaged():
+        for mean, parameter in zip(means, straight.parameters, strict=True):
+            torch.testing.assert_close(parameter.detach(), mean, rtol=1e-4, atol=1e-7)
+        averaged = straight.fixed_noise_loss()
+    assert all(torch.equal(a, b.detach()) for a, b in zip(trained, straight.parameters, strict=True))
+    assert averaged != straight.fixed_noise_loss()
+    part = trainer_on(tiny_base, ema_decay=0.9, schedule="constant")
+    run(part, 2)
+    again = trainer_on(tiny_base, ema_decay=0.9, schedule="constant")
+    again.load_state(through_a_file(part.state(), tmp_path))
+    run(again)
+    with straight.averaged(), again.averaged():
+        assert same_bits(again.method.state(), straight.method.state())
+
+
+def test_text_encoder_and_token_have_rates_of_their_own(tiny_base: Path) -> None:
+    settings = {"text_encoder": True, "train_token": True, "lr_text_encoder": 1e-4, "lr_token": 2e-4, "accumulation": 1}
+    trainer = trainer_on(tiny_base, schedule="constant", **settings)
+    before = trainer.method.state()
+    run(trainer, 1)
+    moved = {name: (value - before[name]).abs().max().item() for name, value in trainer.method.state().items()}
+    encoder = [d for n, d in moved.items() if n.startswith("text_encoder.") and "norm" not in n and "special" not in n]
+    assert max(encoder) == pytest.approx(1e-4, rel=0.01)  # AdamW's first step is the rate
+    [token] = [d for n, d in moved.items() if "special" in n]
+    assert token == pytest.approx(2e-4, rel=0.01)
+    assert max(d for n, d in moved.items() if n.startswith("unet.")) == pytest.approx(5e-3, rel=0.01)
+
+
+def test_prodigy_trains_and_resumes(tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    straight = trainer_on(tiny_base, optimizer="prodigy", lr=1.0, lr_1d=1.0, schedule="constant")
+    rows = run(straight)
+    part = trainer_on(tiny_base, optimizer="prodigy", lr=1.0, lr_1d=1.0, schedule="constant")
+    head = run(part, 2)
+    again = trainer_on(tiny_base, optimizer="prodigy", lr=1.0, lr_1d=1.0, schedule="constant")
+    again.load_state(through_a_file(part.state(), tmp_path))
+    assert head + run(again) == rows
+    assert same_bits(again.method.state(), straight.method.state())
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdiff.training.optimizers.find_spec", lambda _: None)
+    for name, package in (("adamw-8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
+        with pytest.raises(SvdiffError, match=f"train.optimizer is {name}.*pip install {package}"):
+            check_optimizer(name)
+    check_optimizer("adamw")
+
+
+def test_the_best_delta_and_the_end_follow_the_written_rule() -> None:
+    losses = {0: 0.1, 2: 0.5, 4: 0.3, 6: 0.3, 8: 0.4}  # step 0 is the base, whatever its loss
+    assert best_step(losses) == 4
+    assert kept_steps(losses, 2) == {4, 6, 8}
+    assert [is_over(losses, patience) for patience in (1, 2, 3, None)] == [True, True, False, False]
+    assert not is_over({0: 0.1, 2: 0.5}, 1)

@@ -95,3 +95,29 @@ def test_checkpointing_with_attention_losses_learns_the_same(tiny_pipe: Any, met
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     for name, value in plain.method.state().items():
         torch.testing.assert_close(thrifty.method.state()[name], value, rtol=1e-4, atol=1e-6)
+
+
+EXTRAS: list[dict[str, Any]] = [
+    {"train_token": True, "token_init": "distribution", "lr_token": 1e-3},
+    {"ema_decay": 0.9, "min_snr_gamma": 5.0, "noise_offset": 0.1},
+    {"optimizer": "prodigy", "lr": 1.0, "lr_1d": 1.0},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: next(iter(extra)))
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m == "svdiff" else pytest.mark.slow) for m in SETTINGS["method"]]
+)
+def test_every_setting_trains_with_all_others_on(tiny_pipe: Any, method: str, extra: dict[str, Any]) -> None:
+    """With bf16, gradient checkpointing, both attention losses, the text encoder and accumulation at once."""
+    full = {"precision": "bf16", "gradient_checkpointing": True, "accumulation": 2, "text_encoder": True}
+    losses = {"unmix_weight": 1.0, "single_subject_weight": 1.0}
+    if method == "custom-diffusion":
+        full["text_encoder"] = False
+    made = trainer(tiny_pipe, method=method, **full | losses | extra)
+    start = made.method.state()
+    assert [row["step"] for row in made.run()] == [1, 2]
+    with made.averaged():
+        end = made.method.state()
+    assert all(value.isfinite().all() for value in end.values())
+    assert all(not torch.equal(start[name], value) for name, value in end.items())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from svdiff.config import load_config
 from svdiff.data.grid import image_grid
 from svdiff.errors import SvdiffError
-from svdiff.models import load_pipeline
+from svdiff.models import family_of, load_pipeline
 from svdiff.sampling.images import Job
 from svdiff.sampling.stage import draw_pictures as draw
 from svdiff.sampling.stage import sample_entry
 from svdiff.sampling.weights_delta import is_weights_delta
 from svdiff.training import train
+from svdiff.training.datasets import read_training_data
 from svdiff.training.loop import Trainer
 from svdiff.training.resume import is_finite, load_state
 
@@ -119,7 +121,7 @@ def test_refusals_come_before_any_work(checkout: Path, tiny_base: Path, monkeypa
     with pytest.raises(SvdiffError, match=r"token 'xyzzy' is .* tokens"):
         train(load_config(), "pet")
     write_params(checkout, tiny_base)
-    with pytest.raises(SvdiffError, match="no concept 'dgo'"):
+    with pytest.raises(SvdiffError, match="no concept, pair or edit 'dgo'"):
         train(load_config(), "dgo")
     if not torch.cuda.is_available():
         with pytest.raises(SvdiffError, match="precision is fp16"):
@@ -252,3 +254,101 @@ def test_killed_twice_and_run_again_gives_the_very_same_delta(checkout: Path, ti
     pd.testing.assert_frame_equal(pd.read_csv(checkout / "out/train/pet/curve.csv").drop(columns="seconds"), curve)
     for picture in (checkout / "straight/pet/validation").iterdir():
         assert picture.read_bytes() == (checkout / "out/train/pet/validation" / picture.name).read_bytes()
+
+
+# ---- deltas along the way ----
+
+
+def spoiled_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    monkeypatch.setattr(Trainer, "fixed_noise_loss", lambda self: losses[self.step])
+
+
+def test_the_best_validated_delta_is_the_result_and_the_last_ones_are_kept(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled_losses(monkeypatch, {0: 0.5, 2: 0.4, 4: 0.2, 6: 0.3, 8: 0.25, 10: 0.28})
+    settings = {"steps": 10, "keep_deltas": 2}
+    folder = train(load_config(), "pet", overrides=settings).parent
+    [deltas] = (checkout / "scratch/state").glob("*/deltas")
+    kept = {path.name: load_file(path) for path in deltas.iterdir()}
+    assert kept.keys() == {f"step-{step:05d}.safetensors" for step in (4, 8, 10)}
+    assert json.loads((folder / "train.json").read_text())["chosen_step"] == 4
+    best, last = load_file(folder / "delta.safetensors"), kept["step-00010.safetensors"]
+    assert all(torch.equal(best[name], value) for name, value in kept["step-00004.safetensors"].items())
+    assert any(not torch.equal(best[name], value) for name, value in last.items())
+    path = train(load_config(), "pet", Path("last"), settings | {"choose": "last"})
+    assert all(torch.equal(load_file(path)[name], value) for name, value in last.items())
+
+
+def test_a_training_that_gets_no_better_stops(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled_losses(monkeypatch, {0: 0.5, 2: 0.4, 4: 0.2, 6: 0.3, 8: 0.25, 10: 0.1})
+    for _ in range(2):  # the second time from the finished state
+        folder = train(load_config(), "pet", overrides={"steps": 10, "patience": 2}).parent
+        summary = json.loads((folder / "train.json").read_text())
+        assert (summary["steps"], summary["chosen_step"]) == (8, 4)
+        assert list(pd.read_csv(folder / "curve.csv")["step"]) == list(range(1, 9))
+
+
+def test_more_steps_continue_a_finished_training(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = load_file(train(load_config(), "pet", Path("straight"), {"steps": 8, "choose": "last"}))
+    monkeypatch.setenv("SVDIFF_HOME", str(checkout / "again"))
+    short = train(load_config(), "pet", Path("short"), {"steps": 4, "choose": "last"}).read_bytes()
+    original, numbers = Trainer._loss, []
+    monkeypatch.setattr(Trainer, "_loss", lambda self, number: numbers.append(number) or original(self, number))
+    longer = load_file(train(load_config(), "pet", Path("longer"), {"steps": 8, "choose": "last"}))
+    assert numbers == [4, 5, 6, 7]
+    assert all(torch.equal(straight[name], value) for name, value in longer.items())
+    # The shorter one is as finished as before, and at rates that follow the number of steps nothing is continued.
+    assert train(load_config(), "pet", Path("short"), {"steps": 4, "choose": "last"}).read_bytes() == short
+    assert len(numbers) == 4
+    train(load_config(), "pet", Path("cosine"), {"steps": 2, "schedule": "cosine"})
+    train(load_config(), "pet", Path("cosine"), {"steps": 3, "schedule": "cosine"})
+    assert len(numbers) == 4 + 2 + 3
+
+
+def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = load_file(train(load_config(), "pet", Path("straight")))
+    monkeypatch.setenv("SVDIFF_HOME", str(checkout / "again"))
+    original, pressed, before = Trainer._loss, [], signal.getsignal(signal.SIGINT)
+
+    def pressing(self: Trainer, number: int) -> Any:
+        if number == 2 and not pressed:
+            pressed.append(number)
+            signal.raise_signal(signal.SIGINT)
+        return original(self, number)
+
+    monkeypatch.setattr(Trainer, "_loss", pressing)
+    with pytest.raises(SvdiffError, match=r"stopped after step 3 of 4\. .*--delta (\S+)") as stopped:
+        train(load_config(), "pet", Path("resumed"))
+    delta = Path(str(stopped.value).partition("--delta ")[2].split()[0])
+    sample_entry(load_config(), "pet", Path("halfway"), delta)
+    resumed = load_file(train(load_config(), "pet", Path("resumed")))
+    assert all(torch.equal(straight[name], value) for name, value in resumed.items())
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_pictures_held_out_are_for_the_fixed_noise_loss_alone(checkout: Path) -> None:
+    config = load_config()
+    settings = config.train_config("pet", {"holdout": 1})
+    dataset = read_training_data(config, config.entry("pet"), settings).encode(family_of(load_pipeline(config.base)))
+    assert dataset.validation == [2]
+    assert {dataset.order(sample)[0] for sample in range(40)} == {0, 1}
+    with pytest.raises(SvdiffError, match=r"train.holdout is 3, and data/concepts/pet has 3 pictures"):
+        train(config, "pet", overrides={"holdout": 3})
+
+
+@pytest.mark.parametrize("live", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused_and_one_that_is_records(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, live: str
+) -> None:
+    config = load_config()
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"live": live})})
+    if find_spec(live) is None:
+        with pytest.raises(SvdiffError, match=f"pip install {live}"):
+            train(config, "pet")
+        return
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(config, "pet")
+    assert [path for path in (checkout / "scratch").rglob("*tfevents*") if path.stat().st_size > 500] or live == "wandb"

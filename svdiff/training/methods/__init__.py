@@ -5,7 +5,7 @@ A method changes the pipeline's networks in place so that some parameters are tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
+from svdiff.models import family_of
+from svdiff.training.methods.tokens import WithTokens, special_tokens
 
 
 class Method(Protocol):
@@ -24,7 +26,7 @@ class Method(Protocol):
         ...
 
     def parameters(self) -> dict[str, list[Parameter]]:
-        """Trainable float32 parameters by learning rate: 'lr' (2-D and 4-D weights) and 'lr_1d' (norms)."""
+        """Trainable float32 parameters by the name of their learning rate in `TrainConfig`."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -35,8 +37,8 @@ class Method(Protocol):
         """Restore what `state` returned."""
         ...
 
-    def save(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write what was learned as one safetensors file."""
+    def save(self, path: Path, metadata: dict[str, str], tokens: Mapping[str, Tensor] | None = None) -> None:
+        """Write what was learned, and changes of tokens' embeddings, as one safetensors file."""
         ...
 
     def detach(self) -> None:
@@ -45,7 +47,19 @@ class Method(Protocol):
 
 
 def apply_method(pipe: Any, config: TrainConfig, tokens: Sequence[str]) -> Method:
-    """Make `pipe` trainable by `config.method`. `tokens` are the special tokens, which Custom Diffusion trains as well."""
+    """Make `pipe` trainable by `config.method`, with the embeddings of the special `tokens` where they are trained or set."""
+    chosen = config.method == "custom-diffusion" or config.train_token or config.token_init != "keep"
+    embeddings = special_tokens(family_of(pipe), tokens, config) if chosen else {}
+    try:
+        method = _apply(pipe, config)
+    except BaseException:
+        for embedding in embeddings.values():
+            embedding.remove()
+        raise
+    return WithTokens(method, embeddings) if embeddings else method
+
+
+def _apply(pipe: Any, config: TrainConfig) -> Method:
     if config.method == "svdiff":
         from svdiff.training.methods.spectral import SpectralMethod
 
@@ -56,4 +70,4 @@ def apply_method(pipe: Any, config: TrainConfig, tokens: Sequence[str]) -> Metho
         return LoraMethod(pipe, config)
     from svdiff.training.methods.weights import WeightsMethod
 
-    return WeightsMethod(pipe, config, tokens)
+    return WeightsMethod(pipe, config)

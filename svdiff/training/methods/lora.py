@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import Parameter
 from svdiff.config import TrainConfig
 from svdiff.models import family_of
 from svdiff.sampling.weights_delta import base_hashes, save_weights_delta
-from svdiff.training.methods.weights import OpenWeights, copy_state, layers_of, load_state
+from svdiff.training.methods.weights import OpenWeights, by_rate, copy_state, layers_of, load_state
 
 ADAPTER = "svdiff"
 
@@ -58,8 +59,8 @@ class LoraMethod:
         return "+".join(self.base_hashes.values())
 
     def parameters(self) -> dict[str, list[Parameter]]:
-        """A and B of every pair at 'lr', norms at 'lr_1d'."""
-        return {"lr": list(self.pairs.values()), "lr_1d": list(self.norms.parameters.values())}
+        """See `Method`."""
+        return by_rate(self.pairs | self.norms.parameters)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of everything trainable, by name."""
@@ -69,11 +70,11 @@ class LoraMethod:
         """Restore what `state` returned. Raises SvdiffError where names or shapes differ."""
         load_state(self.pairs | self.norms.parameters, state)
 
-    def save(self, path: Path, metadata: dict[str, str]) -> None:
+    def save(self, path: Path, metadata: dict[str, str], tokens: Mapping[str, Tensor] | None = None) -> None:
         """Write the pairs and the norms' changes as one safetensors file, for `load_weights_delta`."""
         pairs = {name: tensor.cpu() for name, tensor in copy_state(self.pairs).items()}
         known = {"lora_rank": str(self.rank), "lora_alpha": str(self.rank)}
-        save_weights_delta(path, pairs | self.norms.deltas(), metadata | known | self.base_hashes)
+        save_weights_delta(path, pairs | self.norms.deltas() | dict(tokens or {}), metadata | known | self.base_hashes)
 
     def detach(self) -> None:
         """Give the pipeline its own layers and norms back, bit for bit."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,10 @@ class SpectralMethod:
 
     def parameters(self) -> dict[str, list[Parameter]]:
         """See `Method`."""
-        return {
-            "lr": [p for shifts in self.shifts.values() for p in shifts.parameters_spectral()],
-            "lr_1d": [p for shifts in self.shifts.values() for p in shifts.parameters_1d()],
-        }
+        matrices: dict[str, list[Parameter]] = {"lr": [], "lr_text_encoder": []}
+        for part, shifts in self.shifts.items():
+            matrices["lr_text_encoder" if part.startswith("text_encoder") else "lr"] += shifts.parameters_spectral()
+        return matrices | {"lr_1d": [p for shifts in self.shifts.values() for p in shifts.parameters_1d()]}
 
     def state(self) -> dict[str, Tensor]:
         """See `Method`."""
@@ -48,9 +50,10 @@ class SpectralMethod:
             shifts.load_state_dict(own)
 
     @torch.no_grad()
-    def save(self, path: Path, metadata: dict[str, str]) -> None:
+    def save(self, path: Path, metadata: dict[str, str], tokens: Mapping[str, Tensor] | None = None) -> None:
         """See `Method`."""
-        combine([(shifts.delta(**metadata), 1.0) for shifts in self.shifts.values()]).save(path)
+        delta = combine([(shifts.delta(**metadata), 1.0) for shifts in self.shifts.values()])
+        replace(delta, tokens=dict(tokens or {})).save(path)
 
     def detach(self) -> None:
         """See `Method`."""

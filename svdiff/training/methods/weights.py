@@ -6,7 +6,7 @@ What they learn is saved as differences, W − W₀, so that W₀ + sΔW (Fig. 2
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
-from svdiff.models import Family, family_of
-from svdiff.sampling.weights_delta import TOKEN_ROW, base_hashes, row_name, save_weights_delta
+from svdiff.models import family_of
+from svdiff.sampling.weights_delta import base_hashes, save_weights_delta
 from svdiff.spectral import select
 
 # Custom Diffusion (Kumari et al. 2023): the cross-attention's key and value projections.
@@ -48,39 +48,13 @@ class OpenWeights:
             parameter.data = self.base[name]
 
 
-class TokenRow:
-    """The embedding of one token as a parameter of its own: no gradient and no step can reach another row."""
-
-    def __init__(self, embedding: nn.Embedding, token_id: int) -> None:
-        self.embedding, self.token_id = embedding, token_id
-        self._name = f"{TOKEN_ROW}_{token_id}"
-        self.base = embedding.weight.data[token_id].float().clone()
-        self.row = Parameter(self.base.clone())
-        # Registered, so that whoever asks finds that the text encoder trains.
-        embedding.register_parameter(self._name, self.row)
-        self._hook = embedding.register_forward_hook(self._insert)
-
-    def _insert(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        chosen = (inputs[0] == self.token_id).unsqueeze(-1)
-        return torch.where(chosen, self.row.to(output.dtype), output)
-
-    def delta(self) -> Tensor:
-        """The row's change, (width,)."""
-        return (self.row.detach() - self.base).cpu()
-
-    def close(self) -> None:
-        """The base's row again."""
-        self._hook.remove()
-        del self.embedding._parameters[self._name]
-
-
 class WeightsMethod:
     """Full fine-tuning: every weight and bias of the subset's layers, and of the text encoder when asked.
 
-    Custom Diffusion: `attn2.to_k`, `attn2.to_v` and the special tokens.
+    Custom Diffusion: `attn2.to_k` and `attn2.to_v`; its special tokens are added by `WithTokens`.
     """
 
-    def __init__(self, pipe: Any, config: TrainConfig, tokens: Sequence[str]) -> None:
+    def __init__(self, pipe: Any, config: TrainConfig) -> None:
         custom = config.method == "custom-diffusion"
         _refuse_unused(config)
         family = family_of(pipe)
@@ -98,7 +72,6 @@ class WeightsMethod:
             for name, parameter in module.named_parameters():
                 if CUSTOM_DIFFUSION.search(name) if custom else name.rpartition(".")[0] in layers:
                     chosen[f"{network}.{name}"] = parameter
-        self.token_rows = token_rows(family, tokens) if custom else {}
         self.weights = OpenWeights(chosen)
 
     @property
@@ -106,33 +79,34 @@ class WeightsMethod:
         """The bases' hashes, joined: that of the denoising network first."""
         return "+".join(self.base_hashes.values())
 
-    def _named(self) -> dict[str, Parameter]:
-        return self.weights.parameters | {name: row.row for name, row in self.token_rows.items()}
-
     def parameters(self) -> dict[str, list[Parameter]]:
-        """Trainable float32 parameters: 1-D ones (norms, biases) learn at 'lr_1d', the rest and the tokens at 'lr'."""
-        one_dimensional = [p for p in self.weights.parameters.values() if p.ndim == 1]
-        others = [p for name, p in self._named().items() if p.ndim != 1 or name not in self.weights.parameters]
-        return {"lr": others, "lr_1d": one_dimensional}
+        """See `Method`; biases are 1-D as norms are."""
+        return by_rate(self.weights.parameters)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of everything trainable, by name."""
-        return copy_state(self._named())
+        return copy_state(self.weights.parameters)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned. Raises SvdiffError where names or shapes differ."""
-        load_state(self._named(), state)
+        load_state(self.weights.parameters, state)
 
-    def save(self, path: Path, metadata: dict[str, str]) -> None:
+    def save(self, path: Path, metadata: dict[str, str], tokens: Mapping[str, Tensor] | None = None) -> None:
         """Write the changes W − W₀ as safetensors."""
-        rows = {name: row.delta() for name, row in self.token_rows.items()}
-        save_weights_delta(path, self.weights.deltas() | rows, metadata | self.base_hashes)
+        save_weights_delta(path, self.weights.deltas() | dict(tokens or {}), metadata | self.base_hashes)
 
     def detach(self) -> None:
         """Give the pipeline its base weights back, bit for bit."""
         self.weights.close()
-        while self.token_rows:
-            self.token_rows.popitem()[1].close()
+
+
+def by_rate(parameters: Mapping[str, Parameter]) -> dict[str, list[Parameter]]:
+    """Parameters by learning rate, by their names 'network.weight'."""
+    rates: dict[str, list[Parameter]] = {"lr": [], "lr_1d": [], "lr_text_encoder": []}
+    for name, parameter in parameters.items():
+        encoder = name.startswith("text_encoder")
+        rates["lr_1d" if parameter.ndim == 1 else "lr_text_encoder" if encoder else "lr"].append(parameter)
+    return rates
 
 
 def _refuse_unused(config: TrainConfig) -> None:
@@ -158,26 +132,6 @@ def _refuse_unused(config: TrainConfig) -> None:
 def layers_of(module: nn.Module, subset: str) -> set[str]:
     """Paths of the layers whose weights are in `subset`, for the methods that train biases or pairs beside them."""
     return {name.rpartition(".")[0] for name in select(module, subset)}
-
-
-def token_rows(family: Family, tokens: Sequence[str]) -> dict[str, TokenRow]:
-    """The embeddings of special tokens in every text encoder that can be trained, by their names in files."""
-    rows = {}
-    for encoder in family.encoder_names:
-        embedding = getattr(family.pipe, encoder).get_input_embeddings()
-        for token in tokens:
-            token_id = special_token_id(family.tokenizer_of(encoder), token)
-            rows[row_name(encoder, token_id)] = TokenRow(embedding, token_id)
-    return rows
-
-
-def special_token_id(tokenizer: Any, token: str) -> int:
-    """The one id of `token`. Raises SvdiffError if the tokenizer splits it or does not know it."""
-    pieces = tokenizer.tokenize(token)
-    token_id = tokenizer.convert_tokens_to_ids(pieces[0]) if len(pieces) == 1 else None
-    if token_id is None or token_id == tokenizer.unk_token_id:
-        raise SvdiffError(f"token '{token}' is not one token of the base's vocabulary, but {pieces}; choose e.g. sks")
-    return int(token_id)
 
 
 def copy_state(parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
