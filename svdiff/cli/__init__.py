@@ -41,6 +41,7 @@ COMMANDS = {
     "attention": Place("svdiff.cli.pictures", "Draw what the words of a prompt attend to, before and after the training (Fig. 20, 24)."),
     "strip": Place("svdiff.cli.pictures", "Strips of pictures under combined deltas: scale, interpolate, add, style."),
     "compare-pairs": Place("svdiff.cli.experiments", "How well identities are kept apart, with and without Cut-Mix-Unmix (Fig. 6)."),
+    "ablate": Place("svdiff.cli.experiments", "What a key of `train` does, a training a value, with intervals."),
     "edit-curves": Place("svdiff.cli.experiments", "Edit score against reconstruction, for methods and lengths of training."),
     "subsets": Place("svdiff.cli.spectral", "Table 1 for any base: tensors, shifts and bytes of each subset."),
     "delta": Place("svdiff.cli.spectral", "Show, combine and compare delta files."),

@@ -69,3 +69,25 @@ def edit_curves(
     edits = [edit.known(world) for edit in scene_edits(world)]
     folder = run(config, edits, names=name or (), methods=method or METHODS, lengths=steps or LENGTHS, output=output)
     wrote(folder)
+
+
+@app.command()
+def ablate(
+    name: Annotated[str, typer.Argument(help="a concept or pair")],
+    key: Annotated[str, typer.Argument(help="a key of `train`, such as prior_weight")],
+    values: Annotated[list[str], typer.Argument(help="its values, one training each")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="folder (default pictures/ablate-NAME-KEY)")
+    ] = None,
+    params: Params = PARAMS,
+) -> None:
+    """Train once a value of one key of `train`: gains over the untrained base with intervals, and a strip of pictures.
+
+    Example: svdiff ablate teapot prior_weight 0 0.3 1
+    """
+    import yaml
+
+    from svdiff.experiments.ablation import ablation
+
+    chosen = [yaml.safe_load(value) for value in values]
+    wrote(ablation(read(params), name, key, chosen, output=output or PICTURES / f"ablate-{name}-{key}"))

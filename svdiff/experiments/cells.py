@@ -1,7 +1,7 @@
 """Runs the cells of experiments: each setting is trained, draws its pictures and is scored once, and all experiments share it.
 
-An experiment is a table of cells, `Runner.run`, and a drawing of the table that comes back: `rank`, `pairs` and `edits` are
-examples. Everything is stored in the scratch folder under a hash of what it depends on (the base, the data, the settings,
+An experiment is a table of cells, `Runner.run`, and a drawing of the table that comes back: `rank`, `ablation`, `pairs` and
+`edits` are such. Everything is stored in the scratch folder under a hash of what it depends on (the base, the data, the settings,
 the code), so after a kill only what is missing is made, and more pictures or cells add to what is there.
 """
 
