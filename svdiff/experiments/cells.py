@@ -100,7 +100,7 @@ class Runner:
     def _delta(self, cell: Cell, trained: str) -> Path:
         """The delta of a cell, trained unless it is there."""
         from svdiff.training import train
-        from svdiff.training.stage import state_folder
+        from svdiff.training.run import state_folder
 
         folder = self.folder / "trained" / trained
         delta = folder / "delta.safetensors"

@@ -36,6 +36,7 @@ from svdiff.training.loop import Trainer
 from svdiff.training.resume import is_finite, load_state
 
 STAGE = import_module("svdiff.training.stage")  # the package's attribute of this name is the function
+RUN = import_module("svdiff.training.run")
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 
 
@@ -287,6 +288,27 @@ def test_a_training_that_gets_no_better_stops(checkout: Path, monkeypatch: pytes
         summary = json.loads((folder / "train.json").read_text())
         assert (summary["steps"], summary["chosen_step"]) == (8, 4)
         assert list(pd.read_csv(folder / "curve.csv")["step"]) == list(range(1, 9))
+
+
+def test_a_validation_after_the_saved_state_does_not_end_a_resumed_training(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the validation after step 4 and saving its state, the training goes on from step 2."""
+    spoiled_losses(monkeypatch, {0: 0.5, 2: 0.2, 4: 0.3, 6: 0.1})
+    original, died = RUN.save_state, []
+
+    def dying(path: Path, state: dict[str, Any]) -> bool:
+        if state["trainer"]["step"] == 4 and not died:
+            died.append(4)
+            raise KeyboardInterrupt
+        return original(path, state)
+
+    monkeypatch.setattr(RUN, "save_state", dying)
+    settings = {"steps": 6, "patience": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(), "pet", overrides=settings)
+    folder = train(load_config(), "pet", overrides=settings).parent
+    assert list(pd.read_csv(folder / "curve.csv")["step"]) == [1, 2, 3, 4]
 
 
 def test_more_steps_continue_a_finished_training(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
