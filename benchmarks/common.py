@@ -32,11 +32,11 @@ def make_unet(model: str, device: str = "cpu") -> nn.Module:
     """`sd15` (its shape, random weights, seed 0), `tiny`, or the UNet of a diffusers folder."""
     from diffusers import UNet2DConditionModel
 
-    from svdiff.spectral import sd15
+    from svdiff.models.sizes import build
 
     torch.manual_seed(0)
     if model == "sd15":
-        return sd15.unet(device)
+        return build("sd15", device=device)
     if model == "tiny":
         with torch.device(device):
             return UNet2DConditionModel(**TINY)

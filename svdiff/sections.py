@@ -72,8 +72,23 @@ class Section(BaseModel):
 class BaseModelConfig(Section):
     """The model that is personalised."""
 
-    model: str = Field("models/base", description="diffusers folder or Hub id with a Stable Diffusion layout")
+    model: str = Field(
+        "models/base", description="diffusers folder, Hub id or single-file checkpoint of a supported family"
+    )
     revision: str | None = Field(None, description="Hub revision; only for a Hub id")
+    variant: str | None = Field(None, description="which files of it, e.g. fp16")
+    config: str | None = Field(
+        None, description="single-file checkpoints: diffusers folder or Hub id with the same configuration"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="numbers that the weights are held in, for training and sampling alike; shifts stay fp32"
+    )
+    resolution: int | None = Field(None, ge=8, le=8192, description="side of pictures in pixels; null: the base's own")
+    offload: Literal["none", "parts", "layers"] = Field(
+        "none", description="on a GPU, sampling: keep in main memory the parts, or layers, that are not running"
+    )
+    vae_slicing: bool = Field(False, description="decode pictures one by one: less memory")
+    vae_tiling: bool = Field(False, description="decode pictures in tiles: less memory, for large ones")
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:

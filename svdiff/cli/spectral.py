@@ -20,7 +20,7 @@ app = typer.Typer()
 delta_app = typer.Typer(no_args_is_help=True, help="Show, combine and compare delta files.")
 app.add_typer(delta_app, name="delta")
 
-Base = Annotated[str, typer.Option("--base", help="a diffusers folder or Hub id with a Stable Diffusion layout")]
+Base = Annotated[str, typer.Option("--base", help="diffusers folder, Hub id, or a size: sd15, sdxl, flux, …")]
 Half = Annotated[bool, typer.Option("--half", help="store float16 instead of float32")]
 EMBEDDED = "models/base"
 
@@ -29,65 +29,43 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("SVDIFF_HOME", ".svdiff")) / "bases"
 
 
-def _on_meta(base: str, part: str) -> Any:
-    """A part of a base as a module without memory, from its configuration alone."""
-    import torch
-
-    from svdiff.spectral import sd15
-
-    if base == "sd15":
-        return sd15.unet() if part == "unet" else sd15.text_encoder()
-    if (Path(base) / "model_index.json").is_file():
-        from svdiff.models import check_layout
-
-        check_layout(Path(base))
-    try:
-        if part == "unet":
-            from diffusers import UNet2DConditionModel
-
-            config = UNet2DConditionModel.load_config(base, subfolder=part)
-            with torch.device("meta"):
-                return UNet2DConditionModel.from_config(config)
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        with torch.device("meta"):
-            return CLIPTextModel(CLIPTextConfig.from_pretrained(base, subfolder=part))
-    except OSError as error:
-        raise SvdiffError(f"there is no {part} of a Stable Diffusion layout at {base!r}: {error}") from None
-
-
 @app.command()
 def subsets(
     base: Base = EMBEDDED,
-    text_encoder: Annotated[bool, typer.Option("--text-encoder", help="add a row for the text encoder")] = False,
+    text_encoder: Annotated[bool, typer.Option("--text-encoder", help="add a row for each text encoder")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Table 1 for any base: tensors, shifts and bytes of each subset. `--base sd15` needs no download."""
+    """Table 1 for any base: tensors, shifts and bytes of each subset.
+
+    `--base sd15`, `sdxl`, `sd3.5-medium`, `sd3.5-large`, `flux` and `flux2` need no download.
+    """
     from dataclasses import asdict, replace
 
-    from svdiff.spectral.subsets import SUBSETS, subset_sizes
+    from svdiff.models.sizes import build, family_named
+    from svdiff.spectral.subsets import subset_sizes, subsets_of
 
-    unet = _on_meta(base, "unet")
+    family = family_named(base)
+    network = build(base)
     # The paper's sizes are those of Stable Diffusion 1.x.
-    paper = sum(p.numel() for p in unet.parameters()) == 859_520_964
+    paper = sum(p.numel() for p in network.parameters()) == 859_520_964
     rows = []
-    for name in SUBSETS:
+    for name in subsets_of(network):
         try:
-            row = subset_sizes(unet, name)
+            row = subset_sizes(network, name, prefix=family.network_name)
         except SvdiffError:  # a base without a middle block, say
             continue
         rows.append(row if paper else replace(row, paper_kb=None))
-    if text_encoder:
-        extra = subset_sizes(_on_meta(base, "text_encoder"), "UNet", prefix="text_encoder")
-        rows.append(replace(extra, name="text encoder", paper_kb=None))
+    for encoder in family.encoder_names if text_encoder else ():
+        extra = subset_sizes(build(base, encoder), "all", prefix=encoder)
+        rows.append(replace(extra, name=encoder.replace("_", " "), paper_kb=None))
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return
-    typer.echo(f"{'subset':<13}{'tensors':>8}{'shifts':>10}{'fp32 KB':>10}{'fp16 KB':>10}{'paper KB':>10}")
+    typer.echo(f"{'subset':<15}{'tensors':>8}{'shifts':>10}{'fp32 KB':>10}{'fp16 KB':>10}{'paper KB':>10}")
     for row in rows:
         full, half = row.bytes_fp32 / 1024, row.bytes_fp16 / 1024
         theirs = f"{row.paper_kb:.1f}" if row.paper_kb else "-"
-        typer.echo(f"{row.name:<13}{row.tensors:>8}{row.shifts:>10}{full:>10.1f}{half:>10.1f}{theirs:>10}")
+        typer.echo(f"{row.name:<15}{row.tensors:>8}{row.shifts:>10}{full:>10.1f}{half:>10.1f}{theirs:>10}")
 
 
 @app.command()

@@ -5,7 +5,8 @@ Training, deltas, scores and stages ask a `Family` and know no pipeline by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 Conditions: TypeAlias = "dict[str, Tensor]"
 """What a prompt means to the network, by name; each tensor has one row a prompt, so that they can be joined."""
 
-FAMILIES: dict[str, str] = {"StableDiffusionPipeline": "stable_diffusion:StableDiffusion"}
+FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "sdxl:StableDiffusionXL",
+    "StableDiffusion3Pipeline": "sd3:StableDiffusion3",
+    "FluxPipeline": "flux:Flux",
+    "Flux2Pipeline": "flux2:Flux2",
+    "Flux2KleinPipeline": "flux2:Flux2Klein",
+}
 """Module and class of the family that a `_class_name` of model_index.json belongs to."""
 
 
@@ -44,8 +52,12 @@ class Family:
     """The tokenizer in whose vocabulary a special token is one word."""
     attention: ClassVar[Literal["cross", "joint"]]
     """Whether pictures look at the text in layers of their own, as the attention losses need, or both at both."""
+    patch: ClassVar[int] = 1
+    """Side in latents of what is one position to the network."""
     lora_names: ClassVar[Mapping[str, str]]
     """What LoRA files in kohya's layout call each network."""
+    sizes: ClassVar[Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]]]
+    """Well-known bases by a short name: of each network its class and configuration, for tables without a download."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -86,34 +98,47 @@ class Family:
         return {self.network_name: self.network} | modules
 
     def trained(self, subset: str, *, text_encoder: bool) -> dict[str, str]:
-        """The networks that a training changes, each with its subset: text encoders whole, when asked.
-
-        Raises SvdiffError where they are asked for and the base has none that can be trained.
-        """
-        if text_encoder and not self.encoder_names:
-            raise SvdiffError(
-                f"train.text_encoder is true, and the text encoder of {self.title} is a language model, which is not "
-                "trained; set it to false"
-            )
+        """The networks that a training changes, each with its subset: text encoders whole, when asked."""
         return {self.network_name: subset} | dict.fromkeys(self.encoder_names if text_encoder else (), "UNet")
 
     @property
     def image_size(self) -> int:
-        """Side of the native pictures in pixels."""
-        raise NotImplementedError
+        """Side of the pictures in pixels: the base's native one, or `base.resolution`."""
+        side = getattr(self.pipe, "default_sample_size", None) or self.pipe.unet.config.sample_size
+        return int(side * self.pipe.vae_scale_factor)
 
     @classmethod
     def native_size(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        """`image_size` by the configurations of the denoising network and of `vae` alone."""
-        raise NotImplementedError
+        """The native `image_size` by the configurations of the denoising network and of `vae` alone."""
+        return int(configs[cls.network_name]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1))
+
+    @property
+    def guidance_is_learned(self) -> bool:
+        """Whether the network was distilled to read the guidance scale, and knows no negative prompt."""
+        return False
 
     # -- text ----------------------------------------------------------------------------------------------
 
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """The tokenizer of the text encoder that reads furthest, and how many tokens that is."""
+        return self.tokenizer, self.tokenizer.model_max_length
+
     def check_prompt(self, prompt: str) -> None:
         """Raise SvdiffError for a prompt that the text encoder would read the beginning of."""
-        length, limit = len(self.tokenizer(prompt).input_ids), self.tokenizer.model_max_length
+        tokenizer, limit = self.reader
+        length = len(tokenizer(prompt).input_ids)
         if length > limit:
             raise SvdiffError(f"prompt '{prompt}' is {length} tokens long; the text encoder reads {limit}: shorten it")
+
+    def check_token(self, token: str) -> None:
+        """Raise SvdiffError for a special token that is no single token: pieces of words carry meanings of their own."""
+        pieces = self.tokenizer.tokenize(token)
+        if len(pieces) != 1 or self.tokenizer.convert_tokens_to_ids(pieces[0]) == self.tokenizer.unk_token_id:
+            raise SvdiffError(
+                f"token '{token}' is {len(pieces)} tokens to the base's tokenizer ({', '.join(pieces) or 'none'}); "
+                "expected one rare word of its vocabulary, e.g. sks"
+            )
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """What prompts mean to the network, with gradients where a text encoder is trained."""
@@ -123,22 +148,47 @@ class Family:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of a native picture's latents."""
-        raise NotImplementedError
+        """(C, h, w) of a picture's latents."""
+        side = self.image_size // self.pipe.vae_scale_factor
+        return self.pipe.vae.config.latent_channels, side, side
 
     def to_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's posterior, (B, C, h, w), of pixels (B, 3, H, W) in −1 to 1; float32."""
-        vae = self.pipe.vae
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        with self._autoencoder() as vae:
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return self.scaled(posterior.mean.float()), self.scaled(posterior.std.float(), deviation=True)
 
     def to_pictures(self, latents: Tensor) -> list[Image]:
         """Pictures of latents (B, C, h, w)."""
-        vae = self.pipe.vae
-        scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-        pixels = vae.decode(latents.to(vae.dtype) / scale + shift).sample
+        with self._autoencoder() as vae:
+            pixels = vae.decode(self.unscaled(latents.to(vae.dtype))).sample
         return to_8_bits(self.pipe.image_processor.postprocess(pixels, output_type="np"))
+
+    def scaled(self, latents: Tensor, *, deviation: bool = False) -> Tensor:
+        """The autoencoder's latents, or their deviation, in the numbers that the network reads."""
+        config = self.pipe.vae.config
+        shift = 0.0 if deviation else getattr(config, "shift_factor", None) or 0.0
+        return (latents - shift) * config.scaling_factor
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The network's latents in the numbers of the autoencoder."""
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+    @contextmanager
+    def _autoencoder(self) -> Iterator[Any]:
+        """The autoencoder, in float32 for now if it is one that overflows in float16 (SDXL's)."""
+        import torch
+
+        vae = self.pipe.vae
+        overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+        if overflows:
+            vae.to(torch.float32)
+        try:
+            yield vae
+        finally:
+            if overflows:
+                vae.to(torch.float16)
 
     # -- denoising -----------------------------------------------------------------------------------------
 
@@ -147,8 +197,11 @@ class Family:
         """How latents are noised, and what the network predicts of that."""
         raise NotImplementedError
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """One pass of the network on noisy latents: (B, C, h, w), what `objective.target` is the truth of."""
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions, *, guidance: float = 1.0) -> Tensor:
+        """One pass of the network on noisy latents: (B, C, h, w), what `objective.target` is the truth of.
+
+        `guidance` is what a network is told that reads the scale; in training it is 1.
+        """
         raise NotImplementedError
 
     def draw(
@@ -163,6 +216,20 @@ class Family:
         callback: Any = None,
     ) -> list[Image]:
         """Pictures by the pipeline itself, each from its own generator; `callback` is called by it after every step."""
+        pixels = self.pipe(
+            prompt=list(prompts),
+            height=self.image_size,
+            width=self.image_size,
+            num_inference_steps=steps,
+            generator=list(generators),
+            callback_on_step_end=callback,
+            output_type="np",
+            **self.guided(len(prompts), guidance, eta, negative),
+        ).images
+        return to_8_bits(pixels)
+
+    def guided(self, count: int, guidance: float, eta: float, negative: str | None) -> dict[str, Any]:
+        """What the pipeline is told about guidance, for `count` pictures. Raises SvdiffError for what it cannot do."""
         raise NotImplementedError
 
 

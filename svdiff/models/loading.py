@@ -1,9 +1,11 @@
-"""Loading the model that is personalised: a diffusers folder or Hub id of a supported family."""
+"""Loading the model that is personalised: a diffusers folder, Hub id or single file of a supported family."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,9 @@ from svdiff.models.family import Family, family_class, family_of
 if TYPE_CHECKING:
     import torch
 
+SINGLE_FILES = (".safetensors", ".ckpt")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def check_layout(folder: Path) -> type[Family]:
     """The family of a folder. Raises SvdiffError for another layout, saying what it is instead."""
@@ -23,12 +28,7 @@ def check_layout(folder: Path) -> type[Family]:
             f"base.model is '{folder}', a folder without model_index.json; expected a diffusers folder "
             "(for the embedded base run `dvc pull models/base`)"
         )
-    return _class_of(str(folder), json.loads(index.read_text()))
-
-
-def _class_of(model: str, index: dict[str, Any]) -> type[Family]:
-    """The family that a model_index.json names."""
-    return family_class(str(index.get("_class_name")), model)
+    return family_class(str(json.loads(index.read_text()).get("_class_name")), str(folder))
 
 
 def family_at(base: BaseModelConfig) -> type[Family]:
@@ -38,29 +38,53 @@ def family_at(base: BaseModelConfig) -> type[Family]:
     """
     from diffusers import DiffusionPipeline
 
-    if Path(base.model).is_dir():
-        return check_layout(Path(base.model))
-    if base.model.startswith((".", "/", "models/")) or base.model.count("/") > 1:
+    model = _configured(base)
+    if Path(model).is_dir():
+        return check_layout(Path(model))
+    with _readable(model):
+        index = DiffusionPipeline.load_config(model, revision=base.revision, local_files_only=offline())
+    return family_class(str(index.get("_class_name")), model)
+
+
+def _configured(base: BaseModelConfig) -> str:
+    """Folder or Hub id with the configuration of a base. Raises SvdiffError for what can be neither."""
+    if base.model.endswith(SINGLE_FILES):
+        if not Path(base.model).is_file():
+            raise SvdiffError(f"base.model '{base.model}' is not a file here (looked from {Path.cwd()})")
+        if base.config is None:
+            raise SvdiffError(
+                f"base.model '{base.model}' is a single file, which does not say what it holds: set base.config to a "
+                "diffusers folder or Hub id with the same configuration"
+            )
+        return base.config
+    looks_local = base.model.startswith((".", "/", "models/")) or base.model.count("/") > 1
+    if looks_local and not Path(base.model).is_dir():
         raise SvdiffError(
             f"base.model '{base.model}' is not a folder here (looked from {Path.cwd()}); "
             "run `dvc pull models/base` for the embedded base, or name a folder or Hub id"
         )
-    try:
-        index = DiffusionPipeline.load_config(base.model, revision=base.revision, local_files_only=offline())
-    except (OSError, ValueError) as error:
-        raise SvdiffError(f"base.model '{base.model}' cannot be loaded: {error}") from error
-    return _class_of(base.model, index)
+    return base.model
 
 
 def offline() -> bool:
-    """Whether the Hub is not to be asked."""
+    """Whether the Hub is not to be asked, but only its local cache."""
     return os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
-def load_pipeline(base: BaseModelConfig, *, dtype: torch.dtype | None = None) -> Any:
-    """The base as diffusers' pipeline, in float32 unless `dtype` says otherwise; `family_of` is the view of it for us.
+@contextmanager
+def _readable(model: str) -> Iterator[None]:
+    """Turn what the libraries raise for missing or broken files into SvdiffError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        hint = " (HF_HUB_OFFLINE is 1: only the local cache was looked in)" if offline() else ""
+        raise SvdiffError(f"base.model '{model}' cannot be loaded: {error}{hint}") from error
 
-    A local folder is read without touching the network. Raises SvdiffError for another architecture or a missing folder.
+
+def load_pipeline(base: BaseModelConfig, device: torch.device | None = None) -> Any:
+    """The base as diffusers' pipeline, as section `base` of params.yaml asks; `family_of` is our view of it.
+
+    It is on `device`, or on the GPU if there is one. A local folder is read without touching the network. Raises SvdiffError for another architecture or a missing folder.
     """
     import diffusers
     import diffusers.utils.logging
@@ -71,40 +95,76 @@ def load_pipeline(base: BaseModelConfig, *, dtype: torch.dtype | None = None) ->
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     family = family_at(base)
-    try:
-        pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            base.model,
-            revision=base.revision,
-            dtype=dtype or torch.float32,
-            local_files_only=Path(base.model).is_dir() or offline(),
-            **family.load_options,
-        )
-    except (OSError, ValueError) as error:
-        raise SvdiffError(f"base.model '{base.model}' cannot be loaded: {error}") from error
+    loader, dtype = getattr(diffusers, family.pipeline), getattr(torch, DTYPES[base.precision])
+    here = offline() or Path(base.model).exists()
+    with _readable(base.model):
+        if base.model.endswith(SINGLE_FILES):
+            pipe = loader.from_single_file(
+                base.model, config=base.config, torch_dtype=dtype, local_files_only=here, **family.load_options
+            )
+        else:
+            pipe = loader.from_pretrained(
+                base.model,
+                revision=base.revision,
+                variant=base.variant,
+                dtype=dtype,
+                local_files_only=here,
+                **family.load_options,
+            )
     family.prepare(pipe)
     pipe.set_progress_bar_config(disable=True)
     for part in family_of(pipe).parts.values():
         part.requires_grad_(False).eval()
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    _fit(pipe, base)
+    return _placed(pipe, base, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _fit(pipe: Any, base: BaseModelConfig) -> None:
+    """Set the size of pictures, and how the autoencoder saves memory."""
+    if base.resolution is not None:
+        factor = pipe.vae_scale_factor * family_of(pipe).patch
+        if base.resolution % factor:
+            raise SvdiffError(
+                f"base.resolution is {base.resolution}; expected a multiple of {factor} pixels, the side of a patch"
+            )
+        pipe.default_sample_size = base.resolution // pipe.vae_scale_factor
+    if base.vae_slicing:
+        pipe.vae.enable_slicing()
+    if base.vae_tiling:
+        pipe.vae.enable_tiling()
+
+
+def _placed(pipe: Any, base: BaseModelConfig, device: torch.device) -> Any:
+    """The pipeline on its device; on a GPU whole, or by parts or layers as they run."""
+    import torch
+
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32
+        torch.backends.cudnn.allow_tf32 = True
+    if device.type == "cpu" or base.offload == "none":
+        pipe.to(device)
+    elif base.offload == "parts":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
+    return pipe
 
 
 def native_size(base: BaseModelConfig) -> int:
-    """Side of a base's native pictures in pixels, from its configurations alone.
+    """Side of a base's pictures in pixels, from its configurations alone.
 
     Raises SvdiffError for another architecture or a missing folder.
     """
     from diffusers import AutoencoderKL
 
-    family = family_at(base)
-    try:
+    family, model = family_at(base), _configured(base)
+    if base.resolution is not None:
+        return base.resolution
+    with _readable(model):
         configs = {
-            name: AutoencoderKL.load_config(
-                base.model, subfolder=name, revision=base.revision, local_files_only=offline()
-            )
+            name: AutoencoderKL.load_config(model, subfolder=name, revision=base.revision, local_files_only=offline())
             for name in (family.network_name, "vae")
         }
-    except (OSError, ValueError) as error:
-        raise SvdiffError(f"base.model '{base.model}' cannot be read: {error}") from error
     return family.native_size(configs)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,75 @@ class Diffusion(Objective):
         random = list(generators) if eta > 0 and generators is not None else None
         below: Tensor = self.scheduler.step(predicted, level.timestep, z, eta=eta, generator=random).prev_sample
         return below
+
+
+class Flow(Objective):
+    """Flow matching: a = 1 − σ, b = σ, timesteps 1000 σ; σ is logit-normal in training, and shifted towards noise.
+
+    `mu` says how far it is shifted where the scheduler leaves that to the picture's size, by the steps of sampling;
+    `plain` are the unshifted σ of sampling in so many steps, where the pipeline gives its own.
+    """
+
+    prediction = "flow"
+
+    def __init__(
+        self,
+        scheduler: Any,
+        mu: Callable[[int], float],
+        plain: Callable[[int], list[float]] | None = None,
+    ) -> None:
+        super().__init__(scheduler)
+        self.mu, self.plain = mu, plain
+
+    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """See `Objective`; shifted as sampling in 50 steps is."""
+        config = self.scheduler.config
+        shift = math.exp(self.mu(50)) if config.use_dynamic_shifting else self.scheduler.shift
+        sigma = torch.sigmoid(torch.randn(count, generator=generator))
+        return shift * sigma / (1 + (shift - 1) * sigma) * config.num_train_timesteps
+
+    def level(self, share: float) -> float:
+        """See `Objective`."""
+        return float(share * self.scheduler.config.num_train_timesteps)
+
+    def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
+        sigma = timesteps.float() / self.scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
+
+    def levels(self, steps: int, device: torch.device) -> list[Level]:
+        """See `Objective`; the levels of Euler's method."""
+        sigmas = None if self.plain is None else self.plain(steps)
+        mu = self.mu(steps) if self.scheduler.config.use_dynamic_shifting else None
+        self.scheduler.set_timesteps(None if sigmas else steps, device=device, sigmas=sigmas, mu=mu)
+        sigma = self.scheduler.sigmas
+        return [
+            Level(t, 1 - now, now, 1 - below, below)
+            for t, now, below in zip(self.scheduler.timesteps, sigma[:-1], sigma[1:], strict=True)
+        ]
+
+    def step(
+        self, predicted: Tensor, level: Level, z: Tensor, eta: float, generators: Sequence[torch.Generator] | None
+    ) -> Tensor:
+        """See `Objective`; a step of Euler's method."""
+        no_eta(eta)
+        return (z.float() + (level.spread_below - level.spread) * predicted.float()).to(z.dtype)
+
+
+def no_eta(eta: float) -> None:
+    """Raise SvdiffError for an η that flow matching has no place for."""
+    if eta > 0:
+        raise SvdiffError(
+            f"η is {eta}, the noise that DDIM injects, and this base is sampled along its flow, where nothing is random: "
+            "set eta to 0"
+        )
+
+
+def shift_by_size(config: Any, tokens: int) -> float:
+    """μ of a picture of so many tokens, on the line through the two that the scheduler's configuration names."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(least + (most - least) * (tokens - low) / (high - low))
 
 
 def _of_alpha(alpha: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from svdiff.models.family import Conditions, Family, to_8_bits
+from svdiff.models.family import Conditions, Family
 from svdiff.models.objective import Diffusion
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+}
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
 
 
 class StableDiffusion(Family):
@@ -22,9 +42,12 @@ class StableDiffusion(Family):
     pipeline = "StableDiffusionPipeline"
     load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
     network_name = "unet"
-    encoder_names = ("text_encoder",)
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     attention = "cross"
     lora_names = {"unet": "lora_unet", "text_encoder": "lora_te"}  # noqa: RUF012
+    sizes = {  # noqa: RUF012
+        "sd15": {"unet": ("UNet2DConditionModel", UNET), "text_encoder": ("CLIPTextModel", CLIP_L)}
+    }
 
     @classmethod
     def prepare(cls, pipe: Any) -> None:
@@ -32,22 +55,6 @@ class StableDiffusion(Family):
         from diffusers import DDIMScheduler
 
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-
-    @property
-    def image_size(self) -> int:
-        """See `Family`."""
-        return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
-
-    @classmethod
-    def native_size(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        """See `Family`."""
-        return int(configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1))
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """See `Family`."""
-        side = self.image_size // self.pipe.vae_scale_factor
-        return self.pipe.unet.config.in_channels, side, side
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """See `Family`."""
@@ -65,34 +72,13 @@ class StableDiffusion(Family):
         """See `Family`."""
         return Diffusion(self.pipe.scheduler)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions, *, guidance: float = 1.0) -> Tensor:
         """See `Family`."""
         cast = {name: condition.to(self.dtype) for name, condition in conditions.items()}
         predicted: Tensor = self.network(noisy.to(self.dtype), timesteps, **cast).sample
         return predicted
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        generators: Sequence[torch.Generator],
-        *,
-        steps: int,
-        guidance: float,
-        eta: float = 0.0,
-        negative: str | None = None,
-        callback: Any = None,
-    ) -> list[Image]:
+    def guided(self, count: int, guidance: float, eta: float, negative: str | None) -> dict[str, Any]:
         """See `Family`."""
-        pixels = self.pipe(
-            prompt=list(prompts),
-            negative_prompt=None if negative is None else [negative] * len(prompts),
-            height=self.image_size,
-            width=self.image_size,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            eta=eta,
-            generator=list(generators),
-            callback_on_step_end=callback,
-            output_type="np",
-        ).images
-        return to_8_bits(pixels)
+        negatives = None if negative is None else [negative] * count
+        return {"guidance_scale": guidance, "eta": eta, "negative_prompt": negatives}

@@ -83,13 +83,22 @@ def denoise(
     if guidance != 1:
         texts = [[""] * count, *([text] * count for text in (negatives if beta < 1 else ())), prompts]
     family = family_of(pipe)
+    if family.guidance_is_learned:
+        if beta < 1:
+            raise SvdiffError(
+                f"β of Eq. 10 is {beta}, and this {family.title} reads the guidance scale and knows no negative prompts: "
+                "set β to 1"
+            )
+        texts = [prompts]
     conditions = encode_prompts(pipe, [prompt for text in texts for prompt in text])
     objective = family.objective
     for level in objective.levels(steps, latents.device):
         timesteps = level.timestep.expand(len(texts) * count)
-        noises = family.predict(torch.cat([latents] * len(texts)), timesteps, conditions).chunk(len(texts))
+        noises = family.predict(torch.cat([latents] * len(texts)), timesteps, conditions, guidance=guidance).chunk(
+            len(texts)
+        )
         noise = noises[-1]
-        if guidance != 1:
+        if len(texts) > 1:
             noise = guided_noise(noise, negative_noise(noises[0], noises[1:-1], beta), guidance)
         latents = objective.step(noise, level, latents, eta, generators)
     return latents

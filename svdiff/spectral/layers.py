@@ -48,6 +48,15 @@ class SpectralLayer(nn.Module):
         self._outside_tree("original", original)
         self._outside_tree("delta", nn.Parameter(torch.zeros(size, device=weight.device)))
 
+    def __getattr__(self, name: str) -> Any:
+        """What else is asked of the layer is a fact of the original's, such as `in_features`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original" or name.startswith("_"):
+                raise
+            return getattr(self.original, name)
+
     def _outside_tree(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -93,13 +102,12 @@ class SpectralLayer(nn.Module):
 
 
 class SpectralNorm(SpectralLayer):
-    """LayerNorm or GroupNorm with its weight shifted element by element, without ReLU (Sec. 3.2)."""
+    """LayerNorm, GroupNorm, RMSNorm or another layer with its 1-D weight shifted element by element (Sec. 3.2)."""
 
-    def __init__(self, original: nn.LayerNorm | nn.GroupNorm) -> None:
-        super().__init__(original, original.weight.numel())
-        self.base = nn.Buffer(original.weight.detach(), persistent=False)
-        self.eps = original.eps
-        self.num_groups = original.num_groups if isinstance(original, nn.GroupNorm) else None
+    def __init__(self, original: nn.Module) -> None:
+        weight: Tensor = original.weight  # type: ignore[assignment]
+        super().__init__(original, weight.numel())
+        self.base = nn.Buffer(weight.detach(), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -116,9 +124,13 @@ class SpectralNorm(SpectralLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` as the original layer does."""
-        if self.num_groups is None:
-            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if isinstance(self.original, nn.GroupNorm):
+            return F.group_norm(x, self.original.num_groups, self.weight, self.bias, self.original.eps)
+        if isinstance(self.original, nn.LayerNorm):
+            return F.layer_norm(x, self.shape, self.weight, self.bias, self.original.eps)
+        tensors = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+        normalised: Tensor = torch.func.functional_call(self.original, tensors, (x,))
+        return normalised
 
 
 class SpectralMatrix(SpectralLayer):
@@ -269,7 +281,7 @@ _MATRICES: dict[type[nn.Module], type[SpectralMatrix]] = {
 
 def make_layer(name: str, original: nn.Module, factors: Factors | None, rank: int | None) -> SpectralLayer:
     """The spectral layer for `original`, whose weight is called `name`; refuses kinds that have none."""
-    if isinstance(original, NORMS):
+    if isinstance(original, NORMS) or original._parameters["weight"].ndim == 1:  # type: ignore[union-attr]
         return SpectralNorm(original)
     kind = _MATRICES.get(type(original)) or next(
         (layer for base, layer in _MATRICES.items() if _same_forward(original, base)), None

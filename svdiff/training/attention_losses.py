@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from svdiff.config import TrainConfig
-from svdiff.errors import SvdiffError
 from svdiff.models import family_of
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
 from svdiff.training.batches import Batch
@@ -38,11 +37,6 @@ class AttentionLosses:
         family = family_of(pipe)
         self.tokenizer, self.threshold = family.tokenizer, config.subject_threshold
         self.recorder: AttentionRecorder | None = None
-        if self.terms and family.attention != "cross":
-            raise SvdiffError(
-                f"train has weights for {' and '.join(self.terms)}, losses on cross-attention maps, and {family.title} "
-                "has joint attention of picture and text instead: set unmix_weight and single_subject_weight to 0"
-            )
         if self.terms:
             self.recorder = AttentionRecorder(
                 family.network, layers=config.attention_layers, sides=config.attention_sides

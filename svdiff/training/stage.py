@@ -26,6 +26,7 @@ from svdiff.files import atomic_dir, sha256_file
 from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling.images import check_prompts
 from svdiff.spectral import weights_hash
+from svdiff.training.compatibility import check_family
 from svdiff.training.datasets import TrainingData, read_training_data
 from svdiff.training.loop import Trainer
 from svdiff.training.methods import Method, apply_method
@@ -64,11 +65,12 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     data = read_training_data(config, entry, settings)
 
     accelerator = _accelerator(config, settings)
-    pipe = load_pipeline(config.base).to(accelerator.device)
-    for token in entry.tokens:
-        _check_token(pipe, token)
-    set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
+    pipe = load_pipeline(config.base, accelerator.device)
     family = family_of(pipe)
+    check_family(family, settings)
+    for token in entry.tokens:
+        family.check_token(token)
+    set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
     dataset = data.encode(family)
     check_prompts(pipe, [*dataset.prompts, *data.validation_prompts])
     others = [part for name, part in family.parts.items() if name != family.network_name]
@@ -171,14 +173,3 @@ def _accelerator(config: Config, settings: TrainConfig) -> Accelerator:
             "choose bf16 or no"
         )
     return accelerator
-
-
-def _check_token(pipe: Any, token: str) -> None:
-    """The special token must be one token that the vocabulary knows: pieces of words carry meanings of their own."""
-    tokenizer = family_of(pipe).tokenizer
-    pieces = tokenizer.tokenize(token)
-    if len(pieces) != 1 or tokenizer.convert_tokens_to_ids(pieces[0]) == tokenizer.unk_token_id:
-        raise SvdiffError(
-            f"token '{token}' is {len(pieces)} tokens to the base's tokenizer ({', '.join(pieces) or 'none'}); "
-            "expected one rare word of its vocabulary, e.g. sks"
-        )

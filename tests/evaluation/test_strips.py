@@ -13,9 +13,10 @@ from svdiff.errors import SvdiffError
 from svdiff.evaluation.attention_maps import draw_attention, picture_and_maps
 from svdiff.evaluation.strips import addition, draw_strip, geometry_layers, interpolation, scaling, style_mixing
 from svdiff.models import load_pipeline
+from svdiff.models.sizes import build
 from svdiff.sampling.images import Job
 from svdiff.sampling.stage import draw_pictures, find_delta, personalise_with
-from svdiff.spectral import SpectralDelta, attach, load_basis, sd15
+from svdiff.spectral import SpectralDelta, attach, load_basis
 from svdiff.spectral.subsets import shift_sizes
 
 PROMPT = "a sks dog"
@@ -86,7 +87,7 @@ def test_style_mixing_takes_each_layer_from_its_delta(checkout: Config) -> None:
 
 def test_geometry_layers_of_stable_diffusion_are_those_of_the_paper() -> None:
     """(16, down, 1) – (8, down, 0) of XTI: the second layer at 16 × 16 on the way down, to the middle block."""
-    names = [f"unet.{name}" for name in shift_sizes(sd15.unet(), "UNet-2D")]
+    names = [f"unet.{name}" for name in shift_sizes(build("sd15"), "UNet-2D")]
     takes = geometry_layers(names)
     chosen = {".".join(name.split(".")[1:5]) for name in names if takes(name)}
     attention = {name for name in chosen if "attentions" in name}

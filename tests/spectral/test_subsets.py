@@ -8,7 +8,8 @@ import zipfile
 import pytest
 import torch
 
-from svdiff.spectral import SUBSETS, sd15, select
+from svdiff.models.sizes import build
+from svdiff.spectral import SUBSETS, select
 from svdiff.spectral.subsets import PAPER_KB, shift_sizes, subset_sizes
 
 TABLE_1 = {
@@ -21,7 +22,7 @@ TABLE_1 = {
 
 @pytest.fixture(scope="module")
 def unet() -> torch.nn.Module:
-    return sd15.unet()
+    return build("sd15")
 
 
 @pytest.mark.parametrize("name", SUBSETS)
@@ -56,7 +57,7 @@ def test_the_unet_is_that_of_the_paper_and_no_bias_is_shifted(unet: torch.nn.Mod
 
 
 def test_text_encoder() -> None:
-    assert subset_sizes(sd15.text_encoder(), "UNet", prefix="text_encoder").shifts == 75_341
+    assert subset_sizes(build("sd15", "text_encoder"), "UNet", prefix="text_encoder").shifts == 75_341
 
 
 def test_a_pattern_of_ones_own(unet: torch.nn.Module) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from svdiff.config import load_config
-from svdiff.spectral import SpectralDelta, sd15
+from svdiff.models.sizes import build
+from svdiff.models.stable_diffusion import UNET
+from svdiff.spectral import SpectralDelta
 from svdiff.training import train
 from tests.conftest import write_tiny_tokenizer
 from tests.training.test_stage import draw_pictures, write_params
@@ -35,9 +37,9 @@ def write_base(folder: Path) -> Path:
     )
     StableDiffusionPipeline(
         vae=vae,
-        text_encoder=sd15.text_encoder("cpu"),
+        text_encoder=build("sd15", "text_encoder", "cpu"),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "words", model_max_length=77),
-        unet=UNet2DConditionModel(**sd15.UNET | {"sample_size": 32}),
+        unet=UNet2DConditionModel(**UNET | {"sample_size": 32}),
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
         safety_checker=None,
         feature_extractor=None,

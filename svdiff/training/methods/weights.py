@@ -59,11 +59,6 @@ class WeightsMethod:
         _refuse_unused(config)
         family = family_of(pipe)
         subsets = family.trained(config.subset, text_encoder=config.text_encoder)
-        if custom and family.attention != "cross":
-            raise SvdiffError(
-                f"method custom-diffusion trains W^K and W^V of cross-attention, and {family.title} has joint attention "
-                "of picture and text instead; choose method svdiff, full or lora"
-            )
         self.base_hashes = base_hashes(pipe, [*subsets, *(family.encoder_names if custom else ())])
         chosen: dict[str, Parameter] = {}
         for network, subset in subsets.items():
