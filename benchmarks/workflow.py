@@ -81,7 +81,7 @@ def orchestration(folder: Path, repeats: int, steps: int | None) -> dict[str, li
 
     def bare() -> None:
         afresh()
-        run(root, "svdiff", "train", "--concept", concept)
+        run(root, "svdiff", "train", concept)
 
     def dvc() -> None:
         afresh()

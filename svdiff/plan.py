@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import yaml
+from ruamel.yaml import YAML
 
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
@@ -59,9 +59,8 @@ def stages_to_run() -> dict[str, list[str]]:
     for stage in order:
         if upstream.get(stage, set()) & stale:
             stale.add(stage)
-    frozen = {
-        name for name, stage in yaml.safe_load(Path("dvc.yaml").read_text())["stages"].items() if "frozen" in stage
-    }
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    frozen = {name for name, stage in stages.items() if "frozen" in stage}
     return {
         stage: [] if stage in itself else sorted(upstream[stage] & stale)
         for stage in order

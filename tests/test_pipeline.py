@@ -182,7 +182,7 @@ def test_bad_pictures_are_refused_before_any_work(checkout: Checkout) -> None:
     bad = checkout.root / "data/concepts" / concept / "notes.png"
     bad.write_text("not a picture")
     try:
-        done = checkout.run("svdiff", "train", "--concept", concept, check=False)
+        done = checkout.run("svdiff", "train", concept, check=False)
     finally:
         bad.unlink()
     assert done.returncode == 2

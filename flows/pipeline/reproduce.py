@@ -89,7 +89,7 @@ def _usable_commit(root: Path, which: str, lineage: dict[str, Any]) -> str:
     if lineage["git_dirty"] != "false":
         raise SvdiffError(
             f"{which} was registered from a dirty tree: files that git tracks differed from commit {commit[:12]}, and "
-            f"nobody knows how. Commit them, and `python -m flows register --concept {lineage['concept']}` records it"
+            f"nobody knows how. Commit them, and `python -m flows register {lineage['concept']}` records it"
         )
     if git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         raise SvdiffError(f"{which} comes from commit {commit}, which this repository does not have; `git fetch` it")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from svdiff.cli.arguments import Entry
+
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
@@ -45,23 +47,23 @@ def init(params: Params = PARAMS) -> None:
 
 @app.command()
 def register(
-    concept: Annotated[str, typer.Option("--concept", "-c", help="name under `concepts:` or `pairs:` in params.yaml")],
+    name: Entry,
     params: Params = PARAMS,
 ) -> None:
-    """Stage: log a concept's training to MLflow and register its delta; writes out/register/<concept>.json."""
+    """Stage: log a concept's training to MLflow and register its delta; writes out/register/<name>.json."""
     from flows.pipeline.results import read_results
     from svdiff.config import load_config
     from svdiff.files import write_atomic
 
     root = params.resolve().parent
     # Before MLflow is imported: a missing file or an unknown concept is told at once.
-    results = read_results(load_config(params), concept, root)
+    results = read_results(load_config(params), name, root)
     from flows.registry.register import register as run
 
     config, tracking = connected(params)
     done = run(tracking, config, results)
     record = {
-        "concept": concept,
+        "concept": name,
         "version": done.version,
         "run_id": done.run_id,
         "run_url": tracking.run_url(done.run_id),
@@ -70,10 +72,10 @@ def register(
         "role": done.role,
         "reason": done.decision.reason,
     }
-    write_atomic(root / "out" / "register" / f"{concept}.json", json.dumps(record, indent=2) + "\n")
+    write_atomic(root / "out" / "register" / f"{name}.json", json.dumps(record, indent=2) + "\n")
     typer.echo(
-        f"{concept}: version {done.version} {'registered' if done.new else 'was registered already'}, "
-        f"{done.role} ({done.decision.reason})\nmodels:/{concept}/{done.version}, run {record['run_url']}"
+        f"{name}: version {done.version} {'registered' if done.new else 'was registered already'}, "
+        f"{done.role} ({done.decision.reason})\nmodels:/{name}/{done.version}, run {record['run_url']}"
     )
 
 

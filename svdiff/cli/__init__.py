@@ -11,11 +11,14 @@ import sys
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
+os.environ.setdefault("TYPER_USE_RICH", "0")  # plain help costs half of the time: typer looks when it is imported
+
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from svdiff import __version__
 from svdiff.errors import SvdiffError
+from svdiff.words import did_you_mean
 
 
 class Place(NamedTuple):
@@ -33,6 +36,7 @@ COMMANDS = {
     "score": Place("svdiff.cli.stages", "Stage: text and image alignment (Fig. 9b), beside the untrained base; for a pair also how well it is kept apart."),
     "edit": Place("svdiff.cli.editing", "Edit a picture (Sec. 3.4): train on it, then sample other prompts. With a name alone: the stage."),
     "correlate": Place("svdiff.cli.stages", "Stage: correlation of all concepts' shifts (Fig. 9a, 15)."),
+    "second-run": Place("svdiff.cli.stages", "Stage: train a concept a second time, for the diagonal of Fig. 9a."),
     "rank": Place("svdiff.cli.stages", "Stage: alignment against the rank trained with (Fig. 25)."),
     "report": Place("svdiff.cli.stages", "Stage: one page to look at."),
     "config": Place("svdiff.cli.checkout", "Describe every key of params.yaml, with the values in force."),
@@ -43,12 +47,25 @@ COMMANDS = {
     "compare-pairs": Place("svdiff.cli.experiments", "How well identities are kept apart, with and without Cut-Mix-Unmix (Fig. 6)."),
     "ablate": Place("svdiff.cli.experiments", "What a key of `train` does, a training a value, with intervals."),
     "edit-curves": Place("svdiff.cli.experiments", "Edit score against reconstruction, for methods and lengths of training."),
+    "registry": Place("flows.registry.commands", "Registered versions: list, lineage, promote, rollback, retire, reproduce, prune."),
+    "reevaluate": Place("flows.monitoring.commands", "Sample and score registered champions again: unchanged, drifted or broken."),
+    "up": Place("flows.services.commands", "Start what is missing of the workflow: Prefect server, deployments, worker."),
+    "worker": Place("flows.services.commands", "Work for a team's server in this clone."),
+    "down": Place("flows.services.commands", "Stop what `up` started here; the history stays."),
     "subsets": Place("svdiff.cli.spectral", "Table 1 for any base: tensors, shifts and bytes of each subset."),
     "delta": Place("svdiff.cli.spectral", "Show, combine and compare delta files."),
     "export": Place("svdiff.cli.spectral", "A delta as plain diffusers weights, or as LoRA for every other tool."),
     "cache": Place("svdiff.cli.spectral", "Show cached decompositions, or prune them."),
     "base": Place("svdiff.base.cli", "The embedded base: picture world, training, card."),
 }  # fmt: skip
+
+
+#: What `pip install svdiff` leaves out, by the extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(("open_clip", "lpips", "torchvision", "scipy", "matplotlib", "jinja2"), "evaluation"),
+    **dict.fromkeys(("mlflow", "prefect", "dvc", "sqlalchemy", "psutil"), "workflow"),
+    "resvg_py": "world",
+}
 
 
 class Commands(TyperGroup):
@@ -59,9 +76,11 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The name and summary alone, for the list and for suggestions."""
-        return TyperCommand(cmd_name, help=COMMANDS[cmd_name].summary) if cmd_name in COMMANDS else None
+        return TyperCommand(cmd_name, short_help=COMMANDS[cmd_name].summary) if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no command '{args[0]}'{did_you_mean(args[0], COMMANDS)} `svdiff --help` lists them.")
         name, found, rest = super().resolve_command(ctx, args)
         return name, load(str(name)) if found else None, rest
 
@@ -100,4 +119,11 @@ def main() -> None:
         app()
     except SvdiffError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        fix = f"pip install 'svdiff[{extra}]'"
+        typer.secho(f"error: this needs {error.name}, which is not installed: {fix}", err=True, fg="red")
         sys.exit(2)

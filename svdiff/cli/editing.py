@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, wrote
+from svdiff.cli.arguments import PARAMS, PICTURES, Params, named, read, refuse, wrote
 from svdiff.errors import SvdiffError
 
 app = typer.Typer()
@@ -15,7 +15,8 @@ app = typer.Typer()
 
 @app.command()
 def edit(
-    what: Annotated[str, typer.Argument(metavar="IMAGE|NAME", help="a picture, or a name under `edits:`")],
+    context: typer.Context,
+    what: Annotated[str, named("edits", "an edit of params.yaml, or the file of a picture")],
     prompt: Annotated[str | None, typer.Option(help="what the picture shows, without a special token")] = None,
     target: Annotated[list[str] | None, typer.Option(help="an edited prompt; may be given several times")] = None,
     method: Annotated[str | None, typer.Option(help="svdiff, full or lora")] = None,
@@ -39,6 +40,7 @@ def edit(
 
     config = read(params)
     if all(option is None for option in (prompt, target, method, steps, inversion, eta, alpha)):
+        refuse(context, "output", "has no effect on an edit of params.yaml, which the pipeline keeps in out/edit")
         wrote(run(config, what))
         return
     if prompt is None or not target:

@@ -14,7 +14,7 @@ app = typer.Typer()
 
 @app.command("compare-pairs")
 def compare_pairs(
-    pair: Annotated[list[str] | None, typer.Argument(help="names under `pairs:` (default: all)")] = None,
+    name: Annotated[list[str] | None, typer.Argument(help="pairs of params.yaml (default: all)")] = None,
     method: Annotated[list[str] | None, typer.Option(help="of training (default: svdiff and full)")] = None,
     way: Annotated[
         list[str] | None, typer.Option(help="without, cut-mix-unmix, unmix; the first is what others are compared with")
@@ -34,7 +34,7 @@ def compare_pairs(
     overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
     path = pairs.compare_pairs(
         config,
-        pair or [],
+        name or [],
         methods=method or pairs.METHODS,
         ways=way or pairs.WAYS,
         seeds=seeds,

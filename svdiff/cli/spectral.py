@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svdiff.cli.arguments import AsJson
+from svdiff.cli.arguments import AsJson, wrote
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def combine_files(
     files: Annotated[
         list[str], typer.Argument(help="delta files, each with its weight after a colon: a.safetensors:0.5")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
     half: Half = False,
 ) -> None:
     """Σ wᵢ δᵢ: addition (Eq. 4), interpolation (weights α and 1−α, Eq. 5) or scaling (one file)."""
@@ -136,8 +136,8 @@ def combine_files(
     from svdiff.spectral.delta import combine
 
     parts = [_weighted(file) for file in files]
-    combine([(_load(path), weight) for path, weight in parts]).save(out, torch.float16 if half else torch.float32)
-    typer.echo(f"{out}: " + " + ".join(f"{weight:g} x {path.name}" for path, weight in parts))
+    combine([(_load(path), weight) for path, weight in parts]).save(output, torch.float16 if half else torch.float32)
+    typer.echo(f"{output}: " + " + ".join(f"{weight:g} x {path.name}" for path, weight in parts))
 
 
 @delta_app.command()
@@ -166,7 +166,7 @@ def diff(first: Path, second: Path, as_json: AsJson = False) -> None:
 @delta_app.command("import")
 def import_file(
     file: Path,
-    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
     base: Base = EMBEDDED,
     part: Annotated[str, typer.Option(help="unet or text_encoder")] = "unet",
 ) -> None:
@@ -175,14 +175,16 @@ def import_file(
     from svdiff.spectral.legacy import import_spectral_shifts
 
     module = getattr(_pipeline(base), part)
-    import_spectral_shifts(file, module, load_basis(module, _cache_folder()), prefix=part).save(out)
-    typer.echo(str(out))
+    import_spectral_shifts(file, module, load_basis(module, _cache_folder()), prefix=part).save(output)
+    wrote(output)
 
 
 @app.command()
 def export(
     file: Path,
-    out: Annotated[Path, typer.Option("--out", "-o", help="a folder for plain weights, a .safetensors file for LoRA")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="a folder for plain weights, a .safetensors file for LoRA")
+    ],
     base: Base = EMBEDDED,
     lora: Annotated[bool, typer.Option("--lora", help="LoRA instead of plain diffusers weights")] = False,
     rank: Annotated[int | None, typer.Option(help="of the LoRA [default: full, exact but for norms]")] = None,
@@ -203,17 +205,17 @@ def export(
         modules = {prefix: getattr(concepts.pipe, prefix) for prefix in delta.prefixes()}
         bases = {prefix: concepts.basis(prefix) for prefix in modules}
         layout = "kohya" if kohya else "diffusers"
-        export_lora(modules, bases, delta, out, rank=rank, dtype=dtype, layout=layout)  # type: ignore[arg-type]
-        for path in export_tokens(concepts.pipe, delta.tokens, out):
+        export_lora(modules, bases, delta, output, rank=rank, dtype=dtype, layout=layout)  # type: ignore[arg-type]
+        for path in export_tokens(concepts.pipe, delta.tokens, output):
             typer.echo(str(path))
     else:
         if rank is not None or kohya:
             raise SvdiffError("--rank and --kohya are for LoRA: add --lora")
         concepts.load_delta(delta, "concept")
         concepts.fuse()
-        with atomic_dir(out) as folder:
+        with atomic_dir(output) as folder:
             concepts.pipe.to(dtype).save_pretrained(folder)
-    typer.echo(str(out))
+    wrote(output)
 
 
 def _pipeline(base: str) -> Any:

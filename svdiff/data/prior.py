@@ -19,5 +19,5 @@ def load_prior_images(class_word: str) -> list[Image.Image]:
     folder = prior_folder(class_word)
     files = sorted(folder.glob("*.png"))
     if not files:
-        raise SvdiffError(f"no prior images in {folder}/; make them with `svdiff prior --class {class_word}`")
+        raise SvdiffError(f"no prior images in {folder}/; make them with `svdiff prior {class_word}`")
     return [Image.open(file).convert("RGB") for file in files]

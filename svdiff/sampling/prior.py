@@ -15,6 +15,7 @@ from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling.images import Job, sample_images
 from svdiff.spectral import weights_hash
+from svdiff.words import did_you_mean, fill
 
 CHUNK = 8  # pictures between two savings
 
@@ -26,9 +27,12 @@ def make_prior_images(config: Config, class_word: str) -> Path:
     Writes NNN.png and prompts.csv (file, prompt, seed). Raises SvdiffError for a class word that is not in use.
     """
     if class_word not in config.classes:
-        raise SvdiffError(f"class word '{class_word}' is not in classes ({', '.join(config.classes)}) of params.yaml")
+        raise SvdiffError(
+            f"class word '{class_word}' is not in classes ({', '.join(config.classes)}) of params.yaml"
+            + did_you_mean(class_word, config.classes)
+        )
     settings = config.prior
-    prompt = settings.prompt.format(subject=class_word)
+    prompt = fill(settings.prompt, subject=class_word)
     pipe = load_pipeline(config.base)
     store = scratch() / "prior" / _key(config, prompt, pipe)
     missing = [i for i in range(settings.images) if not (store / f"{i:05d}.png").is_file()]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from svdiff.cli import main
+from svdiff import __version__
+from svdiff.cli import COMMANDS, EXTRAS, main
+from svdiff.config import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,37 +33,61 @@ def svdiff(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return call
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; sys.argv = ['svdiff', '--help']\nfrom svdiff.cli import main\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "print([m for m in ('torch', 'diffusers', 'pandas', 'mlflow', 'prefect') if m in sys.modules], file=sys.stderr)"
-    )
+HEAVY = {"torch", "diffusers", "transformers", "pandas", "mlflow", "prefect", "dvc", "matplotlib", "numpy"}
+NAMES_IMPORTED = "import sys; {code}; print(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)"
+
+
+def imported(code: str) -> tuple[set[str], str]:
+    """The packages that `code` imports, and what it prints."""
+    code = NAMES_IMPORTED.format(code=code)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stderr.strip() == "[]"
-    for command in (
-        "prior",
-        "mix",
-        "train",
-        "sample",
-        "score",
-        "correlate",
-        "rank",
-        "report",
-        "plan",
-        "doctor",
-        "subsets",
-        "delta",
-        "base",
-        "attention",
-        "strip",
-        "compare-pairs",
-    ):
-        assert f" {command} " in done.stdout
+    return set(done.stderr.split()), done.stdout
+
+
+def test_help_imports_nothing_heavy_and_lists_every_command() -> None:
+    packages, said = imported("from svdiff.cli import app; app(['--help'], standalone_mode=False)")
+    assert not packages & {*HEAVY, "pydantic", "rich"}
+    assert all(f"\n  {command} " in said for command in COMMANDS)
+
+
+def test_help_of_no_command_imports_anything_heavy() -> None:
+    calls = "from svdiff.cli import COMMANDS, app; [app([name, '--help'], standalone_mode=False) for name in COMMANDS]"
+    packages, said = imported(calls)
+    assert not packages & HEAVY
+    assert said.count("Usage:") == len(COMMANDS)
+
+
+def test_version(svdiff) -> None:
+    assert svdiff("--version") == (0, f"svdiff {__version__}\n", "")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("trian", "train"), ("samples", "sample"), ("promte", None)])
+def test_a_mistyped_command_is_answered_with_what_was_perhaps_meant(svdiff, typed: str, meant: str | None) -> None:
+    status, _, error = svdiff(typed)
+    assert status == 2
+    assert f"no command '{typed}'" in " ".join(error.split())
+    assert (f"did you mean '{meant}'" in error) == (meant is not None)
+
+
+def test_names_are_completed_from_params(monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdiff.cli.arguments import _known
+
+    monkeypatch.chdir(ROOT)
+    names = list(load_config().concepts)
+    assert _known("concepts", names[0][:3]) == [name for name in names if name.startswith(names[0][:3])]
+    assert set(_known("concepts pairs edits", "")) > set(names)
+
+
+def test_what_a_missing_extra_needs_is_said(svdiff, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "svdiff.evaluation.correlation", None)
+    monkeypatch.setitem(EXTRAS, "svdiff", "evaluation")
+    status, _, error = svdiff("correlate")
+    assert status == 2
+    assert "pip install 'svdiff[evaluation]'" in error
 
 
 def test_an_unknown_concept_is_refused_with_what_was_perhaps_meant(svdiff) -> None:
-    status, _, error = svdiff("train", "--concept", "openmoji-dgo")
+    status, _, error = svdiff("train", "openmoji-dgo")
     assert status == 2
     assert "no concept, pair or edit 'openmoji-dgo'" in error
     assert "did you mean 'openmoji-dog'" in error
@@ -70,9 +96,22 @@ def test_an_unknown_concept_is_refused_with_what_was_perhaps_meant(svdiff) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("train",), "give one name"),
-        (("train", "openmoji-dog", "--concept", "openmoji-dog"), "give one name"),
-        (("sample", "--delta", "openmoji-dog"), "--delta without --prompt"),
+        (("train",), "NAME"),
+        (("prior", "dgo"), "did you mean 'dog'"),
+        (("rank", "nobody"), "no concept"),
+        (("mix", "openmoji-dog"), "no pair 'openmoji-dog'"),
+        (("sample",), "NAME is missing"),
+        (("sample", "openmoji-dog", "--steps", "3"), "--steps has no effect without --prompt"),
+        (("sample", "openmoji-dog", "--seed", "3"), "--seed has no effect without --prompt"),
+        (("sample", "openmoji-dog", "--output", "x"), "--output has no effect without --prompt"),
+        (("sample", "--delta", "openmoji-dog", "--prompt", "a dog", "--scale", "2"), "--scale is of NAME alone"),
+        (("sample", "openmoji-dog", "--prompt", "a {style} dog"), "'{style}'"),
+        (("sample", "openmoji-dog", "--prompt", "a dog {"), "'{'"),
+        (("sample", "--delta", "openmoji-dog", "--prompt", "a {subject}"), "'{subject}'"),
+        (("sample", "openmoji-dog", "--prompt", " "), "says nothing"),
+        (("edit", "cat-on-red", "--output", "x"), "--output has no effect"),
+        (("edit", "cat-on-red", "--eta", "0.5"), "--prompt is missing"),
+        (("sample", "--delta", "openmoji-dog"), "--delta has no effect without --prompt"),
         (("sample", "openmoji-dog", "--delta", "openmoji-dog", "--prompt", "a dog"), "either NAME or --delta"),
         (("sample", "openmoji-dog", "--prompt", "a dog", "--negative", "a cat"), "beta"),
         (("sample", "openmoji-dog", "--prompt", "a dog", "--beta", "3"), "beta"),

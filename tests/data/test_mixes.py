@@ -104,5 +104,5 @@ def test_what_does_not_fit_is_refused(checkout: Path) -> None:
     with pytest.raises(SvdiffError, match=r"mixes of .*green-panda"):
         load_mixes(config.entry("two"))
     (checkout / "out/prior/cat").rename(checkout / "out/prior/elsewhere")
-    with pytest.raises(SvdiffError, match="svdiff prior --class cat"):
+    with pytest.raises(SvdiffError, match="svdiff prior cat"):
         make_mixes(config, "two")

@@ -162,7 +162,7 @@ stages:
   register:
     foreach: ${concepts}
     do:
-      cmd: python -m flows register --concept ${key}
+      cmd: python -m flows register ${key}
       deps: ["out/score/${key}", "out/train/${key}"]
       outs:
         - out/register/${key}.json:

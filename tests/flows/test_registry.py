@@ -226,7 +226,7 @@ def test_racing_processes_on_a_fresh_checkout_make_one_store_and_one_version(tmp
     """Three `register` processes at once, and no database yet: the hardest start there is."""
     write_params(tmp_path, "dog")
     write_results(tmp_path, "dog")
-    racers = [run_flows(tmp_path, "register", "--concept", "dog") for _ in range(3)]
+    racers = [run_flows(tmp_path, "register", "dog") for _ in range(3)]
     outputs = [racer.communicate(timeout=300)[0] for racer in racers]
     assert [racer.returncode for racer in racers] == [0, 0, 0], outputs
     assert sum("version 1 registered" in output for output in outputs) == 1, outputs
@@ -247,13 +247,13 @@ def test_register_killed_midway_then_run_again(tmp_path: Path) -> None:
     write_results(tmp_path, "dog")
     assert run_flows(tmp_path, "init").wait(120) == 0
     for seconds in (5, 6, 7):  # seconds until the kill: importing, logging, registering
-        victim = run_flows(tmp_path, "register", "--concept", "dog")
+        victim = run_flows(tmp_path, "register", "dog")
         try:
             victim.wait(seconds)
         except subprocess.TimeoutExpired:
             victim.kill()
             victim.wait()
-    final = run_flows(tmp_path, "register", "--concept", "dog")
+    final = run_flows(tmp_path, "register", "dog")
     output = final.communicate(timeout=300)[0]
     assert final.returncode == 0, output
     client = MlflowClient(f"sqlite:///{tmp_path}/mlruns/mlflow.db")

@@ -112,7 +112,7 @@ def test_a_dirty_tree_is_refused_until_it_is_committed(checkout: Checkout) -> No
         checkout.reproduce("dog@2")
     checkout.dvc("commit", "-f", "-q", "data.dvc")
     checkout.commit("what was trained with")
-    checkout.run(sys.executable, "-m", "flows", "register", "--concept", "dog")
+    checkout.run(sys.executable, "-m", "flows", "register", "dog")
     assert checkout.reproduce("dog@2").equal
 
 

@@ -192,7 +192,7 @@ def train_really(origin: Path, tiny_base: Path) -> None:
     """Let the stage `train` of the team's repository be the real one, on a tiny base."""
     shutil.copytree(tiny_base, origin / "models/base")
     stages = (origin / "dvc.yaml").read_text()
-    (origin / "dvc.yaml").write_text(stages.replace("python stage.py train ${key}", "svdiff train --concept ${key}"))
+    (origin / "dvc.yaml").write_text(stages.replace("python stage.py train ${key}", "svdiff train ${key}"))
     values = yaml.safe_load((origin / "params.yaml").read_text())
     values["base"] = {"model": "models/base"}
     values["train"] = {"steps": STEPS, "validate_every": STEPS, "save_every": 5, "prior_weight": 0.0}

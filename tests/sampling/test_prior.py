@@ -68,6 +68,6 @@ def test_what_is_drawn_is_kept_and_other_settings_draw_anew(tiny_base: Path) -> 
 def test_a_class_that_is_not_in_use_is_refused(tiny_base: Path) -> None:
     with pytest.raises(SvdiffError, match=r"class word 'cat' is not in classes \(dog\)"):
         make_prior_images(configured(tiny_base), "cat")
-    with pytest.raises(SvdiffError, match="svdiff prior --class cat"):
+    with pytest.raises(SvdiffError, match="svdiff prior cat"):
         load_prior_images("cat")
     assert not Path("out").exists()

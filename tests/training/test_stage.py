@@ -134,7 +134,7 @@ def test_refusals_come_before_any_work(checkout: Path, tiny_base: Path, monkeypa
     (checkout / "data/concepts/pet/notes.txt").unlink()
     for picture in (checkout / "out/prior/dog").iterdir():
         picture.unlink()
-    with pytest.raises(SvdiffError, match="svdiff prior --class dog"):
+    with pytest.raises(SvdiffError, match="svdiff prior dog"):
         train(load_config(), "pet")
     assert not (checkout / "out/train").exists()
 
@@ -201,7 +201,7 @@ def test_nothing_that_is_not_finite_is_loaded(checkout: Path, method: str) -> No
 
 
 def start(checkout: Path) -> subprocess.Popen[bytes]:
-    code = "import sys; from svdiff.cli import main; sys.argv[1:] = ['train', '--concept', 'pet']; main()"
+    code = "import sys; from svdiff.cli import main; sys.argv[1:] = ['train', 'pet']; main()"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = (checkout / "log.txt").open("ab")
     return subprocess.Popen([sys.executable, "-c", code], cwd=checkout, env=environment, stdout=log, stderr=log)
