@@ -22,8 +22,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 repro: $(BIN)/.installed
-	svdiff config > /dev/null  # a mistake in params.yaml is refused before DVC removes anything
-	dvc pull --quiet data.dvc $(shell sed -n 's/^  \(base-[a-z]*\):.*/\1/p' dvc.yaml)
+	python -m flows sync
 	python -m flows init
 	dvc repro $$(dvc stage list --name-only | grep -m1 '^sample@')  # the first concept's pictures, soon
 	dvc repro

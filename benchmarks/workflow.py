@@ -71,7 +71,7 @@ def orchestration(folder: Path, repeats: int, steps: int | None) -> dict[str, li
     values["tracking"] = {"uri": "sqlite:///mlruns/mlflow.db", "live": "none"}
     (root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     concept, entry = next(iter(values["concepts"].items()))
-    run(root, "dvc", "pull", "data.dvc", "base-model", "base-clip", "base-lpips")
+    run(root, "python", "-m", "flows", "sync")
     run(root, "dvc", "repro", "--single-item", f"prior@{entry['class_word']}")
 
     def afresh() -> None:

@@ -7,12 +7,13 @@ import sys
 import typer
 
 from flows.monitoring import commands as monitoring
+from flows.pipeline import commands as pipeline
 from flows.registry import commands as registry
 from flows.services import commands as services
 from svdiff.errors import SvdiffError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for part in (registry, monitoring, services):
+for part in (registry, monitoring, services, pipeline):
     app.registered_commands += part.app.registered_commands
 
 

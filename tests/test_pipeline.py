@@ -74,7 +74,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
         else:
             shutil.copy2(source, target)
     clone = Checkout(root)
-    clone.run("dvc", "pull", "data.dvc", "base-model", "base-clip", "base-lpips")
+    clone.run(sys.executable, "-m", "flows", "sync")
     clone.change(shorten)
     clone.run("dvc", "repro")
     return clone

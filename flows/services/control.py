@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 import yaml
 
 from flows.pipeline.stages import SHARE
+from flows.pipeline.sync import sync
 from flows.services.supervision import Supervisor, answers
+from svdiff.config import load_config
 from svdiff.errors import SvdiffError
 
 API_URL = "http://127.0.0.1:4200/api"
@@ -103,29 +105,18 @@ def worker_command(root: Path, limit: int) -> tuple[list[str], str]:
 def worker(root: Path, limit: int) -> Iterator[str]:
     """Become a worker in a clone of its own, which shares stages with others through the DVC remote.
 
-    Pulls data and base first. Ends when it is asked to stop: a service manager can hold it.
-    Raises SvdiffError if the server does not answer or the inputs cannot be pulled.
+    Brings data and base first. Ends when it is asked to stop: a service manager can hold it.
+    Raises SvdiffError if the server does not answer or the inputs cannot be had.
     """
     environment = settings(root) | {SHARE: "1"}
     url = environment["PREFECT_API_URL"]
     if not answers(f"{url}/health"):
         raise SvdiffError(f"no Prefect server answers at {url}; set PREFECT_API_URL to the team's")
-    if targets := inputs(root):
-        yield f"pulling from the DVC remote: {', '.join(targets)}"
-        pull = [sys.executable, "-m", "dvc", "--wait-for-lock", "pull", *targets]
-        if subprocess.run(pull, cwd=root).returncode:
-            raise SvdiffError("inputs cannot be pulled; see above, and `dvc remote list` for where they are sought")
+    yield from sync(root, load_config(root / "params.yaml"))
     command, name = worker_command(root, limit)
     supervisor = Supervisor(root)
     yield f"worker '{name}' in {root}, {limit} flow runs at once; server {url}; log {supervisor.log('worker')}"
     supervisor.become("worker", command, environment)
-
-
-def inputs(root: Path) -> list[str]:
-    """What the default pipeline starts from: data under DVC, and frozen stages, which nobody reruns by the way."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    frozen = [name for name, stage in stages.items() if stage.get("frozen")]
-    return [*sorted(path.name for path in root.glob("*.dvc") if path.is_file()), *frozen]
 
 
 def _server(url: str, supervisor: Supervisor, environment: dict[str, str]) -> str:

@@ -19,7 +19,6 @@ from flows.orchestration.automations import ATTEMPTS, automations
 from flows.orchestration.logs import StageLog
 from flows.orchestration.train import train_all, train_concept
 from flows.pipeline.order import analysis_stages, own_stages, prior_stages
-from flows.services.control import inputs
 from svdiff.config import load_config
 
 ROOT = Path(flows.__file__).parents[1]
@@ -62,10 +61,6 @@ def test_chains_are_stages_of_the_pipeline() -> None:
         stages = [*prior_stages(config, name), *own_stages(config, name)]
         assert {stage.partition("@")[0] for stage in stages} <= STAGES.keys()
     assert {stage.partition("@")[0] for stage in analysis_stages(config)} <= STAGES.keys()
-
-
-def test_inputs_of_a_worker_are_data_and_frozen_stages() -> None:
-    assert inputs(ROOT) == ["data.dvc", "base-model", "base-clip", "base-lpips"]
 
 
 def test_a_crashed_run_is_tried_again_so_often_and_only_if_it_had_begun() -> None:
