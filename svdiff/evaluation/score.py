@@ -8,7 +8,7 @@ It writes to out/score/<name>, for a concept and for a pair:
 
 - images.csv: a row a picture (`model` is `trained` or `base`; `prompt`, `prompt_index`, `seed`) with its scores.
 - drift.csv: the same for pictures of the bare class prompt, with `identity`: that to the concept, the highest of those of a
-  pair. Missing where `sample.drift_pictures` is 0.
+  pair. Without rows where `sample.drift_pictures` is 0.
 - evaluators.json: which networks, weights and transforms made the scores. Scores of different evaluators do not compare.
 - metrics.json, flat numbers:
 
@@ -74,18 +74,18 @@ def score(
     samples_dir, out_dir = samples_dir or SAMPLES / name, out_dir or SCORES / name
     real = real_pictures(entry)
     samples, pictures = read_samples(samples_dir)
-    drift = read_samples(samples_dir / DRIFT) if (samples_dir / DRIFT).is_dir() else None
+    of_class = read_samples(samples_dir / DRIFT) if (samples_dir / DRIFT).is_dir() else None
     evaluators = evaluators or load_evaluators(config.evaluators)
     scored = samples.join(score_pictures(entry, samples["prompt"].tolist(), pictures, real, evaluators))
     measures = (*PAIR_MEASURES, *PER_SUBJECT) if entry.kind == "pair" else MEASURES
     metrics = summarise(scored, config.score, measures)
-    if drift is not None:
-        class_pictures = score_drift(*drift, real, evaluators)
-        metrics |= summarise_drift(class_pictures, config.score)
+    drift = pd.DataFrame(columns=[*samples.columns, "identity", "embedding"])
+    if of_class is not None:
+        drift = score_drift(*of_class, real, evaluators)
+        metrics |= summarise_drift(drift, config.score)
     with atomic_dir(out_dir) as folder:
-        scored.to_csv(folder / "images.csv", index=False, float_format="%.6f")
-        if drift is not None:
-            class_pictures.drop(columns="embedding").to_csv(folder / "drift.csv", index=False, float_format="%.6f")
+        for file, table in (("images.csv", scored), ("drift.csv", drift.drop(columns="embedding"))):
+            table.to_csv(folder / file, index=False, float_format="%.6f")
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         (folder / "evaluators.json").write_text(json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
     return out_dir

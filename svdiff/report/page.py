@@ -102,6 +102,7 @@ def report(config: Config) -> Path:
     correlation = read_json(CORRELATION / "summary.json")
     chunks = [names[start : start + PER_PAGE] for start in range(0, len(names), PER_PAGE)] or [[]]
     place = {name: file_name(number) for number, chunk in enumerate(chunks) for name in chunk}
+    placed = {name: values for name, values in metrics.items() if "identity" in values}  # not so of older scores
     lowest = sorted(names, key=lambda name: metrics.get(name, {}).get("identity_gain", -9.0))
     listed = names if len(names) <= LISTED else lowest[:LISTED]
     common = {
@@ -115,7 +116,7 @@ def report(config: Config) -> Path:
     first = {
         "listed": [_row_of_table(config, name, metrics.get(name, {})) for name in listed],
         "entries": len(names),
-        "scatter": chart(plots.alignment_scatter(metrics), _scatter_alt(metrics)) if metrics else None,
+        "scatter": chart(plots.alignment_scatter(placed), _scatter_alt(placed)) if placed else None,
         "correlation": correlation,
         "heat_map": figure_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
         "params": _parameters(config),
