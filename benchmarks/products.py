@@ -1,4 +1,4 @@
-"""Products of the SD-1.5 UNet's sizes by PyTorch's `@` (MKL) and by oneDNN: which one `svdiff.spectral.products` takes.
+"""Products of the SD-1.5 UNet's sizes by PyTorch's `@` (MKL) and by oneDNN: which one `svdiff.spectral.cpu` takes.
 
 python -m benchmarks.products
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import machine, seconds, table
-from svdiff.spectral.products import _OneDnn, onednn_is_faster
+from svdiff.spectral.cpu import OneDnnProduct, onednn_is_faster
 
 # tokens x inputs x outputs
 SHAPES = (
@@ -28,7 +28,7 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     for tokens, inputs, outputs in SHAPES:
         x, weight = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
         mkl = 1e3 * statistics.median(seconds(lambda x=x, w=weight: x @ w.T, repeats))
-        onednn = 1e3 * statistics.median(seconds(lambda x=x, w=weight: _OneDnn.apply(x, w.T), repeats))
+        onednn = 1e3 * statistics.median(seconds(lambda x=x, w=weight: OneDnnProduct.apply(x, w.T), repeats))
         shape = f"{tokens} x {inputs} x {outputs}"
         taken = "oneDNN" if onednn_is_faster(x, weight.T) else "PyTorch"
         rows.append({"shape": shape, "mkl_ms": mkl, "onednn_ms": onednn, "ratio": mkl / onednn, "taken": taken})

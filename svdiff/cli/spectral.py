@@ -203,7 +203,7 @@ def export(
     concepts = SpectralPipeline(_pipeline(base), cache=_cache_folder())
     if lora:
         modules = {prefix: getattr(concepts.pipe, prefix) for prefix in delta.prefixes()}
-        bases = {prefix: concepts.basis(prefix) for prefix in modules}
+        bases = {p: concepts.basis(p, delta.part(p), rank=delta.directions(p)) for p in modules}
         layout = "kohya" if kohya else "diffusers"
         export_lora(modules, bases, delta, output, rank=rank, dtype=dtype, layout=layout)  # type: ignore[arg-type]
         for path in export_tokens(concepts.pipe, delta.tokens, output):

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
-from svdiff.spectral.decompose import as_matrix, from_matrix, svd
-from svdiff.spectral.products import product
+from svdiff.spectral.cpu import product
+from svdiff.spectral.decompose import as_matrix, from_matrix, leading_svd, svd
 
 # The recipe of `decompose.svd`: a change that moves singular vectors changes this name and so every basis id.
 ALGORITHM = "gram-eigh-float64-1"
@@ -26,36 +26,64 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Factors:
     """`W = u @ diag(sigma) @ vh` of one weight: `u (M, K)`, `sigma (K,)` descending, `vh (K, N)`, all float32.
 
-    `source` is where the weight itself is found again, bit for bit: a file of the cache (tensor "weight"), or
-    without a cache the tensor. `fingerprint` changes when a singular direction does, and hardly at all by
-    rounding; `digest` is the hash of the factors' bytes.
+    K is `min(M, N)`, or less in the basis of leading directions. `source` is where the weight itself is found again,
+    bit for bit: a file of the cache (tensor "weight"), or the tensor; None where the layer keeps it. `fingerprint`
+    changes when a singular direction does, and hardly at all by rounding; `digest` is the hash of the factors' bytes.
     """
 
     u: Tensor
     sigma: Tensor
     vh: Tensor
     shape: torch.Size
-    source: Path | Tensor
+    source: Path | Tensor | None
     fingerprint: float
     digest: str
 
+    @property
+    def full_rank(self) -> int:
+        """Number of singular values of the weight: `min(M, N)`."""
+        return min(len(self.u), self.vh.shape[1])
+
+    @property
+    def partial(self) -> bool:
+        """Whether only leading directions are here."""
+        return len(self.sigma) < self.full_rank
+
     def base_weight(self) -> Tensor:
         """The weight that was decomposed, in its own shape and dtype; it may be the caller's own, or mapped."""
+        if self.source is None:
+            raise SvdiffError("the basis of leading directions does not have the weights: they are in the model")
         if isinstance(self.source, Tensor):
             return self.source
         with safe_open(self.source, framework="pt") as stream:
             return stream.get_tensor("weight")
 
-    def shifted_weight(self, shifts: Tensor, *, transposed: bool = False) -> Tensor:
-        """`W + U diag(ReLU(σ + δ) − σ) Vᵀ`: Eq. 2 with no residual of the decomposition left out."""
-        change = scales(shifts.to(self.sigma), self.sigma) - self.sigma
+    def change(self, shifts: Tensor) -> Tensor:
+        """`ReLU(σ + δ) − σ` for as many leading shifts as given; refuses shifts of directions that are not here."""
+        if shifts[len(self.sigma) :].any():
+            raise SvdiffError(
+                f"the delta shifts more than the leading {len(self.sigma)} singular values, which the basis stops at: "
+                "decompose with a larger rank, or limit the delta's rank"
+            )
+        sigma = self.sigma[: len(shifts)]
+        return scales(shifts[: len(sigma)].to(sigma), sigma) - sigma
+
+    def shifted_weight(self, shifts: Tensor, base: Tensor, *, transposed: bool = False) -> Tensor:
+        """`W + U diag(ReLU(σ + δ) − σ) Vᵀ`: Eq. 2 on the weight itself, without a residual of the decomposition."""
+        change = self.change(shifts)
         moved = change.nonzero().squeeze(1)
-        base = self.base_weight()
         if not len(moved):
             return base.clone()
-        u, vh = (self.u, self.vh) if len(moved) == len(change) else (self.u[:, moved], self.vh[moved])
-        matrix = product(u * change[moved], vh, as_matrix(base, transposed=transposed).float())
-        return from_matrix(matrix, self.shape, transposed=transposed).to(base.dtype)
+        u, vh = (self.u, self.vh) if len(moved) == len(self.sigma) else (self.u[:, moved], self.vh[moved])
+        matrix = as_matrix(base, transposed=transposed).to(u.device, torch.float32)
+        matrix = product(u * change[moved], vh, matrix)
+        return from_matrix(matrix, self.shape, transposed=transposed).to(base.device, base.dtype)
+
+    def leading_fingerprint(self, rank: int | None) -> float:
+        """The fingerprint of the leading `rank` directions: the same in every basis that has them."""
+        if rank is None or rank >= len(self.sigma):
+            return self.fingerprint
+        return fingerprint(self.u[:, :rank], self.vh[:rank])
 
 
 def scales(delta: Tensor, sigma: Tensor) -> Tensor:
@@ -64,11 +92,11 @@ def scales(delta: Tensor, sigma: Tensor) -> Tensor:
 
 
 class Basis(Mapping[str, Factors]):
-    """Factors of every weight of two dimensions or more, by name (`"conv_in.weight"`)."""
+    """Factors of weights of two dimensions or more, by name (`"conv_in.weight"`); `rank` where cut to leading ones."""
 
-    def __init__(self, factors: Mapping[str, Factors], base_hash: str) -> None:
+    def __init__(self, factors: Mapping[str, Factors], base_hash: str, rank: int | None = None) -> None:
         self._factors = dict(factors)
-        self.base_hash = base_hash
+        self.base_hash, self.rank = base_hash, rank
         lines = "".join(f"{name}\0{self._factors[name].digest}\n" for name in sorted(self._factors))
         self.id = f"{ALGORITHM}:{hashlib.sha256(lines.encode()).hexdigest()[:32]}"
 
@@ -76,7 +104,9 @@ class Basis(Mapping[str, Factors]):
         try:
             return self._factors[name]
         except KeyError:
-            raise SvdiffError(f"the basis has no weight {name!r}: it was made for another model") from None
+            raise SvdiffError(
+                f"the basis has no weight {name!r}: it was made for another model, or for other weights of it"
+            ) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._factors
@@ -118,12 +148,21 @@ def matrix_weights(module: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
     }
 
 
-def factorise(owner: nn.Module, weight: Tensor) -> Factors:
-    """Decompose one weight (any float dtype; the work is done in float64)."""
+def full_rank(owner: nn.Module, weight: Tensor) -> int:
+    """Number of singular values of a layer's weight: `min(M, N)`, which needs no numbers."""
+    rows = weight.shape[int(isinstance(owner, TRANSPOSED))]
+    return min(rows, weight.numel() // rows)
+
+
+def factorise(owner: nn.Module, weight: Tensor, rank: int | None = None) -> Factors:
+    """Decompose one weight (any float dtype; the work is done in float64), or find its leading `rank` directions."""
     weight = weight.detach()
     matrix = as_matrix(weight, transposed=isinstance(owner, TRANSPOSED))
-    u, sigma, vh = (part.to(torch.float32).contiguous() for part in svd(matrix))
-    return Factors(u, sigma, vh, weight.shape, weight, fingerprint(u, vh), factors_digest(u, sigma, vh))
+    partial = rank is not None and rank < full_rank(owner, weight)
+    found = leading_svd(matrix, rank) if partial and rank else svd(matrix)
+    u, sigma, vh = (part.to(torch.float32).contiguous() for part in found)
+    source = None if partial else weight
+    return Factors(u, sigma, vh, weight.shape, source, fingerprint(u, vh), factors_digest(u, sigma, vh))
 
 
 def factors_digest(u: Tensor, sigma: Tensor, vh: Tensor) -> str:

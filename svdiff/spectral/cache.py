@@ -1,7 +1,8 @@
-"""Decompose once, keep for ever: a folder of mapped safetensors, addressed by the hash of the weights.
+"""The cache of decompositions: a folder of mapped safetensors, addressed by the hash of the weights.
 
-    <cache>/<base hash>/<weight name>.safetensors     u, sigma, vh, weight; checksums in the header
-    <cache>/<base hash>/lock                          held by the process that decomposes
+    <cache>/<base hash>/<weight name>.safetensors          u, sigma, vh, weight; checksums in the header
+    <cache>/<base hash>/<weight name>.leading-k.safetensors   u, sigma, vh of the leading k directions
+    <cache>/<base hash>/lock                               locked by the process that decomposes
 
 Every file appears whole (renamed into place) and proves itself (checksums over its tensors), so an interrupted
 decomposition goes on where it stopped and a truncated or edited file is made again.
@@ -9,16 +10,16 @@ decomposition goes on where it stopped and a truncated or edited file is made ag
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,85 +33,100 @@ from svdiff.spectral.basis import (
     Factors,
     factorise,
     factors_digest,
+    full_rank,
     matrix_weights,
     weights_hash,
 )
 
+Owners = dict[str, tuple[nn.Module, Tensor]]
 
-def load_basis(module: nn.Module, cache: str | Path | None, *, progress: bool = True) -> Basis:
-    """The decomposition of all weights of `module` with two dimensions or more (Sec. 3.2).
 
-    Computed once per set of weights and kept under `cache` as mapped files, safe for several processes at once;
-    with `cache=None` it is computed in memory. Raises SvdiffError for weights on the meta device, quantised
-    weights or weights that are not finite.
+def load_basis(
+    module: nn.Module,
+    cache: str | Path | None,
+    *,
+    names: Collection[str] | None = None,
+    rank: int | None = None,
+    base_hash: str | None = None,
+    progress: bool = True,
+) -> Basis:
+    """The decomposition of the weights of `module` with two dimensions or more (Sec. 3.2), or of those in `names`.
+
+    Computed once per set of weights and stored under `cache` as mapped files, safe for several processes at once;
+    with `cache=None` it is computed in memory. `rank` finds the leading directions alone, in much less time.
+    `base_hash` spares hashing the weights where their hash is known. Raises SvdiffError for weights on the meta
+    device, quantised weights or weights that are not finite.
     """
-    owners = matrix_weights(module)
-    if any(type(layer).__module__ == "svdiff.spectral.layers" for layer in module.modules()):
+    owners = {n: owner for n, owner in matrix_weights(module).items() if names is None or n in names}
+    if base_hash is None and any(type(layer).__module__ == "svdiff.spectral.layers" for layer in module.modules()):
         raise SvdiffError("the model has spectral layers: detach them before decomposing it, or use their basis")
     for name, (_, weight) in owners.items():
         if weight.is_meta or not weight.is_floating_point():
             kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
             raise SvdiffError(f"weight {name!r} is {kind}: load the model with real float weights to decompose it")
-    base_hash = weights_hash(module)
+    base_hash = base_hash or weights_hash(module)
     if cache is None:
         bar = tqdm(owners.items(), "decomposing", disable=not progress)
-        return Basis({name: _checked(name, owner, weight) for name, (owner, weight) in bar}, base_hash)
+        return Basis({name: _checked(name, *owner, rank) for name, owner in bar}, base_hash, rank)
 
     folder = Path(cache) / base_hash
     folder.mkdir(parents=True, exist_ok=True)
-    found = _read_all(folder, owners)
+    found = _read_all(folder, owners, rank)
     if len(found) < len(owners):
-        with _lock(folder):
-            # Whoever held the lock before us has probably done the work.
-            found |= _read_all(folder, {n: o for n, o in owners.items() if n not in found})
+        with FileLock(folder / "lock"):
+            # Whoever had the lock before us has probably done the work.
+            found |= _read_all(folder, {n: o for n, o in owners.items() if n not in found}, rank)
             missing = [name for name in owners if name not in found]
             for name in tqdm(missing, "decomposing", disable=not progress or not missing, unit="weight"):
-                _write(folder, name, _checked(name, *owners[name]))
-                again = _read(folder, name, owners[name][1])
+                path = _path(folder, name, owners[name], rank)
+                _write(path, _checked(name, *owners[name], rank))
+                again = _read(path, owners[name][1])
                 if again is None:
-                    raise SvdiffError(f"{_path(folder, name)} cannot be read back: is the disk full or failing?")
+                    raise SvdiffError(f"{path} cannot be read back: is the disk full or failing?")
                 found[name] = again
     with suppress(OSError):  # a cache that we may only read
         os.utime(folder)
-    return Basis({name: found[name] for name in owners}, base_hash)
+    return Basis({name: found[name] for name in owners}, base_hash, rank)
 
 
-def _checked(name: str, owner: nn.Module, weight: Tensor) -> Factors:
+def _checked(name: str, owner: nn.Module, weight: Tensor, rank: int | None) -> Factors:
     if not torch.isfinite(weight).all():
         raise SvdiffError(f"weight {name!r} has values that are not finite: the base model is broken")
-    return factorise(owner, weight)
+    return factorise(owner, weight, rank)
 
 
-def _path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
+def _path(folder: Path, name: str, owner: tuple[nn.Module, Tensor], rank: int | None) -> Path:
+    partial = rank is not None and rank < full_rank(*owner)
+    return folder / (f"{name}.leading-{rank}.safetensors" if partial else f"{name}.safetensors")
 
 
-def _write(folder: Path, name: str, factors: Factors) -> None:
+def _write(path: Path, factors: Factors) -> None:
     metadata = {
         "algorithm": ALGORITHM,
         "factors_sha256": factors.digest,
         "fingerprint": repr(factors.fingerprint),
     }
-    weight = factors.base_weight().contiguous()
-    tensors = {"u": factors.u, "sigma": factors.sigma, "vh": factors.vh, "weight": weight}
-    with atomic_file(_path(folder, name)) as temporary:
+    tensors = {"u": factors.u, "sigma": factors.sigma, "vh": factors.vh}
+    if not factors.partial:
+        tensors["weight"] = factors.base_weight().contiguous()
+    with atomic_file(path) as temporary:
         save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary, metadata)
 
 
-def _read(folder: Path, name: str, weight: Tensor) -> Factors | None:
+def _read(path: Path, weight: Tensor) -> Factors | None:
     """The mapped factors of `weight`, or None if the file is missing, broken, edited, or of another recipe."""
-    path = _path(folder, name)
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
             if metadata.get("algorithm") != ALGORITHM:
                 return None
             u, sigma, vh = (stream.get_tensor(key) for key in ("u", "sigma", "vh"))
+            source = path if "weight" in stream.keys() else None  # noqa: SIM118
         digest, fingerprint = factors_digest(u, sigma, vh), float(metadata["fingerprint"])
+        factors = Factors(u, sigma, vh, weight.shape, source, fingerprint, digest)
+        sound = digest == metadata["factors_sha256"] and factors.partial == (source is None)
         # The copy of the weight is compared through a mapping of its own, which leaves memory afterwards.
-        factors = Factors(u, sigma, vh, weight.shape, path, fingerprint, digest)
-        sound = digest == metadata["factors_sha256"] and _same_bits(factors.base_weight(), weight)
-        return factors if sound else None
+        return factors if sound and (source is None or _same_bits(factors.base_weight(), weight)) else None
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return None
 
@@ -122,19 +138,11 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(bits), b.detach().cpu().contiguous().view(bits))
 
 
-def _read_all(folder: Path, owners: dict[str, tuple[nn.Module, Tensor]]) -> dict[str, Factors]:
+def _read_all(folder: Path, owners: Owners, rank: int | None) -> dict[str, Factors]:
     # Checksums are most of the time of a load, and hashlib lets other threads run.
     with ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2))) as pool:
-        read = pool.map(lambda name: (name, _read(folder, name, owners[name][1])), owners)
+        read = pool.map(lambda n: (n, _read(_path(folder, n, owners[n], rank), owners[n][1])), owners)
         return {name: factors for name, factors in read if factors is not None}
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system frees it if the process dies."""
-    with open(folder / "lock", "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from torch import Tensor
 _LEVEL = 1e-4
 # Below this fraction of the largest singular value a direction is empty: fp32 weights carry 1e-7.
 _EMPTY = 1e-11
+# Leading directions are found when their residual is below this fraction of the largest singular value.
+_SETTLED = 1e-7
 
 
 def as_matrix(weight: Tensor, *, transposed: bool = False) -> Tensor:
@@ -23,10 +25,12 @@ def as_matrix(weight: Tensor, *, transposed: bool = False) -> Tensor:
 
 
 def from_matrix(matrix: Tensor, shape: torch.Size, *, transposed: bool = False) -> Tensor:
-    """Undo `as_matrix` for a weight of `shape`."""
+    """Undo `as_matrix` for a weight of `shape`, or for several: `(C, M, N) -> (C, *shape)`."""
+    several = matrix.shape[:-2]
     if not transposed:
-        return matrix.reshape(shape)
-    return matrix.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1).contiguous()
+        return matrix.reshape(*several, *shape)
+    swapped = matrix.reshape(*several, shape[1], shape[0], *shape[2:])
+    return swapped.transpose(len(several), len(several) + 1).contiguous()
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +40,29 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v, sigma, uh = _svd_wide(matrix.T)
         return uh.T, sigma, v.T
     return _svd_wide(matrix)
+
+
+def leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `rank` singular triplets, as `svd` finds them: by block power iterations where that is less work.
+
+    Iterations go on until `Wv = σ u` and `Wᵀu = σ v` to `_SETTLED` of the largest singular value; where they do not
+    get there, as with singular values that hardly differ, the whole decomposition is made and cut.
+    """
+    block = 2 * rank + 16
+    if 4 * block < min(matrix.shape):
+        matrix = matrix.detach().to(torch.float64)
+        for iterations in (8, 32):
+            # The library draws its first block from the global generator: fixed here, so that all find the same.
+            with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+                torch.manual_seed(0)
+                u, sigma, v = torch.svd_lowrank(matrix, block, niter=iterations)
+            u, sigma, v = u[:, :rank], sigma[:rank], v[:, :rank]
+            # One of the two is exact by construction; which one, depends on the shape.
+            left = torch.cat([matrix @ v - u * sigma, matrix.T @ u - v * sigma]).norm(dim=0)
+            if left.max() <= _SETTLED * sigma[0]:
+                return u, sigma, v.T
+    u, sigma, vh = svd(matrix)
+    return u[:, :rank], sigma[:rank], vh[:rank]
 
 
 def _svd_wide(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

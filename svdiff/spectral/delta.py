@@ -37,11 +37,10 @@ def metadata_key(prefix: str, what: str) -> str:
 def identity(basis: Basis, prefix: str, names: Iterable[str]) -> dict[str, str]:
     """What a delta must remember of the basis that it was trained on."""
     prints = {name: basis[name].fingerprint for name in names if name in basis}
-    return {
-        metadata_key(prefix, "base_hash"): basis.base_hash,
-        metadata_key(prefix, "basis_id"): basis.id,
-        metadata_key(prefix, "fingerprints"): _pack(prints),
-    }
+    facts = {"base_hash": basis.base_hash, "basis_id": basis.id, "fingerprints": _pack(prints)}
+    if basis.rank is not None:
+        facts["directions"] = str(basis.rank)  # of how many leading directions the fingerprints are
+    return {metadata_key(prefix, what): value for what, value in facts.items()}
 
 
 def _pack(prints: Mapping[str, float]) -> str:
@@ -158,13 +157,19 @@ class SpectralDelta:
         """Another machine's rounding makes another basis id; the directions must still be the same."""
         prints, trained = self.fingerprints(prefix), self.metadata.get(metadata_key(prefix, "basis_id"), "none")
         names = [name for name in part if name in basis]
-        different = [n for n in names if n not in prints or not _near(prints[n], basis[n].fingerprint)]
+        here = {name: basis[name].leading_fingerprint(self.directions(prefix)) for name in names}
+        different = [n for n in names if n not in prints or not _near(prints[n], here[n])]
         if different or trained.partition(":")[0] != basis.id.partition(":")[0]:
             raise SvdiffError(
                 f"this delta was trained on another decomposition of the same {prefix} ({trained}, this is "
                 f"{basis.id}; {len(different)} of {len(names)} weights have other singular directions): use the "
                 "cached basis that it was trained with, or train it again"
             )
+
+    def directions(self, prefix: str) -> int | None:
+        """How many leading directions its basis had; None for all."""
+        found = self.metadata.get(metadata_key(prefix, "directions"))
+        return None if found is None else int(found)
 
     def fingerprints(self, prefix: str) -> dict[str, float]:
         """Fingerprints of the singular directions of each weight, empty if the delta does not know them."""

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_file, sort_safetensors_metadata
-from svdiff.spectral.basis import TRANSPOSED, Basis, Factors, scales
+from svdiff.spectral.basis import TRANSPOSED, Basis, Factors
 from svdiff.spectral.delta import SpectralDelta
+from svdiff.spectral.layers import SpectralLayer
 
 
 def fused_state_dict(
     module: nn.Module, basis: Basis, delta: SpectralDelta, *, prefix: str = "unet"
 ) -> dict[str, Tensor]:
     """The state dict of `module` with the delta's shifts in its weights; the module itself is not changed."""
+    if any(isinstance(layer, SpectralLayer) for layer in module.modules()):
+        raise SvdiffError("the model has shifts in its layers already: detach them before adding those of a delta")
     delta.check(basis, prefix)
     state = module.state_dict()
     for name, shifts in delta.part(prefix).items():
@@ -29,7 +32,7 @@ def fused_state_dict(
             raise SvdiffError(f"the delta shifts {name!r}, which {type(module).__name__} does not have")
         if name in basis:
             transposed = isinstance(module.get_submodule(name.rpartition(".")[0]), TRANSPOSED)
-            state[name] = basis[name].shifted_weight(shifts, transposed=transposed)
+            state[name] = basis[name].shifted_weight(shifts, state[name], transposed=transposed)
         else:
             state[name] = (state[name].float() + shifts.view(state[name].shape)).to(state[name].dtype)
     return state
@@ -40,7 +43,7 @@ def lora_factors(factors: Factors, shifts: Tensor, rank: int | None) -> tuple[Te
 
     None where nothing changes. Singular directions are orthonormal, so no other matrix of that rank is nearer.
     """
-    change = scales(shifts, factors.sigma) - factors.sigma
+    change = factors.change(shifts)
     largest = change.abs().argsort(descending=True, stable=True)[: rank or len(change)]
     largest = largest[change[largest] != 0]
     if not len(largest):

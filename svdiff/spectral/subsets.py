@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
-from svdiff.spectral.basis import TRANSPOSED, is_matrix
-from svdiff.spectral.decompose import as_matrix
+from svdiff.spectral.basis import full_rank, is_matrix
 from svdiff.spectral.delta import SpectralDelta
 from svdiff.spectral.layers import SpectralLayer
 
@@ -88,9 +87,13 @@ def thirds(names: Iterable[str]) -> dict[str, int]:
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """Every `weight` parameter of a module by name, in the order of its layers; attached ones by shape alone."""
     found: dict[str, Tensor] = {}
+    inside: set[nn.Module] = set()  # layers that spectral ones hold
     for path, owner in module.named_modules():
-        attached = isinstance(owner, SpectralLayer)
-        weight = torch.empty(owner.shape, device="meta") if attached else owner._parameters.get("weight")
+        if isinstance(owner, SpectralLayer):
+            inside |= set(owner.modules()) - {owner}
+            weight: Tensor | None = torch.empty(owner.shape, device="meta")
+        else:
+            weight = None if owner in inside else owner._parameters.get("weight")
         if weight is not None:
             found[f"{path}.weight" if path else "weight"] = weight
     return found
@@ -145,9 +148,11 @@ def shift_sizes(module: nn.Module, subset: str) -> dict[str, int]:
     sizes = {}
     for name in select(module, subset):
         owner = module.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, SpectralLayer):
+            sizes[name] = owner.full_size
+            continue
         weight: Tensor = owner.weight  # type: ignore[assignment]
-        matrix = as_matrix(weight, transposed=isinstance(owner, TRANSPOSED)) if is_matrix(owner) else None
-        sizes[name] = weight.numel() if matrix is None else min(matrix.shape)
+        sizes[name] = full_rank(owner, weight) if is_matrix(owner) else weight.numel()
     return sizes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import Parameter
 
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_file
+from svdiff.spectral.batch import Batch, rows_of
 from svdiff.spectral.layers import SpectralLayer
 
 MARK = ".special_token."
@@ -32,29 +34,44 @@ def parse_token_name(name: str) -> tuple[str, int]:
 class TokenEmbedding:
     """One token's embedding e in the place of its row e₀ of the table, which stays as it is.
 
-    `value` is one row (width,), or one a picture (pictures, width) in mixed batches.
+    `value` is one row (width,), or in mixed batches a row for each concept, of which `batch` gives each text one.
     """
 
-    def __init__(self, encoder: Any, token_id: int) -> None:
-        self.encoder, self.token_id = encoder, token_id
+    def __init__(self, encoder: Any, token_id: int, *, saved: bool = False) -> None:
+        """`saved` says whether the text encoder's state dict has the value in it, as a pipeline's must."""
+        self.encoder, self.token_id, self.saved = encoder, token_id, saved
         layer = encoder.get_input_embeddings()
         table = layer.base_weight() if isinstance(layer, SpectralLayer) else layer.weight.data
         self.base = table[token_id].detach().float().cpu().clone()
         self.value = Parameter(self.base.clone().to(table.device), requires_grad=False)
-        self._hook: Any = None
+        self.batch = Batch()
+        self._hooks: list[Any] = []
         self._row: Tensor | None = None  # of the table, while the value stands in it
         self.follow()
 
     def follow(self) -> None:
         """Act on the layer that looks embeddings up now: attaching, fusing and detaching shifts exchange it."""
         self.remove()
-        self._hook = self.encoder.get_input_embeddings().register_forward_hook(self._insert)
+        layer = self.encoder.get_input_embeddings()
+        self._hooks = [layer.register_forward_hook(self._insert)]
+        if self.saved:
+            save = partial(TokenEmbedding._save, self)  # torch marks the hook, which a bound method does not allow
+            self._hooks.append(layer.register_state_dict_post_hook(save))
 
     def _insert(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         value = self.value.to(output.device, output.dtype)
-        if value.ndim == 2:  # one a picture; under guidance the text encoder sees the batch of pictures at once
-            value = value.repeat(len(output) // len(value), 1)[:, None]
+        if self.batch.index is not None:
+            value = value[rows_of(self.batch.index, inputs[0])][:, None]
         return torch.where((inputs[0] == self.token_id).unsqueeze(-1), value, output)
+
+    def _save(self, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+        """What saves the model saves the table with the value in it."""
+        if self.value.ndim > 1:
+            raise SvdiffError("the model holds several concepts at once, which cannot be saved: choose one first")
+        if self.change.any():
+            table = state[f"{prefix}weight"].clone()
+            table[self.token_id] = self.value.detach().to(table)
+            state[f"{prefix}weight"] = table
 
     @property
     def change(self) -> Tensor:
@@ -62,15 +79,18 @@ class TokenEmbedding:
         return self.value.detach().float().cpu() - self.base
 
     @torch.no_grad()
-    def set_change(self, change: Tensor | Sequence[Tensor]) -> None:
-        """Use e₀ + `change`, or one for each picture of a batch. Raises SvdiffError for another width."""
-        rows = torch.stack(list(change)) if not isinstance(change, Tensor) else change
-        if rows.shape[-1] != len(self.base):
+    def set_change(self, change: Tensor, index: Sequence[int] | None = None) -> None:
+        """Use e₀ + `change`, or of a row for each concept the one that `index` gives each picture.
+
+        Raises SvdiffError for another width.
+        """
+        if change.shape[-1] != len(self.base):
             raise SvdiffError(
-                f"the delta's embedding of token {self.token_id} has {rows.shape[-1]} numbers, the text encoder's "
+                f"the delta's embedding of token {self.token_id} has {change.shape[-1]} numbers, the text encoder's "
                 f"{len(self.base)}: it was trained on another base"
             )
-        self.value.data = (self.base + rows).to(self.value.device)
+        self.batch.assign(index, 1 if index is None else len(change))
+        self.value.data = (self.base + change).to(self.value.device)
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -91,9 +111,9 @@ class TokenEmbedding:
 
     def remove(self) -> None:
         """The table's own row again."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
 
 def mix_changes(parts: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, Tensor]:
@@ -128,15 +148,15 @@ class LoadedTokens:
             if name not in self.embeddings:
                 if getattr(self.pipe, encoder, None) is None:
                     raise SvdiffError(f"the delta changes a token of {encoder}, which this pipeline does not have")
-                self.embeddings[name] = TokenEmbedding(getattr(self.pipe, encoder), token_id)
+                self.embeddings[name] = TokenEmbedding(getattr(self.pipe, encoder), token_id, saved=True)
         self.changes[delta] = changes
 
-    def use(self, mixes: Sequence[Mapping[str, float]]) -> None:
-        """Put the changes of deltas with weights in force: for all pictures, or one of `mixes` for each."""
+    def use(self, mixes: Sequence[Mapping[str, float]], index: Sequence[int] | None = None) -> None:
+        """Put the changes of deltas with weights in force: of the one mix, or of the one that each picture has."""
         mixed = [mix_changes([(self.changes[delta], weight) for delta, weight in mix.items()]) for mix in mixes]
         for name, embedding in self.embeddings.items():
-            rows = [changes.get(name, torch.zeros_like(embedding.base)) for changes in mixed]
-            embedding.set_change(rows[0] if len(rows) == 1 else rows)
+            rows = torch.stack([changes.get(name, torch.zeros_like(embedding.base)) for changes in mixed])
+            embedding.set_change(rows[0] if index is None else rows, index)
 
     def forget(self, delta: str) -> None:
         """Drop the changes of a delta."""
@@ -146,6 +166,11 @@ class LoadedTokens:
         """See `TokenEmbedding.follow`."""
         for embedding in self.embeddings.values():
             embedding.follow()
+
+    def remove(self) -> None:
+        """The tables' own rows again, until `follow`."""
+        for embedding in self.embeddings.values():
+            embedding.remove()
 
     def fuse(self) -> None:
         """See `TokenEmbedding.fuse`; after the shifts of the text encoder."""

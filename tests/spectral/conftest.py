@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from svdiff.spectral import Basis, load_basis, products
+from svdiff.spectral import Basis, cpu, load_basis
 
 
 def perturb(shifts, scale: float = 0.05, seed: int = 0) -> None:
@@ -52,5 +52,5 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor where MKL holds back, and for products of any size."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "_mkl_holds_back", lambda: True)
-    monkeypatch.setattr(products, "_FEW", 0)
+    monkeypatch.setattr(cpu, "_mkl_holds_back", lambda: True)
+    monkeypatch.setattr(cpu, "_FEW", 0)

@@ -62,10 +62,10 @@ def test_an_interrupted_decomposition_goes_on(
 ) -> None:
     write = cache._write
 
-    def dies(folder: Path, name: str, factors: object) -> None:
-        if name == "2.weight":
+    def dies(path: Path, factors: object) -> None:
+        if path.name == "2.weight.safetensors":
             raise KeyboardInterrupt
-        write(folder, name, factors)  # type: ignore[arg-type]
+        write(path, factors)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cache, "_write", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -111,7 +111,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
         "from tests.spectral.test_cache import model\n"
         "from svdiff.spectral import cache\n"
         "write = cache._write\n"
-        "cache._write = lambda f, n, x: (print('wrote', n), write(f, n, x))\n"
+        "cache._write = lambda p, x: (print('wrote', p.name.removesuffix('.safetensors')), write(p, x))\n"
         "print('id', cache.load_basis(model(), sys.argv[1], progress=False).id)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[2])]

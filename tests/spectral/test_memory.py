@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from svdiff.spectral import Basis, attach, memory
+from svdiff.spectral import Basis, attach, cpu
 
 
 def resident_mb() -> float:
@@ -21,25 +21,25 @@ def resident_mb() -> float:
 def trims(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows by one at each trim."""
     seen: list[str] = []
-    monkeypatch.setattr(memory, "trim", lambda: seen.append("note"))
+    monkeypatch.setattr(cpu, "trim", lambda: seen.append("note"))
     monkeypatch.setattr("svdiff.spectral.shifts.trim", lambda: seen.append("attach"))
-    monkeypatch.setattr(memory, "_kept", 0)
+    monkeypatch.setattr(cpu, "_saved", 0)
     return seen
 
 
-@pytest.mark.skipif(memory._malloc_trim() is None or sys.platform != "linux", reason="glibc alone has malloc_trim")
+@pytest.mark.skipif(cpu._malloc_trim() is None or sys.platform != "linux", reason="glibc alone has malloc_trim")
 def test_trimming_gives_the_pages_of_holes_back() -> None:
     blocks = [torch.ones(250_000) for _ in range(300)]  # 1 MB each
     del blocks[::2]  # holes between what is still in use
     before = resident_mb()
-    memory.trim()
+    cpu.trim()
     assert before - resident_mb() > 100
     assert all(bool((block == 1).all()) for block in blocks)
 
 
 def test_a_system_without_glibc_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
-    memory.trim()
+    monkeypatch.setattr(cpu, "_malloc_trim", lambda: None)
+    cpu.trim()
 
 
 def test_attaching_gives_the_weights_memory_back(unet: nn.Module, basis: Basis, trims: list[str]) -> None:
@@ -52,7 +52,7 @@ def test_a_training_step_trims_once_in_so_many_kept_bytes(
 ) -> None:
     attach(unet, basis)
     trims.clear()
-    monkeypatch.setattr(memory, "TRIM_EVERY", 10_000)
+    monkeypatch.setattr(cpu, "_TRIM_EVERY", 10_000)
     with torch.no_grad():
         call()
     assert trims == [], "nothing is kept without a backward pass"
@@ -61,14 +61,14 @@ def test_a_training_step_trims_once_in_so_many_kept_bytes(
     assert first > 1
     loss.backward()
     assert len(trims) == first, "the backward pass frees what was kept"
-    monkeypatch.setattr(memory, "TRIM_EVERY", 10**9)
+    monkeypatch.setattr(cpu, "_TRIM_EVERY", 10**9)
     call()
     assert len(trims) == first
 
 
 def test_the_memory_of_other_devices_is_not_counted(trims: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "TRIM_EVERY", 1)
-    memory.note_kept(torch.empty(1000, device="meta"))
+    monkeypatch.setattr(cpu, "_TRIM_EVERY", 1)
+    cpu.note_saved(torch.empty(1000, device="meta"))
     assert trims == []
-    memory.note_kept(torch.empty(1000))
+    cpu.note_saved(torch.empty(1000))
     assert trims == ["note"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -77,16 +78,23 @@ def test_gradients_are_those_of_rebuilt_weights(unet: nn.Module, basis: Basis, c
         assert error < 1e-3, name
 
 
-def test_state_dict_stays_that_of_the_base(unet: nn.Module, basis: Basis) -> None:
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_state_dict_is_that_of_a_plain_model_with_the_weights_in_use(
+    unet: nn.Module, basis: Basis, call, rank: int | None
+) -> None:
+    plain = copy.deepcopy(unet)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    shifts = attach(unet, basis)
-    perturb(shifts)
+    shifts = attach(unet, basis, rank=rank)
     state = unet.state_dict()
     assert list(state) == list(before)
-    assert all(torch.equal(state[name], before[name]) for name in before)
+    assert all(torch.equal(state[name], before[name]) for name in before), "zero shifts: the base, bit for bit"
     unet.load_state_dict(before)
-    before["conv_in.weight"][0] += 1
-    with pytest.raises(SvdiffError, match=r"conv_in\.weight differs"):
+    perturb(shifts)
+    state = unet.state_dict()
+    plain.load_state_dict(state)
+    assert torch.allclose(call(plain), call(), atol=1e-5)
+    unet.load_state_dict(state)
+    with pytest.raises(SvdiffError, match="detach the shifts before loading other weights"):
         unet.load_state_dict(before)
 
 
@@ -111,10 +119,22 @@ def test_shifts_save_and_load(unet: nn.Module, basis: Basis, call) -> None:
 def test_rank_trains_the_leading_singular_values_only(unet: nn.Module, basis: Basis, call) -> None:
     shifts = attach(unet, basis, rank=3)
     call().square().mean().backward()
-    for parameter in shifts.parameters_spectral():
-        assert (parameter.grad[3:] == 0).all()
-        assert parameter.grad[:3].any()
-    assert all(parameter.grad.all() for parameter in shifts.parameters_1d())
+    assert {len(p) for p in shifts.parameters_spectral()} == {3}
+    assert all(p.grad.all() for p in shifts.parameters())
+    perturb(shifts)
+    wanted, delta = call(), shifts.delta()
+    sizes = {name: len(shift) for name, shift in delta.part("unet").items()}
+    assert sizes["conv_in.weight"] == 16, "a delta has a shift for each singular value, zero beyond the rank"
+    assert not delta.tensors["unet.conv_in.weight"][3:].any()
+    shifts.detach()
+    full = attach(unet, basis)
+    full.load(delta)
+    assert torch.allclose(call(), wanted, atol=1e-5)
+    perturb(full)
+    beyond = full.delta()
+    full.detach()
+    with pytest.raises(SvdiffError, match="beyond the leading 3"):
+        attach(unet, basis, rank=3).load(beyond)
 
 
 def test_full_rank_limit_changes_nothing(unet: nn.Module, basis: Basis, call) -> None:

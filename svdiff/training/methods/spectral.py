@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
 from svdiff.models import family_of, scratch
-from svdiff.spectral import SpectralShifts, attach, combine, load_basis
+from svdiff.spectral import SpectralShifts, attach, combine, load_basis, select
 
 
 class SpectralMethod:
@@ -24,7 +24,7 @@ class SpectralMethod:
         self.shifts: dict[str, SpectralShifts] = {}
         for name, subset in parts.items():
             module = getattr(pipe, name)
-            basis = load_basis(module, scratch() / "bases")
+            basis = load_basis(module, scratch() / "bases", names=select(module, subset))
             self.shifts[name] = attach(module, basis, subset=subset, rank=config.rank, prefix=name)
 
     @property

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svdiff.spectral import products
+from svdiff.spectral import cpu
 
 
 def strided(rows: int, columns: int, transposed: bool) -> Tensor:
@@ -28,9 +28,9 @@ def test_onednn_multiplies_as_float64_does(
     add = None if (size := sizes[added]) is None else torch.randn(size, requires_grad=True)
     inputs = [x for x in (a, b, add) if x is not None]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    assert products.onednn_is_faster(a, b)
+    assert cpu.onednn_is_faster(a, b)
 
-    y = products.product(a, b, add)
+    y = cpu.product(a, b, add)
     expected = exact[0] @ exact[1] + (exact[2] if add is not None else 0)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
     g = torch.randn(m, n)
@@ -38,10 +38,9 @@ def test_onednn_multiplies_as_float64_does(
     for one, other in zip(found, torch.autograd.grad(expected, exact, g.double()), strict=True):
         torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        assert torch.equal(products.product(a, b, add), y)
-        kept = y.clone()
-        products.add_product(kept, a, b)
-        torch.testing.assert_close(kept, y + a @ b, atol=1e-5, rtol=1e-5)
+        assert torch.equal(cpu.product(a, b, add), y)
+        together = cpu.batched_product(torch.stack([a, -a]), torch.stack([b, b]), add)
+        torch.testing.assert_close(together[0], y, atol=1e-5, rtol=1e-5)
 
 
 class Operands(TorchDispatchMode):
@@ -61,7 +60,7 @@ class Operands(TorchDispatchMode):
 def test_operands_with_gaps_are_closed_first() -> None:
     a, b = torch.randn(16, 40)[:, 3:20], torch.randn(40, 9)[3:20, ::2]
     with Operands() as operands:
-        y = products.product(a, b)
+        y = cpu.product(a, b)
     torch.testing.assert_close(y, a @ b, atol=1e-5, rtol=1e-5)
     assert len(operands.seen) == 2
     assert all(x.is_contiguous() or x.T.is_contiguous() for x in operands.seen)
@@ -70,14 +69,26 @@ def test_operands_with_gaps_are_closed_first() -> None:
 @pytest.mark.usefixtures("by_onednn")
 def test_only_float32_on_a_cpu_goes_by_onednn() -> None:
     a, b = torch.randn(8, 8), torch.randn(8, 8)
-    assert products.onednn_is_faster(a, b)
-    assert not products.onednn_is_faster(a.double(), b.double())
-    assert not products.onednn_is_faster(a.bfloat16(), b.bfloat16())
-    assert not products.onednn_is_faster(a.to("meta"), b.to("meta"))
+    assert cpu.onednn_is_faster(a, b)
+    assert not cpu.onednn_is_faster(a.double(), b.double())
+    assert not cpu.onednn_is_faster(a.bfloat16(), b.bfloat16())
+    assert not cpu.onednn_is_faster(a.to("meta"), b.to("meta"))
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_one_switch_turns_all_routes_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, picture, kernel = torch.randn(8, 8), torch.randn(1, 4, 3, 3), torch.randn(90, 4, 3, 3)
+    assert cpu.onednn_is_faster(a, a)
+    assert cpu.unfolding_is_cheaper(picture, kernel, (3, 3))
+    monkeypatch.setattr(cpu, "ON", False)
+    monkeypatch.setattr(cpu, "_malloc_trim", lambda: pytest.fail("memory is given back"))
+    assert not cpu.onednn_is_faster(a, a)
+    assert not cpu.unfolding_is_cheaper(picture, kernel, (3, 3))
+    cpu.trim()
 
 
 def test_small_products_stay_with_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_mkl_holds_back", lambda: True)
+    monkeypatch.setattr(cpu, "_mkl_holds_back", lambda: True)
     small, large = torch.randn(64, 64), torch.randn(512, 512)
-    assert not products.onednn_is_faster(small, small)
-    assert products.onednn_is_faster(large, large)
+    assert not cpu.onednn_is_faster(small, small)
+    assert cpu.onednn_is_faster(large, large)

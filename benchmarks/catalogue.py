@@ -1,0 +1,210 @@
+"""Many concepts at once against one after the other: drawing, switching, training.
+
+    python -m benchmarks.catalogue --model models/base --json
+    python -m benchmarks.catalogue                       # the shape of SD 1.5, random weights and factors
+
+- `mixed_over_plain`: a guided denoising step of 8 pictures of 8 concepts over one of 8 pictures of one concept;
+- `singles_over_mixed`: 8 guided steps of one picture with a switch before each, over that mixed step: the gain;
+- `together_over_alone`: a training step of 8 concepts as one batch over 8 steps of one concept each;
+- `switch_p99_ms`: switching between resident concepts, text encoder included.
+
+What is compared runs in turn in one process. `--latents` sets the size of the latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import machine, make_inputs, make_unet, median, memory_gb, reset_peak_memory, table
+from svdiff.models.sizes import build
+from svdiff.spectral import Basis, SpectralDelta, SpectralPipeline, load_basis
+from svdiff.spectral.basis import Factors, matrix_weights
+from svdiff.spectral.delta import identity
+from svdiff.spectral.subsets import shift_sizes
+
+CONCEPTS = 8
+
+
+def make_text_encoder(model: str) -> nn.Module | None:
+    """That of the base, or of SD 1.5; the tiny UNet has none."""
+    if model in ("sd15", "tiny"):
+        return build("sd15", "text_encoder", "cpu") if model == "sd15" else None
+    from transformers import CLIPTextModel
+
+    found: nn.Module = CLIPTextModel.from_pretrained(Path(model) / "text_encoder")
+    return found
+
+
+def make_basis(model: str, module: nn.Module, cache: str) -> Basis:
+    """The decomposition of a base; of random weights made-up factors, which cost the same at every call."""
+    if model != "sd15":
+        return load_basis(module, cache, progress=False)
+    factors = {}
+    for name, (_, weight) in matrix_weights(module).items():
+        m, n = weight.flatten(1).shape
+        k = min(m, n)
+        u, vh = torch.randn(m, k).div_(m**0.5), torch.randn(k, n).div_(n**0.5)
+        factors[name] = Factors(u, torch.rand(k), vh, weight.shape, weight.detach(), 0.0, name)
+    return Basis(factors, "random weights")
+
+
+def random_delta(parts: dict[str, nn.Module], bases: dict[str, Basis], seed: int) -> SpectralDelta:
+    """A concept that shifts every weight of every part."""
+    generator, metadata = torch.Generator().manual_seed(seed), {}
+    tensors, norms = {}, []
+    for prefix, module in parts.items():
+        sizes = shift_sizes(module, "UNet")
+        metadata |= identity(bases[prefix], prefix, sizes)
+        norms += [f"{prefix}.{name}" for name in sizes if name not in bases[prefix]]
+        tensors |= {f"{prefix}.{n}": 0.01 * torch.randn(size, generator=generator) for n, size in sizes.items()}
+    return SpectralDelta(tensors, metadata | {"norms": json.dumps(norms)})
+
+
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, in turn, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in times.items()}
+
+
+def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
+    """Median of the ratios of one round each."""
+    return median([a / b for a, b in zip(times[over], times[under], strict=True)])
+
+
+@torch.no_grad()
+def draw(personal: SpectralPipeline, names: list[str], latents: int, rounds: int) -> dict[str, float]:
+    """A guided step of a batch of one concept, of a mixed one, and of single pictures."""
+    unet = personal.pipe.unet
+    inputs = {size: make_inputs(unet, latents, size) for size in (1, CONCEPTS)}
+
+    def step(size: int) -> None:
+        sample, steps, text = inputs[size]
+        unet(torch.cat([sample] * 2), torch.cat([steps] * 2), torch.cat([text] * 2))
+
+    def plain() -> None:
+        personal.set_deltas(names[0])
+        step(CONCEPTS)
+
+    def mixed() -> None:
+        with personal.concepts(names):
+            step(CONCEPTS)
+
+    def singles() -> None:
+        for name in names:
+            personal.set_deltas(name)
+            step(1)
+
+    times = in_turn({"plain": plain, "mixed": mixed, "singles": singles}, rounds)
+    return {
+        "mixed_over_plain": ratio(times, "mixed", "plain"),
+        "singles_over_mixed": ratio(times, "singles", "mixed"),
+        "plain_step_s": median(times["plain"]),
+    }
+
+
+def switch(personal: SpectralPipeline, resident: int) -> dict[str, float]:
+    """Milliseconds of a switch between `resident` concepts, at the median and at p99."""
+    for number in range(resident - len(personal.deltas)):
+        rows = personal._rows[personal.deltas[0]]
+        personal._rows[f"resident {number}"] = {prefix: torch.randn_like(row) for prefix, row in rows.items()}
+    names, times = personal.deltas, []
+    for place in range(1000):
+        name = names[place * 7919 % len(names)]
+        start = time.perf_counter()
+        personal.set_deltas(name)
+        times.append(1e3 * (time.perf_counter() - start))
+    times.sort()
+    return {"resident": len(names), "switch_p50_ms": median(times), "switch_p99_ms": times[989]}
+
+
+def train(personal: SpectralPipeline, latents: int, batch: int, rounds: int) -> dict[str, float]:
+    """A training step of all concepts as one batch, and one of each; the same arithmetic for every picture."""
+    unet, shifts = personal.pipe.unet, personal._shifts["unet"]
+    parameters, total = shifts.parameters(), sum(shifts.sizes.values())
+    packed = 0.01 * torch.randn(CONCEPTS, total)
+    index = torch.arange(CONCEPTS).repeat_interleave(batch)
+    peaks: dict[str, float] = {}
+
+    def steps(rows: torch.Tensor, concept: torch.Tensor | None) -> Callable[[], None]:
+        shifts.write(rows)
+        optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        sample, timesteps, text = make_inputs(unet, latents, batch * (CONCEPTS if concept is not None else 1))
+        noise = torch.randn_like(sample)
+
+        def step() -> None:
+            reset_peak_memory()
+            shifts.write(rows, concept)
+            for _ in range(1 if concept is not None else CONCEPTS):
+                torch.nn.functional.mse_loss(unet(sample, timesteps, text).sample, noise).backward()
+                optimiser.step()
+                optimiser.zero_grad()
+            which = "alone" if concept is None else "together"
+            peaks[which] = memory_gb()
+
+        return step
+
+    runs = {"alone": steps(packed[0].clone(), None), "together": steps(packed, index)}
+    times = in_turn(runs, rounds)
+    return {
+        "together_over_alone": ratio(times, "together", "alone"),
+        "together_step_s": median(times["together"]),
+        "memory_together_over_alone": peaks["together"] / peaks["alone"],
+        "pictures_a_concept": batch,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd15", help="sd15, tiny, or a diffusers folder")
+    parser.add_argument("--latents", type=int, help="side of the latents [default: 32; the model's own]")
+    parser.add_argument("--rounds", type=int, help="times that each is timed [default: 3; 10 for small models]")
+    parser.add_argument("--batch", type=int, help="training pictures a concept [default: 1; 4 for small models]")
+    parser.add_argument("--resident", type=int, default=1000, help="concepts in memory while switching")
+    parser.add_argument("--only", nargs="+", choices=["draw", "switch", "train"], default=["draw", "switch", "train"])
+    parser.add_argument("--cache", default=".svdiff/bases", help="where decompositions are stored")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    large = options.model == "sd15"
+    rounds, batch = options.rounds or (3 if large else 10), options.batch or (1 if large else 4)
+
+    unet: Any = make_unet(options.model).eval()
+    latents = options.latents or (32 if large else unet.config.sample_size)
+    encoder = make_text_encoder(options.model)
+    parts = {"unet": unet} | ({} if encoder is None else {"text_encoder": encoder})
+    bases = {prefix: make_basis(options.model, module, options.cache) for prefix, module in parts.items()}
+    personal = SpectralPipeline(SimpleNamespace(**parts), bases=bases, progress=False)
+    names = [f"concept {number}" for number in range(CONCEPTS)]
+    deltas = [random_delta(parts, bases, seed) for seed in range(CONCEPTS)]
+    for name, delta in zip(names, deltas, strict=True):
+        personal.load_delta(delta, name)
+
+    result: dict[str, Any] = {"model": options.model, "latents": latents, "concepts": CONCEPTS}
+    if "draw" in options.only:
+        result |= draw(personal, names, latents, rounds)
+    if "train" in options.only:
+        result |= train(personal, latents, batch, rounds)
+    if "switch" in options.only:
+        result |= switch(personal, options.resident)
+    if options.json:
+        print(json.dumps({**machine(), **result}, indent=1))
+        return
+    print(table(["measure", "value"], [[n, f"{v:.3f}" if isinstance(v, float) else str(v)] for n, v in result.items()]))
+
+
+if __name__ == "__main__":
+    main()
