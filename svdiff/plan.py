@@ -31,7 +31,7 @@ def plan(config: Config) -> list[str]:
     if not stages:
         return ["nothing to run: every stage is up to date"]
     if not Path(config.base.model).is_dir():
-        return [*stages, f"no estimate: {config.base.model} is not a folder here"]
+        return [*stages, *memory(config), f"no estimate: {config.base.model} is not a folder here"]
     forward = seconds_per_picture(config)
     seconds = {stage: estimate(config, stage, forward) for stage in stages}
     width = max(map(len, stages))
@@ -40,7 +40,27 @@ def plan(config: Config) -> list[str]:
         for stage, causes in stages.items()
     ]
     total = f"{'together':<{width}}  {_duration(sum(seconds.values())):<12}"
-    return [*(line.rstrip() for line in lines), f"{total}  one after another, by a pass of the UNet timed now"]
+    return [
+        *(line.rstrip() for line in lines),
+        *memory(config),
+        f"{total}  one after another, by a pass of the UNet timed now",
+    ]
+
+
+def memory(config: Config) -> list[str]:
+    """One line: what a training of shifts holds, and the rank up to which it fits each card; none for other methods.
+
+    Raises SvdiffError for a base that is not there.
+    """
+    from svdiff.models.memory import CARDS, largest_rank, said, training_memory
+    from svdiff.models.sizes import build
+
+    if config.train.method != "svdiff":
+        return []
+    network, itemsize = build(config.base.model), 4 if config.base.precision == "fp32" else 2
+    holds = training_memory(network, config.train.subset, config.train.rank, itemsize).total
+    fits = (f"{card} GB: {said(largest_rank(network, card, config.train.subset, itemsize))}" for card in CARDS)
+    return [f"memory: the network in training holds {holds / 2**30:.2f} GiB beside activations; {', '.join(fits)}"]
 
 
 def stages_to_run() -> dict[str, list[str]]:

@@ -150,4 +150,5 @@ class VersionScorer:
             named = str(self.root / self.config.base.model)
         if named is not None:
             return BaseModelConfig(model=named)
-        return BaseModelConfig(model=description["base_model"], revision=description["base_revision"])
+        settings = description.get("base_settings", {})
+        return BaseModelConfig(model=description["base_model"], revision=description["base_revision"], **settings)

@@ -49,7 +49,8 @@ class ConceptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-define
         recorded = Path(config["bases"])
         cache = scratch() / "bases" if "SVDIFF_HOME" in os.environ or not recorded.is_dir() else recorded
         revision = None if BASE_VARIABLE in os.environ else config["base_revision"]
-        pipe = load_pipeline(BaseModelConfig(model=base, revision=revision))
+        settings = config.get("base_settings", {})  # precision, resolution and the like
+        pipe = load_pipeline(BaseModelConfig(model=base, revision=revision, **settings))
         self.personal = SpectralPipeline(pipe, cache=cache)
         try:
             self.personal.load_delta(context.artifacts["delta"], self.concept)

@@ -206,6 +206,7 @@ def model_description(config: Config, results: Results) -> dict[str, Any]:
         "subject": config.entry(results.concept).subject,
         "base_model": str(local) if local.is_dir() else config.base.model,
         "base_revision": config.base.revision,
+        "base_settings": config.base.model_dump(exclude={"model", "revision"}),
         "base_hash": results.base_hash,
         "bases": str((results.root / scratch()).resolve() / "bases"),
         "sample": config.sample.model_dump(include={"steps", "guidance", "eta", "batch_size"}),

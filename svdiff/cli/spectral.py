@@ -195,6 +195,7 @@ def export(
     import torch
 
     from svdiff.files import atomic_dir
+    from svdiff.models import family_of
     from svdiff.spectral.export import export_lora
     from svdiff.spectral.pipeline import SpectralPipeline
     from svdiff.spectral.tokens import export_tokens
@@ -205,7 +206,8 @@ def export(
         modules = {prefix: getattr(concepts.pipe, prefix) for prefix in delta.prefixes()}
         bases = {p: concepts.basis(p, delta.part(p), rank=delta.directions(p)) for p in modules}
         layout = "kohya" if kohya else "diffusers"
-        export_lora(modules, bases, delta, output, rank=rank, dtype=dtype, layout=layout)  # type: ignore[arg-type]
+        names = family_of(concepts.pipe).lora_names
+        export_lora(modules, bases, delta, output, rank=rank, dtype=dtype, layout=layout, kohya=names)  # type: ignore[arg-type]
         for path in export_tokens(concepts.pipe, delta.tokens, output):
             typer.echo(str(path))
     else:

@@ -18,6 +18,9 @@ from svdiff.spectral.basis import TRANSPOSED, Basis, Factors
 from svdiff.spectral.delta import SpectralDelta
 from svdiff.spectral.layers import SpectralLayer
 
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
+"""Names of Stable Diffusion 1.x and 2.x in kohya's layout."""
+
 
 def fused_state_dict(
     module: nn.Module, basis: Basis, delta: SpectralDelta, *, prefix: str = "unet"
@@ -62,11 +65,12 @@ def export_lora(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     layout: Literal["diffusers", "kohya"] = "diffusers",
+    kohya: Mapping[str, str] = KOHYA,
 ) -> list[str]:
     """Write a LoRA that `load_lora_weights` of diffusers' pipelines and most other tools accept.
 
-    `modules` and `bases` are by prefix (`"unet"`, `"text_encoder"`); `rank` None keeps every change. Shifts that
-    have no place in the format (norms, embeddings, grouped and transposed convolutions) are dropped with a warning;
+    `modules` and `bases` are by prefix (`"unet"`, `"text_encoder"`); `rank` None keeps every change; `kohya`
+    are the networks' names in that layout. Shifts that have no place in the format (norms, embeddings, grouped and transposed convolutions) are dropped with a warning;
     their names are returned.
     """
     tensors: dict[str, Tensor] = {}
@@ -84,7 +88,7 @@ def export_lora(
                 a, b = (part.to(dtype).contiguous() for part in pair)
                 if isinstance(owner, nn.Conv2d):
                     a, b = a.view(len(a), *owner.weight.shape[1:]), b.view(*b.shape, 1, 1)
-                tensors |= _named(prefix, path_of, a, b, layout)
+                tensors |= _named(prefix, path_of, a, b, None if layout == "diffusers" else kohya[prefix])
     if not tensors:
         raise SvdiffError("nothing of this delta can be said as a LoRA: it changes norms or embeddings alone")
     if dropped:
@@ -104,11 +108,11 @@ def _has_lora(owner: nn.Module) -> bool:
     return isinstance(owner, nn.Linear) or (isinstance(owner, nn.Conv2d) and owner.groups == 1)
 
 
-def _named(prefix: str, path: str, a: Tensor, b: Tensor, layout: str) -> dict[str, Tensor]:
+def _named(prefix: str, path: str, a: Tensor, b: Tensor, kohya: str | None) -> dict[str, Tensor]:
     """Keys of one layer in a LoRA file; without alphas, which some readers mislay, every tool scales by 1."""
-    if layout == "diffusers":
+    if kohya is None:
         return {f"{prefix}.{path}.lora_A.weight": a, f"{prefix}.{path}.lora_B.weight": b}
-    root = f"lora_{'te' if prefix == 'text_encoder' else prefix}_{path.replace('.', '_')}"
+    root = f"{kohya}_{path.replace('.', '_')}"
     return {f"{root}.lora_down.weight": a, f"{root}.lora_up.weight": b}
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageDraw
-from tiny import FAMILIES, PIXELS, base_settings, make_tiny
 
 from svdiff.config import BaseModelConfig, load_config
 from svdiff.errors import SvdiffError
@@ -21,6 +20,7 @@ from svdiff.sampling.stage import personalise
 from svdiff.spectral import SpectralDelta, SpectralPipeline, attach, load_basis, weights_hash
 from svdiff.spectral.export import export_lora
 from svdiff.training import train
+from tests.models.tiny import FAMILIES, PIXELS, base_settings, make_tiny
 
 JOBS = [Job("a sks dog", 1), Job("a cat", 2)]
 TRAINED = ("sdxl", "sd3", "flux", "flux2-klein")  # SD 1.x is trained by all other tests
@@ -177,6 +177,32 @@ def test_lora_of_full_rank_is_the_delta_without_its_norms(load: Any, family: str
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     assert (wanted - plain).abs().max() > 0.02
     torch.testing.assert_close(prediction(pipe), wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["sdxl"])
+def test_kohyas_names_of_two_text_encoders_reach_both(load: Any, family: str, tmp_path: Path) -> None:
+    pipe = load(family)
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    bases = {name: load_basis(getattr(pipe, name), tmp_path / "bases", progress=False) for name in parts}
+    tensors, metadata = {}, {}
+    for name, basis in bases.items():
+        shifts = attach(getattr(pipe, name), basis, subset="attention", prefix=name)
+        zero = shifts.delta()
+        shifts.detach()
+        metadata |= zero.metadata
+        tensors |= {key: torch.full_like(value, 0.05) for key, value in zero.tensors.items()}
+    delta = SpectralDelta(tensors, metadata)
+    modules = {name: getattr(pipe, name) for name in parts}
+    wanted_names = family_of(pipe).lora_names
+    export_lora(modules, bases, delta, tmp_path / "kohya.safetensors", layout="kohya", kohya=wanted_names)
+    export_lora(modules, bases, delta, tmp_path / "diffusers.safetensors")
+    seen = []
+    for file in ("kohya.safetensors", "diffusers.safetensors"):
+        pipe.load_lora_weights(tmp_path, weight_name=file)
+        seen.append(prediction(pipe))
+        pipe.unload_lora_weights()
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-4)
+    assert (seen[0] - prediction(pipe)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import WORDS, make_tiny_base, write_tiny_tokenizer
+
+from tests.conftest import WORDS, make_tiny_base, write_tiny_tokenizer
 
 PIXELS = 16  # pictures are 16 × 16, latents 8 × 8
 LENGTH = 16  # tokens

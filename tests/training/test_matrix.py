@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -11,12 +11,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from svdiff.config import TrainConfig
+from svdiff.config import BaseModelConfig, TrainConfig
 from svdiff.data.cutmix import Region
 from svdiff.errors import SvdiffError
+from svdiff.models import family_of, load_pipeline
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown
+from svdiff.training.compatibility import check_family
 from svdiff.training.loop import Trainer
 from svdiff.training.methods import apply_method
+from tests.models.tiny import base_settings, make_tiny
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "method": ("svdiff", "full", "lora", "custom-diffusion"),
@@ -37,11 +40,11 @@ def _own_scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("SVDIFF_HOME", str(tmp_path_factory.getbasetemp() / "scratch"))
 
 
-def dataset() -> Dataset:
+def dataset(shape: tuple[int, ...] = (4, 8, 8)) -> Dataset:
     """A mix of two subjects and a picture of one, in turn; each with a prior picture."""
     left, right = Region(0.0, 0.0, 0.5, 1.0), Region(0.5, 0.0, 1.0, 1.0)
     random = torch.Generator().manual_seed(0)
-    latents = LatentImages(torch.randn(2, 4, 8, 8, generator=random), torch.full((2, 4, 8, 8), 0.1))
+    latents = LatentImages(torch.randn(2, *shape, generator=random), torch.full((2, *shape), 0.1))
     shown = [(Shown("sks", "dog", left), Shown("zwx", "cat", right)), (Shown("sks", "dog"),)]
     return Dataset(
         Examples(latents, ["a sks dog and a zwx cat", "a sks dog"], shown),
@@ -51,11 +54,11 @@ def dataset() -> Dataset:
     )
 
 
-def trainer(pipe: Any, **settings: Any) -> Trainer:
+def trainer(pipe: Any, shown: Dataset | None = None, **settings: Any) -> Trainer:
     AcceleratorState._reset_state()
     config = TrainConfig.model_validate({"steps": 2, "batch_size": 2, "lr": 1e-3, "lr_1d": 1e-3} | settings)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=True)
-    return Trainer(pipe, apply_method(pipe, config, ["sks", "zwx"]), config, dataset(), accelerator)
+    return Trainer(pipe, apply_method(pipe, config, ["sks", "zwx"]), config, shown or dataset(), accelerator)
 
 
 def describe(cell: dict[str, Any]) -> str:
@@ -121,3 +124,90 @@ def test_every_setting_trains_with_all_others_on(tiny_pipe: Any, method: str, ex
         end = made.method.state()
     assert all(value.isfinite().all() for value in end.values())
     assert all(not torch.equal(start[name], value) for name, value in end.items())
+
+
+FAMILIES = ("sdxl", "sd3", "flux", "flux2-klein")
+FAMILY_SETTINGS = {"family": FAMILIES} | SETTINGS
+
+
+def pairwise(settings: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few cells in which every two values of two settings meet: greedily the cell with most pairs that are still missing."""
+    cells = [dict(zip(settings, values, strict=True)) for values in product(*settings.values())]
+    pairs = {i: set(combinations(cell.items(), 2)) for i, cell in enumerate(cells)}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        best = max(pairs, key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        chosen.append(cells[best])
+    return chosen
+
+
+FAMILY_CELLS = [dict(zip(FAMILY_SETTINGS, values, strict=True)) for values in product(*FAMILY_SETTINGS.values())]
+FAMILY_FAST = pairwise(FAMILY_SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def family_pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Loads a copy of a family's tiny base, which is made once."""
+    loaded: dict[str, Any] = {}
+
+    def load(family: str) -> Any:
+        if family not in loaded:
+            folder = make_tiny(family, tmp_path_factory.mktemp(family))
+            loaded[family] = load_pipeline(BaseModelConfig(**base_settings(family, folder)))
+        return copy.deepcopy(loaded[family])
+
+    return load
+
+
+def refusal(cell: dict[str, Any]) -> str | None:
+    """Words of the sentence that refuses a cell, None where it trains."""
+    joint = cell["family"] != "sdxl"
+    if joint and cell["method"] == "custom-diffusion":
+        return "trains W\\^K and W\\^V of cross-attention, and .* has joint attention"
+    if joint and cell["unmix_weight"]:
+        return "is a loss on cross-attention maps, and .* has joint attention"
+    if cell["family"] == "flux2-klein" and cell["text_encoder"]:
+        return "is a language model"
+    if cell["method"] == "custom-diffusion" and cell["text_encoder"]:
+        return "text_encoder: false"
+    return None
+
+
+def test_pairwise_cells_hold_every_pair_of_values() -> None:
+    assert len(FAMILY_FAST) < len(FAMILY_CELLS) / 8
+    for a, b in combinations(FAMILY_SETTINGS, 2):
+        met = {(cell[a], cell[b]) for cell in FAMILY_FAST}
+        assert met == set(product(FAMILY_SETTINGS[a], FAMILY_SETTINGS[b]))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, marks=() if cell in FAMILY_FAST else pytest.mark.slow) for cell in FAMILY_CELLS],
+    ids=lambda cell: f"{cell['family']}-{describe({k: v for k, v in cell.items() if k != 'family'})}",
+)
+def test_every_cell_of_every_family_trains_or_is_refused_by_name(family_pipe: Any, cell: dict[str, Any]) -> None:
+    pipe = family_pipe(cell["family"])
+    family = family_of(pipe)
+    settings = {key: value for key, value in cell.items() if key != "family"}
+
+    def make() -> Trainer:
+        check_family(family, TrainConfig.model_validate(settings))
+        return trainer(pipe, dataset(family.latent_shape), **settings)
+
+    if message := refusal(cell):
+        with pytest.raises(SvdiffError, match=message):
+            make()
+        return
+    base = copy.deepcopy(family.network.state_dict())
+    made = make()
+    start = made.method.state()
+    rows = list(made.run())
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
+    end = made.method.state()
+    assert {value.dtype for value in end.values()} == {torch.float32}
+    # A last block's text, and what a text encoder's penultimate layer does not need, reach no picture.
+    assert sum(not torch.equal(start[name], end[name]) for name in end) > 0.75 * len(end)
+    made.method.detach()
+    assert all(torch.equal(value, family.network.state_dict()[name]) for name, value in base.items())
