@@ -153,7 +153,7 @@ class LoadedTokens:
 
     def use(self, mixes: Sequence[Mapping[str, float]], index: Sequence[int] | None = None) -> None:
         """Put the changes of deltas with weights in force: of the one mix, or of the one that each picture has."""
-        mixed = [mix_changes([(self.changes[delta], weight) for delta, weight in mix.items()]) for mix in mixes]
+        mixed = [mix_changes([(self.changes.get(delta, {}), weight) for delta, weight in mix.items()]) for mix in mixes]
         for name, embedding in self.embeddings.items():
             rows = torch.stack([changes.get(name, torch.zeros_like(embedding.base)) for changes in mixed])
             embedding.set_change(rows[0] if index is None else rows, index)
