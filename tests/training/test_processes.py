@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {"steps": 4, "save_every": 1, "schedule": "cosine", "
 
 
 def work(rank: int, port: int, home: str, output: str, settings: dict[str, Any], dies_at: int | None) -> None:
-    """One of two processes, as `accelerate launch --num_processes 2 --cpu` starts them."""
+    """One of two processes, as `torchrun --nproc_per_node 2` and `accelerate launch` on GPUs start them."""
     from accelerate.state import AcceleratorState, PartialState
 
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
