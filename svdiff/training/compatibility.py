@@ -23,6 +23,16 @@ def check_family(family: Family, settings: TrainConfig) -> None:
             f"train.{asked[0]} is true, and the text encoder of {family.title} is a language model, which is not "
             "trained: set it to false"
         )
+    if settings.token_init != "keep" and not family.encoder_names:
+        raise SvdiffError(
+            f"train.token_init is {settings.token_init}, and the text encoder of {family.title} is a language model, whose "
+            "embeddings are not changed: set it to keep"
+        )
+    if settings.min_snr_gamma is not None and family.objective.prediction == "flow":
+        raise SvdiffError(
+            f"train.min_snr_gamma is {settings.min_snr_gamma}, and {family.title} predicts a flow, which has no such weights: "
+            "set it to null"
+        )
     if str(family.dtype) == "torch.float16" and settings.precision != "fp16":
         raise SvdiffError(
             f"base.precision is fp16 and train.precision {settings.precision}: gradients in fp16 vanish without the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from svdiff.config import BaseModelConfig, TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices, generator
+from svdiff.training.compatibility import check_family
 from svdiff.training.loop import Trainer, draw_noise
 from svdiff.training.losses import min_snr_weights
 from svdiff.training.methods import apply_method
@@ -338,3 +340,19 @@ def test_the_best_delta_and_the_end_follow_the_written_rule() -> None:
     assert kept_steps(losses, 2) == {4, 6, 8}
     assert [is_over(losses, patience) for patience in (1, 2, 3, None)] == [True, True, False, False]
     assert not is_over({0: 0.1, 2: 0.5}, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_snr_gamma": 5.0}, r"train\.min_snr_gamma is 5\.0, and Flow predicts a flow"),
+        ({"token_init": "distribution"}, r"train\.token_init is distribution, and the text encoder of Flow"),
+    ],
+)
+def test_what_a_flow_without_a_trainable_text_encoder_has_no_place_for(settings: dict, message: str) -> None:
+    objective = SimpleNamespace(prediction="flow")
+    family = SimpleNamespace(
+        title="Flow", attention="joint", encoder_names=(), dtype=torch.float32, objective=objective
+    )
+    with pytest.raises(SvdiffError, match=message):
+        check_family(family, TrainConfig(**settings))  # type: ignore[arg-type]
