@@ -22,11 +22,14 @@ def held(module: torch.nn.Module, shifts: list[torch.Tensor], sigmas: list[torch
 
 @pytest.mark.parametrize("subset", ["all", "attention", "UNet-4D"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_arithmetic_is_what_a_training_holds(tiny_pipe, tmp_path: Path, subset: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rank", [None, 1, 4])
+def test_arithmetic_is_what_a_training_holds(
+    tiny_pipe, tmp_path: Path, subset: str, dtype: torch.dtype, rank: int | None
+) -> None:
     unet = tiny_pipe.unet.to(dtype)
-    expected = training_memory(unet, subset, itemsize=dtype.itemsize)
-    basis = load_basis(unet, tmp_path, progress=False)
-    attached = attach(unet, basis, subset=subset)
+    expected = training_memory(unet, subset, rank, dtype.itemsize)
+    basis = load_basis(unet, tmp_path, rank=rank, progress=False)
+    attached = attach(unet, basis, subset=subset, rank=rank)
     optimizer = torch.optim.AdamW(attached.parameters())
     for parameter in attached.parameters():
         parameter.grad = torch.zeros_like(parameter)
