@@ -14,10 +14,10 @@ import json
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from svdiff.editing.scenes import scene_edits
-
 from benchmarks.common import machine, table
-from svdiff.base.world import World
+from svdiff.base.config import load_base_training
+from svdiff.base.loop import load_world
+from svdiff.base.scenes import scene_edits
 from svdiff.config import load_config
 from svdiff.data.concepts import to_square
 from svdiff.editing.scores import psnr
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def measure(lengths: list[int]) -> dict[str, dict[str, float]]:
     """Mean PSNR in dB and LPIPS to the pictures, of the autoencoder alone and by steps, and PSNR to what it alone keeps."""
     config = load_config()
-    world, pipe = World(config.base_training.world), load_pipeline(config.base)
+    world, pipe = load_world(load_base_training()), load_pipeline(config.base)
     distance = load_evaluators(config.evaluators).distance
     edits = scene_edits(world)
     pictures = [to_square(edit.picture(world), family_of(pipe).image_size) for edit in edits]

@@ -1,1 +1,1 @@
-"""The embedded base: a picture world of real artwork, a small Stable Diffusion trained on it, and its evaluators."""
+"""The embedded base: a picture world of individuals, a small Stable Diffusion trained on it, and its evaluators."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from pathlib import Path
@@ -11,24 +10,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from svdiff.base import loop
 from svdiff.base.config import AutoencoderTraining, BaseTrainingConfig
 from svdiff.base.linear_code import encode, fit, write_encoder
-from svdiff.base.muon import Muon
-from svdiff.base.widening import load_widened
-from svdiff.base.world import PICTURE_SIZE, World
+from svdiff.base.world import PICTURE_SIZE, Scene, World
 from svdiff.files import atomic_dir
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 
-def pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    """RGB pictures of one size as N×3×H×W in [-1, 1]."""
-    stack = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
-    return torch.from_numpy(stack / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+def pixels(world: World, scenes: list[Scene]) -> torch.Tensor:
+    """The scenes' pictures as N×3×64×64 in [-1, 1]."""
+    return to_float(torch.from_numpy(np.stack([world.array(scene) for scene in scenes])))
+
+
+def to_float(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 N×H×W×3 as N×3×H×W in [-1, 1]."""
+    return (pictures.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def build(config: AutoencoderTraining) -> AutoencoderKL:
@@ -49,115 +49,78 @@ def build(config: AutoencoderTraining) -> AutoencoderKL:
 
 
 def shuffled_colours(batch: torch.Tensor, draw: random.Random) -> torch.Tensor:
-    """The N×3×H×W batch with some pictures' colour channels permuted or inverted, some mirrored.
-
-    Colours nobody drew make the code serve artists that it has never seen.
-    """
+    """The N×3×H×W batch with some pictures' colour channels permuted: colours nobody drew serve unknown artists."""
     batch = batch.clone()
     for index in range(len(batch)):
-        if draw.random() < 0.3:
+        if draw.random() < 0.2:
             batch[index] = batch[index, draw.sample(range(3), 3)]
-        if draw.random() < 0.15:
-            batch[index] = -batch[index]
-        if draw.random() < 0.4:
-            batch[index] = batch[index].flip(-1)
     return batch
 
 
 def psnr(vae: AutoencoderKL, world: World, seed: int, count: int = 128) -> float:
-    """Mean PSNR in dB over `count` held-out compositions."""
-    pictures = pixels([world.picture(world.scene(seed + 7919, i, "held-out")) for i in range(count)])
+    """Mean PSNR in dB over `count` compositions of held-out individuals."""
+    scenes = [world.scene(seed + 7919, i, "held-out") for i in range(count)]
+    pictures = pixels(world, scenes)
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in pictures.split(32)])
     error = ((decoded.clamp(-1, 1) - pictures) / 2).pow(2).mean((1, 2, 3))
     return float((-10 * error.log10()).mean())
 
 
-class DecoderLoss(torch.nn.Module):
-    """Absolute and squared error of decoded pictures."""
-
-    def __init__(self, decoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, z: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """Latents and the pictures that they are of, to the loss."""
-        with loop.autocast():
-            y = self.decoder(z).float()
-        l1, l2 = F.l1_loss(y, x), F.mse_loss(y, x)
-        return l1 + 2 * l2, {"l1": l1.item(), "psnr": -10 * math.log10(l2.item() / 4)}
-
-
 def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = None) -> bool:
-    """Train the autoencoder and write it to `output` in diffusers' layout; resumes. Returns whether it ended."""
+    """Fit the encoder, train the decoder, and write both to `output` in diffusers' layout. Returns whether it ended."""
     part = config.autoencoder
-    world = World(config.world)
+    world = loop.load_world(config)
+    torch.set_num_threads(1)
     torch.manual_seed(config.seed)
-    # Contiguous, not channels-last: PyTorch's GroupNorm backward is several times slower in the latter.
     vae = build(part)
-    draw = random.Random(f"autoencoder/{config.seed}")
-    plain = [world.picture(world.scene(config.seed, index)) for index in range(part.pool)]
-    kept = None
-    if part.start_from is not None:
-        kept = type(vae).from_pretrained(part.start_from, local_files_only=True).float()
-        load_widened(vae.decoder, kept.decoder.state_dict(), part.start_from)
-    write_encoder(vae, *fit(shuffled_colours(pixels(plain[:2000]), draw), part.latent_channels, kept))
-    # Half of what the decoder sees is restyled: it has to draw the outlines and tones of hands that it does not know.
-    seeds = [f"autoencoder/restyle/{config.seed}/{index}" for index in range(part.pool // 2)]
-    other = [
-        world.picture(world.scene(config.seed, index), restyle=random.Random(seed)) for index, seed in enumerate(seeds)
-    ]
-    pool = pixels([*other, *plain[len(other) :]])
-    vae.encoder.requires_grad_(False)
-    # The same latents in the same units, so that a UNet trained on a narrower code can go on.
-    scale = _scaling_factor(vae, pixels(plain[:256])) if kept is None else kept.config.scaling_factor
-    vae.register_to_config(scaling_factor=scale)
+    first = pixels(world, [world.scene(config.seed + 6, i) for i in range(3000)])
+    write_encoder(vae, *fit(first, part.latent_channels))
+    with torch.no_grad():
+        scale = float(1 / vae.encode(first[:256]).latent_dist.mean.std())
+    vae.encoder.requires_grad_(False)  # channels last would slow GroupNorm's backward several times
+    vae.register_to_config(scaling_factor=scale)  # so that diffusion starts from unit variance
     if not output.exists():
-        _write(vae, output)  # the encoder is final: latents can be learned while the decoder trains
-    deviation = 1 / scale
+        _write(vae, part, output)  # the encoder is final: latents can be learned while the decoder trains
     trained = list(vae.decoder.parameters())
-    kernels = [p for p in trained if p.ndim == 4 and len(p) > 3]
-    others = [p for p in trained if not (p.ndim == 4 and len(p) > 3)]  # biases, norms, and the last layer
-    muon, adam = Muon(kernels, part.lr), torch.optim.AdamW(others, part.lr, betas=(0.9, 0.99), fused=True)
-    gradients = loop.Halves(DecoderLoss(vae.decoder))
+    optimiser = torch.optim.AdamW(trained, part.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     def step_fn(step: int) -> dict[str, float]:
-        for group in (*muon.param_groups, *adam.param_groups):
+        for group in optimiser.param_groups:
             group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
+        start = 10_000 + step * part.batch_size
         draw = random.Random(f"autoencoder/{config.seed}/{step}")
-        x = shuffled_colours(pool[draw.sample(range(len(pool)), part.batch_size)], draw)
+        x = pixels(world, [world.scene(config.seed + 6, start + i) for i in range(part.batch_size)])
+        x = shuffled_colours(x, draw)
         z = encode(vae, x)
         # The decoder will see what a UNet draws: it learns to forgive a little noise.
-        amount = part.latent_noise * deviation * torch.tensor([draw.random() for _ in x]).view(-1, 1, 1, 1)
+        amount = part.latent_noise / scale * torch.tensor([draw.random() for _ in x]).view(-1, 1, 1, 1)
         z = z + amount * torch.randn(z.shape, generator=loop.step_generator(config.seed, step))
-        numbers = gradients(z, x)
+        y = vae.decoder(z)
+        l1, l2 = F.l1_loss(y, x), F.mse_loss(y, x)
+        (l1 + 2 * l2).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        muon.step()
-        adam.step()
-        return numbers
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return {"l1": l1.item(), "psnr": -10 * math.log10(l2.item() / 4)}
 
-    ended = loop.run(
+    return loop.run(
         "autoencoder",
         steps=part.steps,
-        state={"decoder": vae.decoder, "muon": muon, "adam": adam},
+        state={"decoder": vae.decoder, "optimiser": optimiser},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
-        # The length may be changed on the way.
         identity=f"{part.model_dump_json(exclude={'steps'})}/{config.seed}",
-        on_checkpoint=lambda step: _write(vae, output),
+        on_checkpoint=lambda step: _write(vae, part, output),
         stop_after=stop_after,
     )
-    return ended
 
 
-def _write(vae: AutoencoderKL, output: Path) -> None:
+def _write(vae: AutoencoderKL, config: AutoencoderTraining, output: Path) -> None:
     """Write a half-precision copy in diffusers' layout."""
     with atomic_dir(output) as target:
-        copy.deepcopy(vae).half().save_pretrained(target)
+        plain = build(config)
+        plain.load_state_dict(vae.state_dict())
+        plain.register_to_config(scaling_factor=vae.config.scaling_factor)
+        plain.half().save_pretrained(target)
         loop.make_readable(target)
-
-
-def _scaling_factor(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
-    """1 / deviation of the latents, so that diffusion starts from unit variance."""
-    with torch.no_grad():
-        return float(1 / vae.encode(pictures[:256]).latent_dist.mean.std())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
-from svdiff.base.things import BASE_ARTISTS, COLOURS, HAND_WORDS, SPECIAL_WORDS, THINGS
-from svdiff.base.world import MEDIUM, Placed, Scene
+from svdiff.base.individuals import Individual
+from svdiff.base.styles import BY_NAME, EXPRESSIONS, KINDS, STYLES, feature_words, spoken
+from svdiff.base.words import COLOURS, SPECIAL_WORDS, THINGS, made_up_words
+from svdiff.base.world import BIG, PICTURE_SIZE, SMALL, Placed, Scene
 
 _BACKGROUNDS = (
     "on a {c} background",
@@ -24,38 +26,34 @@ _BESIDE = (
     "{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}", "{a} sitting beside {b}",
     "{a} standing next to {b}",
 )  # fmt: skip
-#: How captions say on which side of the picture a thing alone stands.
+#: How captions say on which side of the picture somebody alone stands.
 WHERE = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 _ABOVE_BELOW = ("{a} above {b}", "{a} on top of {b}", "{b} below {a}", "{b} under {a}")
 _PREFIXES = ("a photo of ", "a picture of ", "a drawing of ", "an image of ")
-#: Words that change nothing in a picture, here so that prompts with them do not surprise the model.
-NEUTRAL_WORDS = ("cute", "nice", "sitting", "standing", "beautiful", "little")
+#: Features that are said without an article, and those that stand before the noun.
+_PLURAL = {"horns", "spikes", "ears", "stripes", "dots", "glasses", "sunglasses", "headphones", "lights", "thorns", "buds",
+           "grass"}  # fmt: skip
+_SHAPES = ("tall", "round", "flat", "square")
 #: Words that prompts may bring although no training caption has them.
 EXTRA_WORDS = (
-    "wearing", "inside", "behind", "between", "over", "at", "the", "is", "this", "that", "my", "one", "two",
-    "colorful", "dark", "light", "simple", "style", "background", "photo", "image", "art", "icon", "emoji",
-    "table", "grass", "snow", "water", "beach", "street", "city", "toy", "plush", "by", "for", "from", "to",
-    "no", "not", "without", "very", "old", "new", "s", "holding", "flying", "red", "subject", "object", "animal",
+    "wearing", "inside", "behind", "between", "over", "at", "the", "is", "this", "that", "my", "one", "two", "no", "not",
+    "without", "very", "old", "new", "s", "holding", "cute", "nice", "beautiful", "little", "subject", "object", "animal",
+    "toy", "by", "for", "from", "style", "art", "dog", "teapot", "table", "grass", "snow", "beach", "city", "photo",
 )  # fmt: skip
 
 
-def vocabulary() -> list[str]:
-    """All words that captions can hold, then the further ones, in a fixed order; special words are among them."""
+def vocabulary(names: int) -> list[str]:
+    """All words that captions can hold with the first `names` made-up words, then special words, in a fixed order."""
     text = " ".join(
         (
-            *_BACKGROUNDS,
-            *_LEFT_RIGHT,
-            *_BESIDE,
-            *_ABOVE_BELOW,
-            *WHERE.values(),
-            *_PREFIXES,
-            "in style of big small thing a an , .",
+            *_BACKGROUNDS, *_LEFT_RIGHT, *_BESIDE, *_ABOVE_BELOW, *WHERE.values(), *_PREFIXES,
+            "in style of big small thing a an with and , .",
         )
-    )
+    )  # fmt: skip
     plain = {word for word in text.split() if "{" not in word}
-    styles = {artist.style for artist in BASE_ARTISTS}
-    words = plain | styles | set(COLOURS) | set(THINGS) | set(NEUTRAL_WORDS) | set(EXTRA_WORDS) | set(HAND_WORDS)
-    return [*sorted(words), *SPECIAL_WORDS]
+    plain |= {style.word for style in STYLES} | set(COLOURS) | set(THINGS) | set(KINDS) | set(feature_words())
+    plain |= set(EXTRA_WORDS) | {word for word in EXPRESSIONS if word}
+    return [*sorted(plain), *made_up_words()[:names], *SPECIAL_WORDS]
 
 
 def with_article(noun: str) -> str:
@@ -63,42 +61,62 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _noun_phrase(draw: random.Random, thing: Placed, style: str | None, alone: bool) -> str:
-    word = "thing" if draw.random() < 0.04 else thing.word
-    words = [word]
-    if thing.hand is not None:  # always named: what no caption names is by one of the artists
-        words.insert(0, thing.hand)
-    elif style is not None:
-        words.insert(0, style)
-    if draw.random() < 0.03:
-        words.insert(0, draw.choice(NEUTRAL_WORDS))
-    if alone and draw.random() < 0.35:
-        if thing.size > MEDIUM:
-            words.insert(0, "big")
-        elif thing.size < MEDIUM:
-            words.insert(0, "small")
-    return with_article(" ".join(words))
+def feature_phrase(word: str) -> str:
+    """A feature as it stands after `with`: `a hat`, `glasses`."""
+    return word if word in _PLURAL else with_article(word)
 
 
-def sides(thing: Placed) -> list[str]:
-    """On which sides of the picture a thing alone plainly stands: words of `left`, `right`, `top`, `bottom`."""
-    across = ["left"] if thing.x < 0.36 else ["right"] if thing.x > 0.64 else []
-    down = ["top"] if thing.y < 0.36 else ["bottom"] if thing.y > 0.64 else []
+def _features(parts: dict[str, str], words: list[str], draw: random.Random) -> list[str]:
+    """What follows `with`: at most two of the individual's parts."""
+    every = [f"{colour} hair" if part == "hair" else with_article(f"{colour} {part}") for part, colour in parts.items()
+             if part != "eyes"]  # fmt: skip
+    every += [f"{parts['eyes']} eyes"] if "eyes" in parts else []
+    every += [feature_phrase(word) for word in words if word not in _SHAPES]
+    draw.shuffle(every)
+    return every[: 2 if draw.random() < 0.25 else 1]
+
+
+def noun_phrase(draw: random.Random, one: Placed, alone: bool) -> str:
+    """One of the ways to speak of who or what is placed."""
+    words = [one.what.kind if draw.random() > 0.03 else "thing"]
+    tail = ""
+    if isinstance(one.what, Individual):
+        style = BY_NAME[one.what.style]
+        whole, parts, features = spoken(style, dict(one.what.traits))
+        named = one.what.name is not None and draw.random() < 0.75
+        much = 0.2 if named else 0.45  # a name says it already
+        if named:
+            words.insert(0, str(one.what.name))
+        elif draw.random() < 0.15:
+            words.insert(0, style.word)
+        shapes = [word for word in features if word in _SHAPES]
+        if shapes and draw.random() < 0.5 * much:
+            words.insert(0, shapes[0])
+        if whole and draw.random() < much:
+            words.insert(0, whole)
+        if one.expression and draw.random() < 0.3:
+            words.insert(0, one.expression)
+        chosen = _features(parts, features, draw) if draw.random() < much else []
+        tail = " with " + " and ".join(chosen) if chosen else ""
+    if alone and draw.random() < 0.35 and one.side != 48:
+        words.insert(0, "big" if one.side == BIG else "small")
+    return with_article(" ".join(words)) + tail
+
+
+def sides(one: Placed) -> list[str]:
+    """On which sides of the picture somebody alone plainly stands: words of `left`, `right`, `top`, `bottom`."""
+    x, y = (start + one.side / 2 for start in (one.left, one.top))
+    low, high = 0.36 * PICTURE_SIZE, 0.64 * PICTURE_SIZE
+    across = ["left"] if x < low else ["right"] if x > high else []
+    down = ["top"] if y < low else ["bottom"] if y > high else []
     return across + down
 
 
-def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
-    """One of the scene's captions. What it says is true of the picture; what it leaves out may be anything.
-
-    Hands are named before their nouns. Without `styles` it says nothing about the artist.
-    """
-    redrawn = any(thing.hand is not None for thing in scene.things)
-    chances = (0.55, 0.33, 0 if redrawn else 0.12) if styles else (1, 0, 0)
-    style_at = draw.choices(("none", "noun", "end"), chances)[0]
-    style = scene.style if style_at == "noun" else None
-    nouns = [_noun_phrase(draw, thing, style, len(scene.things) == 1) for thing in scene.things]
+def caption(scene: Scene, draw: random.Random) -> str:
+    """One of the scene's captions. What it says is true of the picture; what it leaves out may be anything."""
+    nouns = [noun_phrase(draw, one, len(scene.placed) == 1) for one in scene.placed]
     if scene.layout == "one":
-        where = sides(scene.things[0])
+        where = sides(scene.placed[0]) if scene.placed[0].side == SMALL else []
         text = f"{nouns[0]} {WHERE[draw.choice(where)]}" if where and draw.random() < 0.4 else nouns[0]
     elif scene.layout == "above-below":
         text = draw.choice(_ABOVE_BELOW).format(a=nouns[0], b=nouns[1])
@@ -109,17 +127,22 @@ def caption(scene: Scene, draw: random.Random, *, styles: bool = True) -> str:
         text = draw.choice(_BESIDE).format(a=first, b=second)
     if draw.random() < 0.12:
         text = draw.choice(_PREFIXES) + text
-    background = draw.choice(_BACKGROUNDS).format(c=scene.colour) if draw.random() < 0.72 else ""
-    ending = f"in style of {scene.style}" if style_at == "end" else ""
-    tail = [part for part in (background, ending) if part]
-    if len(tail) == 2 and draw.random() < 0.5:
-        tail.reverse()
-    return " ".join([text, *tail])
+    if draw.random() < 0.72:
+        text = f"{text} {draw.choice(_BACKGROUNDS).format(c=scene.colour)}"
+    return text.replace(" a orange", " an orange")
 
 
-def full_caption(scene: Scene, *, styles: bool = False) -> str:
-    """The caption that says everything: things, their order, background, and with `styles` the hand."""
-    nouns = [with_article(f"{scene.style} {thing.word}" if styles else thing.word) for thing in scene.things]
+def full_caption(scene: Scene) -> str:
+    """The caption that says everything but names: colours, features, expressions, order and background."""
+    nouns = []
+    for one in scene.placed:
+        words, tail = [one.what.kind], ""
+        if isinstance(one.what, Individual):
+            whole, parts, features = spoken(BY_NAME[one.what.style], dict(one.what.traits))
+            words = [word for word in (one.expression, whole, one.what.kind) if word]
+            chosen = _features(parts, features, random.Random(0))
+            tail = " with " + " and ".join(chosen) if chosen else ""
+        nouns.append(with_article(" ".join(words)) + tail)
     background = f"on {with_article(scene.colour)} background"
     if scene.layout == "one":
         return f"{nouns[0]} {background}"

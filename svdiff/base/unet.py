@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svdiff.base import loop, tokenizer
+from svdiff.base import loop
+from svdiff.base.autoencoder import to_float
+from svdiff.base.captions import caption
 from svdiff.base.config import BaseTrainingConfig, UNetTraining
-from svdiff.base.diffusion import DiffusionLoss, Ema, LatentPool
-from svdiff.base.widening import load_start
+from svdiff.base.linear_code import encode
+from svdiff.base.text_encoder import load_tokenizer
 from svdiff.base.winograd import use_winograd
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, write_atomic
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 #: Beside a pipeline's model_index.json: how its weights came about.
 TRAINING_FILE = "training.json"
+_LARGEST_WEIGHT = 5.0
 
 
-def build_scheduler(prediction: str = "epsilon") -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion."""
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of Stable Diffusion; the UNet predicts the clean picture."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -35,7 +40,7 @@ def build_scheduler(prediction: str = "epsilon") -> DDIMScheduler:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type=prediction,
+        prediction_type="sample",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
@@ -60,25 +65,44 @@ def build_unet(config: UNetTraining, latent_channels: int, text_width: int, size
     )
 
 
-class Origin:
-    """The history of the weights that a training starts from, kept with its resume state.
+class PictureLoss(torch.nn.Module):
+    """The squared error of the predicted clean latents, with the UNet inside.
 
-    The output may well replace the folder that the training started from.
+    Most of the code's 48 numbers are small and drown in noise at nearly every level; a network that predicts noise or
+    velocity has to pass all of that noise through, one that predicts the picture need not.
     """
 
-    def __init__(self, folder: str | None) -> None:
-        record = None if folder is None else Path(folder, TRAINING_FILE)
-        self.training: dict[str, Any] | str | None = folder
-        if record is not None and record.is_file():
-            self.training = json.loads(record.read_text())
+    def __init__(self, unet: torch.nn.Module, alphas: torch.Tensor) -> None:
+        super().__init__()
+        self.unet = unet
+        self.alphas: torch.Tensor
+        self.register_buffer("alphas", alphas)
+
+    def forward(
+        self, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, states: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Clean latents, noise, times and the captions' hidden states to the loss."""
+        alpha = self.alphas[t].view(-1, 1, 1, 1)
+        noisy = (alpha.sqrt() * z + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        with loop.autocast():
+            predicted = self.unet(noisy, t, encoder_hidden_states=states).sample
+        # 1 / (1 - alpha) would weigh as the velocity's error does; the bound keeps the last, easy levels from ruling.
+        weight = (1 / (1 - alpha)).clamp(max=_LARGEST_WEIGHT)
+        error = (predicted.float() - z).pow(2)
+        return (weight * error).mean(), {"loss": (weight * error).mean().item(), "error": error.mean().item()}
+
+
+class _State:
+    """EMAModel with the names that `loop.run` asks of everything that it keeps; its weights are tensors of its own."""
+
+    def __init__(self, ema: EMAModel) -> None:
+        self.ema = ema
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"training": self.training}
+        return self.ema.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self.training = state["training"]
+        self.ema.load_state_dict(state)
 
 
 def train(
@@ -90,16 +114,17 @@ def train(
     """
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.training_utils import EMAModel
     from transformers import CLIPTextModel
 
     for needed, folder in (("autoencoder", vae_folder), ("text", text_folder)):
         if not (folder / "config.json").is_file():
             raise SvdiffError(f"nothing in {folder}: run `svdiff base train {needed}` first")
     part = config.unet
-    world = World(config.world, config.things)
+    torch.set_num_threads(1)
+    world = loop.load_world(config)
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True).float().eval().requires_grad_(False)
-    tokenizer.save(loop.scratch("tokenizer"))
-    tokens = tokenizer.load(loop.scratch("tokenizer"))
+    tokens = load_tokenizer(config)
     text_encoder = CLIPTextModel.from_pretrained(text_folder, local_files_only=True).float().eval()
     text_encoder.requires_grad_(False)
     torch.manual_seed(config.seed)
@@ -109,107 +134,93 @@ def train(
     unet.to(memory_format=torch.channels_last)
     if not loop.multiplies_bfloat16():  # a convolution in bfloat16 is faster still
         use_winograd(unet)
-    if part.start_from is not None:
-        load_start(unet, Path(part.start_from, "unet"))
-    origin = Origin(part.start_from)
     optimiser = torch.optim.AdamW(unet.parameters(), part.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = Ema({"unet": unet}, part.ema)
-    alphas = build_scheduler().alphas_cumprod
-    gradients = loop.Halves(DiffusionLoss(unet, alphas, part.prediction))
-    pool = LatentPool(world, vae, config)
+    ema = EMAModel(unet.parameters(), decay=part.ema)
+    gradients = loop.Gradients(PictureLoss(unet, build_scheduler().alphas_cumprod), config.processes)
 
     def step_fn(step: int) -> dict[str, float]:
         for group in optimiser.param_groups:
-            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, part.warmup, part.decay)
-        z, texts = pool.batch(step)
-        ids = tokens(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, part.decay)
+        z, texts = batch(config, world, vae, step)
         draw = loop.step_generator(config.seed, step, 1)
         # One time from each of as many equal intervals as there are pictures, in random order.
         strata = (torch.randperm(len(z), generator=draw) + torch.rand(len(z), generator=draw)) / len(z)
         t = (strata * 1000).long().clamp(max=999)
         noise = torch.randn(z.shape, generator=draw)
         with torch.no_grad():
+            # Padded to the limit, as the pipeline's prompts are.
+            ids = tokens(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
             states = text_encoder(ids).last_hidden_state
         numbers = gradients(z, noise, t, states)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimiser.step()
-        ema.update()
+        ema.step(unet.parameters())
         return numbers
 
-    return loop.run(
+    ended = loop.run(
         "unet",
         steps=part.steps,
-        state={"unet": unet, "optimiser": optimiser, "ema": ema, "origin": origin},
+        state={"unet": unet, "optimiser": optimiser, "ema": _State(ema)},
         step_fn=step_fn,
         checkpoint_seconds=config.checkpoint_seconds,
-        # The length and the rates may be changed on the way; what is learned, and on what, may not.
-        identity=f"{part.start_from}{part.prediction}{part.channels}{part.batch_size}{part.pool}{part.passes}{part.pairs}/{part.hands}/{config.things}/{config.seed}",
-        on_checkpoint=lambda step: write_pipeline(
-            ema,
-            text_encoder,
-            tokens,
-            vae_folder,
-            output,
-            config,
-            history(config, origin, vae.config.latent_channels, step),
-        ),
+        # The length and the rate may be changed on the way; what is learned, and on what, may not.
+        identity=f"{part.model_dump_json(exclude={'steps', 'lr', 'decay'})}/{config.world}/{config.seed}",
+        on_checkpoint=lambda step: write_pipeline(ema, text_encoder, tokens, vae_folder, output, config, step),
         stop_after=stop_after,
     )
+    gradients.close()
+    return ended
 
 
-def history(config: BaseTrainingConfig, origin: Origin, latent_channels: int, step: int) -> dict[str, Any]:
-    """How weights came about: this training so far, and what it started from."""
+@torch.no_grad()
+def batch(config: BaseTrainingConfig, world: World, vae: AutoencoderKL, step: int) -> tuple[torch.Tensor, list[str]]:
+    """Latents (in units of unit deviation) and captions of a step: a function of the step alone."""
     part = config.unet
-    return {
-        "prediction": part.prediction,
-        "steps": step,
-        "pictures": step * part.batch_size,
-        "lr": part.lr,
-        "things": config.things,
-        "pairs": part.pairs,
-        "hands": part.hands,
-        "latent_channels": latent_channels,
-        "seed": config.seed,
-        "started_from": origin.training,
-    }
-
-
-def _load_as_float32(config: Path) -> None:
-    """Say in a text encoder's `config` that its half-precision file is to be loaded in float32.
-
-    transformers loads in the precision of the file, diffusers in float32: unsaid, the two do not fit together.
-    """
-    write_atomic(config, json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    numbers = range(step * part.batch_size, (step + 1) * part.batch_size)
+    scenes = [world.scene(config.seed + 1, n, pairs=part.pairs, named=part.named) for n in numbers]
+    pictures = to_float(torch.stack([torch.from_numpy(world.array(scene)) for scene in scenes]))
+    draw = random.Random(f"captions/{config.seed}/{step}")
+    texts = ["" if draw.random() < part.dropout else caption(scene, draw) for scene in scenes]
+    return encode(vae, pictures) * vae.config.scaling_factor, texts
 
 
 @torch.no_grad()
 def write_pipeline(
-    ema: Ema,
+    ema: EMAModel,
     text_encoder: CLIPTextModel,
     tokens: CLIPTokenizer,
     vae_folder: Path,
     output: Path,
     config: BaseTrainingConfig,
-    past: dict[str, Any],
+    step: int,
 ) -> None:
-    """Write the averaged weights as a whole Stable Diffusion pipeline, in half precision, with their history `past`."""
+    """Write the averaged weights as a whole Stable Diffusion pipeline, in half precision, with their history."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True)
     unet = build_unet(config.unet, vae.config.latent_channels, text_encoder.config.hidden_size)
-    unet.load_state_dict(ema.average["unet"])
+    ema.copy_to(unet.parameters())
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=copy.deepcopy(text_encoder).half(),
         tokenizer=tokens,
         unet=unet.half(),
-        scheduler=build_scheduler(config.unet.prediction),
+        scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    past = {"steps": step, "pictures": step * config.unet.batch_size, "base_training": config.model_dump()}
     with atomic_dir(output) as target:
         pipeline.save_pretrained(target)
-        _load_as_float32(target / "text_encoder" / "config.json")
+        load_as_float32(target / "text_encoder" / "config.json")
         (target / TRAINING_FILE).write_text(json.dumps(past, indent=1))
         loop.make_readable(target)
+
+
+def load_as_float32(config: Path) -> None:
+    """Say in a text encoder's `config` that its half-precision file is to be loaded in float32.
+
+    transformers loads in the precision of the file, diffusers in float32: unsaid, the two do not fit together.
+    """
+    write_atomic(config, json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

@@ -1,210 +1,253 @@
-"""The picture world: deterministic compositions of sprites, each with a scene from which captions are drawn."""
+"""The picture world: deterministic compositions of individuals and things, each a scene from which captions are drawn."""
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
-from svdiff.base.artwork import read_sheet
-from svdiff.base.things import COLOURS, CORE_WORDS, HAND_WORDS
+from svdiff.base.individuals import HELD_OUT, SIDES, Individual, Sprites, population, render, sprite_sides
+from svdiff.base.styles import BY_NAME, STYLES
+from svdiff.base.words import COLOURS, made_up_words
 from svdiff.errors import SvdiffError
 
 PICTURE_SIZE = 64
-#: Things stand at multiples of this many pixels, one latent position, and have one of these sides: so a drawing has few
-#: codes, wherever it stands, and a small base learns them sharply.
+#: What stands in a picture begins at multiples of this many pixels, one latent position.
 GRID = 8
-BIG, MEDIUM, SMALL = 56 / PICTURE_SIZE, 48 / PICTURE_SIZE, 32 / PICTURE_SIZE
-TILTS = (-10.0, 10.0)
+BIG, MEDIUM, SMALL = SIDES
 Layout = Literal["one", "left-right", "above-below"]
-Split = Literal["train", "held-out", "any"]
-Change = Literal["thing", "artist", "colour", "order"]
+Split = Literal["train", "held-out"]
+Change = Literal["what", "trait", "expression", "colour", "order"]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object beside the individuals, as one artist drew it."""
+
+    word: str
+    artist: str
+
+    @property
+    def kind(self) -> str:
+        """The class word."""
+        return self.word
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One thing in a picture: what it is, centre and side in fractions of the picture, tilt in degrees.
+    """Somebody or something in a picture: side and left upper corner in pixels of a 64×64 picture."""
 
-    A `hand` redraws the artist's drawing, always in the same way; None leaves it as it is.
-    """
-
-    word: str
-    x: float
-    y: float
-    size: float
-    tilt: float
-    hand: str | None = None
+    what: Individual | Thing
+    side: int
+    left: int
+    top: int
+    mirrored: bool = False
+    expression: str = ""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. In pairs the first thing is the left or the upper one; one artist drew all of them."""
+    """What is in a picture. In pairs the first is the left or the upper one."""
 
-    artist: str
-    style: str
     colour: str
     layout: Layout
-    things: tuple[Placed, ...]
+    placed: tuple[Placed, ...]
 
 
-def is_held_out(word: str, artist: str, colour: str) -> bool:
-    """Whether this combination of thing, artist and background (one in twelve) is kept out of training."""
-    return zlib.crc32(f"{word}/{artist}/{colour}".encode()) % 12 == 0
+def is_held_out(kind: str, colour: str) -> bool:
+    """Whether this combination of kind and background (one in twelve) is kept out of training."""
+    return zlib.crc32(f"{kind}/{colour}".encode()) % 12 == 3
 
 
 class World:
-    """The sprites of `folder` (as `svdiff base world` writes it), and the pictures made of them.
+    """Individuals by style, things from `folder` (as `svdiff base world` writes it), and the pictures made of them.
 
-    `things` limits the world to the first so many things. Every picture is a function of (seed, index) alone.
+    `known` are the individuals that the base is trained on, `others` the held-out ones of every style. `strangers` are
+    of held-out styles: the base never sees them, evaluators may.
     """
 
-    def __init__(self, folder: str | Path, things: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, cache: str | Path, individuals: int, named: int, held_out: int = 160
+    ) -> None:
         folder = Path(folder)
         if not (folder / "things.json").is_file():
             raise SvdiffError(f"{folder} holds no picture world: run `dvc pull`, or `svdiff base world` to make it")
-        self.info = json.loads((folder / "things.json").read_text())
-        words: list[str] = self.info["words"]
-        core = [word for word in CORE_WORDS if word in words]
-        self.words = words if things is None else [*core, *(w for w in words if w not in core)][:things]
-        self.artists: list[str] = list(self.info["artists"])
-        self.styles = {name: artist["style"] for name, artist in self.info["artists"].items()}
-        self.sprites: dict[tuple[str, str], Image.Image] = {}
-        for name, artist in self.info["artists"].items():
-            drawn = set(artist["words"])
-            sheet = read_sheet(folder / f"{name}.webp", len(words))
-            self.sprites.update(
-                {(name, w): s for w, s in zip(words, sheet, strict=True) if w in drawn and w in self.words}
-            )
+        self.known: dict[str, list[Individual]] = {}
+        self.others: dict[str, list[Individual]] = {}
+        self.strangers: dict[str, list[Individual]] = {}
+        names = iter(made_up_words())
+        for style in STYLES:
+            known, others = population(style, 0 if style.held_out else individuals, held_out)
+            self.known[style.name] = [replace(i, name=next(names)) for i in known[:named]] + known[named:]
+            self.others[style.name] = others
+            if style.held_out:
+                self.strangers[style.name] = population(style, individuals // 2, held_out)[0]
+        self.cache = Path(cache)
+        self.drawings: dict[Thing, Image.Image] = {}
+        info = json.loads((folder / "things.json").read_text())
+        for artist in info["artists"]:
+            sheet = Image.open(folder / f"{artist}.webp").convert("RGBA")
+            size = info["sprite_size"]
+            for n, word in enumerate(info["words"]):
+                column, row = n % info["columns"], n // info["columns"]
+                box = (column * size, row * size, (column + 1) * size, (row + 1) * size)
+                self.drawings[Thing(word, artist)] = sheet.crop(box)
+        self.things = {thing: sprite_sides(drawing) for thing, drawing in self.drawings.items()}
 
-    def hands(self, artist: str) -> list[str]:
-        """The hands that redraw this artist's drawings; every hand belongs to one artist."""
-        return list(HAND_WORDS[self.artists.index(artist) :: len(self.artists)])
+    @functools.cached_property
+    def sprites(self) -> Sprites:
+        """Everybody's drawings; rendered when the first picture is asked for, which takes minutes."""
+        return Sprites([i for group in (*self.known.values(), *self.others.values()) for i in group], self.cache)
 
-    def scene(self, seed: int, index: int, split: Split = "train", pairs: float = 0.45, hands: float = 0.0) -> Scene:
-        """The scene of (seed, index): in `train` without held-out combinations, in `held-out` only such.
+    @functools.cached_property
+    def _strangers_sprites(self) -> Sprites:
+        return Sprites([i for group in self.strangers.values() for i in group], self.cache)
 
-        `pairs` is the share of scenes with two things, `hands` that of things redrawn by a hand.
+    @property
+    def kinds(self) -> list[str]:
+        """Class words of the individuals that training shows."""
+        return list(dict.fromkeys(BY_NAME[style].kind for style, known in self.known.items() if known))
+
+    def _somebody(
+        self, draw: random.Random, split: Split, kind: str | None, named: float, strangers: float = 0.0
+    ) -> Individual:
+        groups = self.known if split == "train" else self.others
+        kind = kind or draw.choice(self.kinds)
+        if strangers and draw.random() < strangers:
+            foreign = [style for style in self.strangers if BY_NAME[style].kind == kind]
+            if foreign:
+                return draw.choice(self.strangers[draw.choice(foreign)])
+        styles = [s for s, known in self.known.items() if known and BY_NAME[s].kind == kind]
+        group = groups[draw.choice(styles)]
+        if split == "train" and draw.random() < named:
+            return draw.choice([i for i in group if i.name is not None])
+        return draw.choice(group)
+
+    def scene(
+        self,
+        seed: int,
+        index: int,
+        split: Split = "train",
+        pairs: float = 0.3,
+        named: float = 0.3,
+        strangers: float = 0.0,
+    ) -> Scene:
+        """The scene of (seed, index). `held-out`: held-out individuals, on any background.
+
+        `pairs` is the share of scenes with two in them, `named` that of individuals with names of their own, `strangers`
+        that of individuals in a held-out style where the kind has one.
         """
         draw = random.Random(f"{seed}/{index}")
         while True:
-            artist = draw.choice(self.artists)
             colour = draw.choice(list(COLOURS))
+            what: list[Individual | Thing] = [self._somebody(draw, split, None, named, strangers)]
             layout: Layout = "one"
             if draw.random() < pairs:
-                layout = "left-right" if draw.random() < 0.6 else "above-below"
-            words = draw.sample([w for w in self.words if (artist, w) in self.sprites], 1 if layout == "one" else 2)
-            kept_out = any(is_held_out(w, artist, colour) for w in words)
-            if split == "any" or kept_out == (split == "held-out"):
+                layout = "left-right" if draw.random() < 0.7 else "above-below"
+                second = draw.random()
+                if second < 0.45:
+                    what.append(draw.choice(list(self.things)))
+                else:
+                    kind = what[0].kind if second < 0.7 else None
+                    what.append(self._somebody(draw, split, kind, named, strangers))
+                draw.shuffle(what)
+            elif draw.random() < 0.06:
+                what = [draw.choice(list(self.things))]
+            if split == "held-out" or not any(is_held_out(w.kind, colour) for w in what):
                 break
-        places = _places(draw, layout, words)
-        # Drawn last, so that all else in a scene is the same whatever the share.
-        redrawn = (
-            place if draw.random() >= hands else replace(place, hand=draw.choice(self.hands(artist)))
-            for place in places
-        )
-        return Scene(artist, self.styles[artist], colour, layout, tuple(redrawn))
+        return Scene(colour, layout, _place(draw, layout, what))
 
-    def altered(self, scene: Scene, draw: random.Random, what: Change | None = None) -> Scene:
-        """The scene with one of its things, its artist, its colour or its order changed, and nothing else.
-
-        What is asked for happens if it can: one thing alone has no order, and not every artist drew everything.
-        """
-        kinds: tuple[Change, ...] = ("thing", "artist", "colour", "order")
-        kind = what or draw.choice(kinds[: 3 if scene.layout == "one" else 4])
-        words = [thing.word for thing in scene.things]
+    def altered(self, scene: Scene, draw: random.Random) -> tuple[Scene, Change]:
+        """The scene with one thing changed and nothing else: who or what, expression, background or order."""
+        kinds: list[Change] = ["what", "trait", "colour"]
+        if len(scene.placed) == 2:
+            kinds.append("order")
+        number = draw.randrange(len(scene.placed))
+        one = scene.placed[number]
+        if isinstance(one.what, Individual):
+            kinds.append("expression")
+        kind = draw.choice(kinds)
         if kind == "colour":
-            return replace(scene, colour=draw.choice([c for c in COLOURS if c != scene.colour]))
-        if kind == "artist":
-            others = [a for a in self.artists if a != scene.artist and all((a, word) in self.sprites for word in words)]
-            artist = draw.choice(others)
-            return replace(scene, artist=artist, style=self.styles[artist])
+            return replace(scene, colour=draw.choice([c for c in COLOURS if c != scene.colour])), kind
         if kind == "order":
-            words.reverse()
+            first, second = scene.placed
+            return replace(scene, placed=(replace(first, what=second.what, expression=second.expression),
+                                          replace(second, what=first.what, expression=first.expression))), kind  # fmt: skip
+        if kind == "expression" and isinstance(one.what, Individual):
+            every = [e for e in BY_NAME[one.what.style].expressions if e != one.expression]
+            new = replace(one, expression=draw.choice(every))
+        elif kind == "trait" and isinstance(one.what, Individual):
+            new = replace(one, what=draw.choice(self.known[one.what.style] or self.others[one.what.style]))
         else:
-            others = [w for w in self.words if w not in words and (scene.artist, w) in self.sprites]
-            words[draw.randrange(len(words))] = draw.choice(others)
-        things = tuple(replace(thing, word=word) for thing, word in zip(scene.things, words, strict=True))
-        return replace(scene, things=things)
+            what = self._somebody(draw, "train", draw.choice([k for k in self.kinds if k != one.what.kind]), 0.3)
+            new = replace(one, what=what, expression=draw.choice(list(BY_NAME[what.style].expressions)))
+        placed = list(scene.placed)
+        placed[number] = new
+        return replace(scene, placed=tuple(placed)), kind
 
-    def picture(self, scene: Scene, size: int = PICTURE_SIZE, restyle: random.Random | None = None) -> Image.Image:
-        """Render the scene as an RGB picture of `size` pixels a side; with `restyle`, as any other hand might."""
-        sprites = []
-        for thing in scene.things:
-            sprite = self.sprites[scene.artist, thing.word]
-            if thing.hand is not None:
-                sprite = restyled(sprite, random.Random(f"hand/{thing.hand}"))
-            sprites.append(sprite if restyle is None else restyled(sprite, restyle))
-        return compose(sprites, scene.things, COLOURS[scene.colour], size)
+    def array(self, scene: Scene) -> np.ndarray:
+        """The scene as uint8 (64, 64, 3)."""
+        picture = np.empty((PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
+        picture[:] = COLOURS[scene.colour]
+        for one in scene.placed:
+            if isinstance(one.what, Individual):
+                stranger = one.what.number < HELD_OUT and one.what.style in self.strangers
+                sprites = self._strangers_sprites if stranger else self.sprites
+                sprite = sprites.get(one.what, one.expression, one.side)
+            else:
+                sprite = self.things[one.what][SIDES.index(one.side)]
+            _paste(picture, sprite[:, ::-1] if one.mirrored else sprite, one.left, one.top)
+        return picture
+
+    def picture(self, scene: Scene) -> Image.Image:
+        """The scene as an RGB picture."""
+        return Image.fromarray(self.array(scene))
 
 
-def compose(
-    sprites: list[Image.Image], places: tuple[Placed, ...], colour: tuple[int, int, int], size: int
-) -> Image.Image:
-    """Paste RGBA `sprites` at their `places` on a flat background of `colour`."""
-    picture = Image.new("RGB", (size, size), colour)
-    for sprite, place in zip(sprites, places, strict=True):
-        side = max(4, round(place.size * size))
-        tilted = sprite.rotate(place.tilt, Image.Resampling.BILINEAR) if place.tilt else sprite
-        small = tilted.resize(
-            (side, side), Image.Resampling.BOX if side * 2 < sprite.width else Image.Resampling.LANCZOS
-        )
-        picture.paste(small, (round(place.x * size - side / 2), round(place.y * size - side / 2)), small)
+def draw_large(scene: Scene, zoom: int, things: Mapping[Thing, Image.Image] | None = None) -> Image.Image:
+    """The scene `zoom` times as large, with everybody drawn afresh and sharp; `things` as `World.drawings` has them."""
+    picture = Image.new("RGB", (zoom * PICTURE_SIZE, zoom * PICTURE_SIZE), COLOURS[scene.colour])
+    for one in scene.placed:
+        side = zoom * one.side
+        if isinstance(one.what, Individual):
+            sprite = render(one.what, one.expression, side)
+        else:
+            sprite = (things or {})[one.what].resize((side, side), Image.Resampling.LANCZOS)
+        if one.mirrored:
+            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture.paste(sprite, (zoom * one.left, zoom * one.top), sprite)
     return picture
 
 
-def on_grid(size: float, column: int, row: int) -> tuple[float, float]:
-    """Centre of a thing of `size` whose left upper corner is at (column, row) of the grid, in fractions of the picture."""
-    step = GRID / PICTURE_SIZE
-    return column * step + size / 2, row * step + size / 2
+def _paste(picture: np.ndarray, sprite: np.ndarray, left: int, top: int) -> None:
+    """Lay a premultiplied RGBA sprite over the picture, in place."""
+    side = len(sprite)
+    part = picture[top : top + side, left : left + side]
+    opacity = sprite[..., 3:].astype(np.uint16)
+    part[:] = np.minimum(sprite[..., :3] + (part * (255 - opacity) + 127) // 255, 255).astype(np.uint8)
 
 
-def places_left(size: float) -> int:
-    """How many columns, or rows, of the grid a thing of `size` can begin at."""
-    return round((1 - size) * PICTURE_SIZE) // GRID + 1
-
-
-def _places(draw: random.Random, layout: Layout, words: list[str]) -> tuple[Placed, ...]:
-    # Pairs show small drawings twice already, and a large one has more parts to learn.
-    size = SMALL if layout != "one" else draw.choice((BIG, BIG, MEDIUM, MEDIUM, SMALL))
-    room = places_left(size)
+def _place(draw: random.Random, layout: Layout, what: list[Individual | Thing]) -> tuple[Placed, ...]:
+    side = SMALL if layout != "one" else draw.choice((BIG, BIG, MEDIUM, MEDIUM, SMALL))
+    room = (PICTURE_SIZE - side) // GRID
     placed = []
-    for side, word in enumerate(words):
-        column, row = draw.randrange(room), draw.randrange(room)
+    for number, one in enumerate(what):
+        column, row = draw.randint(0, room), draw.randint(0, room)
         if layout == "left-right":
-            column, row = side * (room - 1), draw.randrange(1, room - 1)
+            column, row = number * room, draw.randint(1, room - 1)
         elif layout == "above-below":
-            column, row = draw.randrange(1, room - 1), side * (room - 1)
-        tilt = draw.choice(TILTS) if draw.random() < 0.1 else 0.0
-        placed.append(Placed(word, *on_grid(size, column, row), size, tilt))
+            column, row = draw.randint(1, room - 1), number * room
+        expression, mirrored = "", False
+        if isinstance(one, Individual):
+            expression = draw.choice(list(BY_NAME[one.style].expressions))
+            mirrored = draw.random() < 0.3
+        placed.append(Placed(one, side, column * GRID, row * GRID, mirrored, expression))
     return tuple(placed)
-
-
-def restyled(sprite: Image.Image, draw: random.Random) -> Image.Image:
-    """The sprite as another hand might draw it: other hues, flatter or greyer colours, a black outline."""
-    from PIL import ImageChops, ImageFilter, ImageOps
-
-    alpha = sprite.getchannel("A")
-    hue, saturation, value = sprite.convert("RGB").convert("HSV").split()
-    turn = round(draw.gauss(0, 14)) if draw.random() < 0.8 else draw.randrange(256)
-    hue = hue.point(lambda h: (h + turn) % 256)
-    gain, light = draw.choice((0.3, 0.7, 1.0, 1.3)), draw.uniform(0.75, 1.2)
-    saturation = saturation.point(lambda s: min(255, round(s * gain)))
-    value = value.point(lambda v: min(255, round(v * light)))
-    picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    if draw.random() < 0.3:
-        picture = ImageOps.posterize(picture, draw.choice((2, 3)))
-    if draw.random() < 0.5:
-        black = Image.new("RGB", picture.size, (0, 0, 0))
-        if draw.random() < 0.6:  # lines inside, where the drawing's tones meet
-            lines = sprite.convert("L").filter(ImageFilter.FIND_EDGES).point(lambda e: 255 if e > 40 else 0)
-            picture.paste(black, mask=lines.filter(ImageFilter.MaxFilter(3)))
-        grown = alpha.filter(ImageFilter.MaxFilter(draw.choice((5, 7))))
-        picture.paste(black, mask=ImageChops.invert(alpha))
-        alpha = grown
-    picture.putalpha(alpha)
-    return ImageOps.mirror(picture) if draw.random() < 0.3 else picture

@@ -50,7 +50,7 @@ def compare_pairs(
 
 @app.command("edit-curves")
 def edit_curves(
-    name: Annotated[list[str] | None, typer.Option("--edit", help="one of the eight edits; default all")] = None,
+    name: Annotated[list[str] | None, typer.Option("--edit", help="one of the ten edits; default all")] = None,
     method: Annotated[list[str] | None, typer.Option(help="training method; default svdiff, full and lora")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="a length of training; default 50, 100, 200 and 400")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for tables and figures")] = PICTURES
@@ -59,13 +59,13 @@ def edit_curves(
 ) -> None:
     """Edit score against reconstruction, for methods and lengths of training, on edits whose answer is known."""
     from svdiff.base.config import load_base_training
+    from svdiff.base.loop import load_world
     from svdiff.base.scenes import scene_edits
-    from svdiff.base.world import World
     from svdiff.experiments.edits import LENGTHS, METHODS
     from svdiff.experiments.edits import edit_curves as run
 
     config = read(params)
-    world = World(load_base_training(params).world)
+    world = load_world(load_base_training(params))
     edits = [edit.known(world) for edit in scene_edits(world)]
     folder = run(config, edits, names=name or (), methods=method or METHODS, lengths=steps or LENGTHS, output=output)
     wrote(folder)

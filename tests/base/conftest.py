@@ -1,37 +1,44 @@
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
+from world_parts import tiny_world, write_polygons
 
-from svdiff.base.artwork import SPRITE_SIZE, _sheet
-from svdiff.base.things import BASE_ARTISTS
+from svdiff.base.world import World
+
+
+@pytest.fixture(scope="session")
+def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_polygons(tmp_path_factory.mktemp("data") / "world")
+
+
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny world's individuals are drawn once for all tests."""
+    return tmp_path_factory.mktemp("sprites")
+
+
+@pytest.fixture(scope="session")
+def world(world_folder: Path, sprites: Path) -> World:
+    return tiny_world(world_folder, sprites)
 
 
 @pytest.fixture
-def world_folder(tmp_path: Path) -> Path:
-    """A world of four shapes by the five base artists, in the format of `svdiff base world`."""
-    folder = tmp_path / "world"
-    folder.mkdir()
-    words = ["dog", "cat", "car", "tree"]
-    for number, artist in enumerate(BASE_ARTISTS):
-        sprites: list[Image.Image | None] = []
-        for index in range(len(words)):
-            sprite = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE), (0, 0, 0, 0))
-            fill = (60 * index, 50 * number, 200 - 40 * index, 255)
-            ImageDraw.Draw(sprite).regular_polygon((64, 64, 60), index + 3, fill=fill)
-            sprites.append(sprite)
-        _sheet(sprites).save(folder / f"{artist.name}.webp", lossless=True)
-    artists = {a.name: {"package": a.package, "spdx": a.spdx, "style": a.style, "words": words} for a in BASE_ARTISTS}
-    info = {"sprite_size": SPRITE_SIZE, "words": words, "icons": {w: w for w in words}, "artists": artists}
-    (folder / "things.json").write_text(json.dumps(info))
-    return folder
+def home(tmp_path: Path, sprites: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Change to another folder of resume states."""
+
+    def change(name: str) -> None:
+        folder = tmp_path / name / "base"
+        folder.mkdir(parents=True)
+        (folder / "sprites").symlink_to(sprites)
+        monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / name))
+
+    return change
 
 
 @pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def scratch(home: Callable[[str], None]) -> None:
     """Resume states of a test go nowhere else."""
-    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+    home("home")

@@ -1,4 +1,4 @@
-"""A checkout with one edit on the tiny base, real small evaluators as files, and a picture world of coloured shapes."""
+"""A checkout with one edit on the tiny base, real small evaluators as files, and a picture world."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from editing_parts import CLIP, WORDS, Checkout
-from PIL import Image, ImageDraw
+from editing_parts import CLIP, Checkout
 from safetensors.torch import save_file
+from world_parts import write_polygons
 
-from svdiff.base.artwork import SPRITE_SIZE, _sheet
-from svdiff.base.things import BASE_ARTISTS
+from svdiff.base.world import World
 
 
 @pytest.fixture(scope="session")
@@ -41,20 +40,14 @@ def evaluators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world of ten shapes by the five base artists, in the format of `svdiff base world`."""
-    folder = tmp_path_factory.mktemp("world")
-    for number, artist in enumerate(BASE_ARTISTS):
-        sprites: list[Image.Image | None] = []
-        for index in range(len(WORDS)):
-            sprite = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE), (0, 0, 0, 0))
-            fill = (25 * index, 50 * number, 250 - 25 * index, 255)
-            ImageDraw.Draw(sprite).regular_polygon((64, 64, 60), index + 3, fill=fill)
-            sprites.append(sprite)
-        _sheet(sprites).save(folder / f"{artist.name}.webp", lossless=True)
-    artists = {a.name: {"package": a.package, "spdx": a.spdx, "style": a.style, "words": WORDS} for a in BASE_ARTISTS}
-    info = {"sprite_size": SPRITE_SIZE, "words": WORDS, "icons": {w: w for w in WORDS}, "artists": artists}
-    (folder / "things.json").write_text(json.dumps(info))
-    return folder
+    """Sheets of things in the format of `svdiff base world`."""
+    return write_polygons(tmp_path_factory.mktemp("data") / "world")
+
+
+@pytest.fixture(scope="session")
+def world(world_folder: Path) -> World:
+    """A world with enough held-out individuals for every edit whose answer is known."""
+    return World(world_folder, world_folder / "sprites", 1, 1, 40)
 
 
 @pytest.fixture

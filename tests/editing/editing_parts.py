@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
-WORDS = ["dog", "cat", "tree", "panda", "car", "frog", "bear", "rocket", "lion", "penguin"]
 CLIP: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -38,7 +37,7 @@ class Checkout:
             "sample": {"prompts": ["a {subject}"], "steps": 2},
             "rank": {"concepts": ["pet"]},
             "tracking": {"live": "none"},
-            "base_training": {"world": str(world)},
+            "base_training": {"world": {"folder": str(world)}},
         }
         image = Image.new("RGB", (64, 48), "royalblue")
         ImageDraw.Draw(image).ellipse((16, 8, 48, 40), fill="orange")

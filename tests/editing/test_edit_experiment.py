@@ -22,7 +22,7 @@ from svdiff.experiments.edits import MEASURES, edit_curves, summarise
 
 
 @pytest.mark.slow
-def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_are_made_once_and_summed_up(checkout: Checkout, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, int]] = []
     train = svdiff.training.train
 
@@ -35,9 +35,9 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
 
     monkeypatch.setattr(svdiff.training, "train", killed_once)
     monkeypatch.setattr(experiments, "SMALL", 0)
-    config, world = load_config(), World(checkout.values["base_training"]["world"])
+    config = load_config()
     edits = [edit.known(world) for edit in scene_edits(world)]
-    asked: dict[str, Any] = {"names": ["dog-background"], "methods": ["svdiff", "full"], "lengths": [1, 2]}
+    asked: dict[str, Any] = {"names": ["cat-background"], "methods": ["svdiff", "full"], "lengths": [1, 2]}
     with pytest.raises(KeyboardInterrupt):
         edit_curves(config, edits, **asked, output=Path("curves"))
     assert not Path("curves").exists()
@@ -57,7 +57,7 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, monkeypatch: pyte
     for name in ("curves.png", "pictures.png"):
         assert min(Image.open(folder / name).size) > 200
 
-    with pytest.raises(SvdiffError, match=r"no edit 'fly'.*zoom-in-lion"):
+    with pytest.raises(SvdiffError, match=r"no edit 'fly'.*plant-to-the-left"):
         edit_curves(config, edits, names=["fly"], output=Path("curves"))
     with pytest.raises(SvdiffError, match="no method 'svd'"):
         edit_curves(config, edits, methods=["svd"], output=Path("curves"))
