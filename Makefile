@@ -22,7 +22,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 repro: $(BIN)/.installed
-	python -m flows sync
+	svdiff sync
 	python -m flows init
 	dvc repro $$(dvc stage list --name-only | grep -m1 '^sample@')  # the first concept's pictures, soon
 	dvc repro

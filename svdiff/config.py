@@ -249,10 +249,13 @@ class Config(Section):
 #: Keys of `train` that say nothing to a kind of entry: what an edit is trained on stands in the edit itself (Sec. 3.4).
 WITHOUT_EFFECT: dict[Kind, tuple[str, ...]] = {
     "concept": ("methods", "mix_probability", "unmix_weight"),
-    "pair": ("methods", "holdout"),
+    "pair": ("methods", "holdout", "fit", "flip", "jitter"),
     "edit": (
         "methods",
         "holdout",
+        "fit",
+        "flip",
+        "jitter",
         "prompt",
         "validation_prompts",
         "prior_weight",

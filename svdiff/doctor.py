@@ -83,13 +83,13 @@ def _checkout(params: Path) -> list[Finding]:
             count = len(load_concept_images(concept_folder(name)))
             findings.append(Finding(True, f"{concept_folder(name)}: {count} pictures"))
         except SvdiffError as error:
-            findings.append(Finding(False, str(concept_folder(name)), f"{error} (or `python -m flows sync`)"))
+            findings.append(Finding(False, str(concept_folder(name)), f"{error} (or `svdiff sync`)"))
     for edit in config.edits.values():
         try:
             load_picture(edit.image)
             findings.append(Finding(True, edit.image))
         except SvdiffError as error:
-            findings.append(Finding(False, edit.image, f"{error} (or `python -m flows sync`)"))
+            findings.append(Finding(False, edit.image, f"{error} (or `svdiff sync`)"))
     local = [config.base.model] if config.base.model.startswith("models/") else []
     if config.evaluators.clip_model.startswith("local-dir:"):
         local.append(config.evaluators.clip_model.removeprefix("local-dir:"))

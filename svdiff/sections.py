@@ -195,6 +195,18 @@ class TrainConfig(Section):
     patience: int | None = Field(
         None, ge=1, description="stop after so many validations without a lower fixed-noise loss; null: never"
     )
+    fit: Literal["crop", "pad"] = Field(
+        "crop", description="concepts: crop takes the centred square of a picture, pad the whole picture, on white"
+    )
+    flip: bool = Field(
+        False, description="concepts: every picture mirrored as well; not for writing or one-sided things"
+    )
+    jitter: float = Field(
+        0.0,
+        ge=0,
+        le=0.9,
+        description="concepts: every picture in other brightness, contrast and saturation, by this share",
+    )
     holdout: int = Field(0, ge=0, description="concepts: pictures kept out of training, for the fixed-noise loss alone")
     mix_probability: float = Field(0.6, ge=0, le=1, description="pairs: share of samples that are Cut-Mix-Unmix mixes")
     unmix_weight: float = Field(0.0, ge=0, description="pairs: weight of the unmix loss on attention maps of mixes")

@@ -40,6 +40,8 @@ COMMANDS = {
     "rank": Place("svdiff.cli.stages", "Stage: alignment against the rank trained with (Fig. 25)."),
     "report": Place("svdiff.cli.stages", "Stage: one page to look at."),
     "config": Place("svdiff.cli.checkout", "Describe every key of params.yaml, with the values in force."),
+    "sync": Place("flows.pipeline.commands", "Bring data and base that are missing or changed in git, track new concept folders; your changes stay."),
+    "data": Place("svdiff.cli.data", "Check the pictures of concepts: go, fix first or stop."),
     "plan": Place("svdiff.cli.checkout", "What `dvc repro` would run, and about how long it takes on this machine."),
     "doctor": Place("svdiff.cli.checkout", "What this machine or checkout lacks; exit status 1 if anything does."),
     "attention": Place("svdiff.cli.pictures", "Draw what the words of a prompt attend to, before and after the training (Fig. 20, 24)."),

@@ -2,23 +2,26 @@
 
 A folder holds 3 to 5 pictures (Sec. 4.1), straight from phones, scanners and web pages. What can be read
 without guessing is read: EXIF orientation, colour profiles, CMYK, 16 bits a channel, palettes, transparency
-(on white), animations (their first frame), a JPEG called `.png`. Everything else is refused before any work
-starts, all problems of the folder in one message.
+(on white), animations (their first frame), a JPEG called `.png`. What cameras, chats and file managers put beside
+pictures is left alone, and said. Everything else is refused before any work starts, all problems of the folder in
+one message.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import logging
+import random
 import unicodedata
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageEnhance, ImageFile, ImageOps, UnidentifiedImageError
 
 from svdiff.errors import SvdiffError
 
@@ -33,8 +36,30 @@ MAX_PIXELS = 120_000_000  # the largest phone sensors in common use make 108 meg
 MIN_SIDE = 32
 KEPT_SIDE = 1024  # pictures are reduced while the short side stays at or above this
 
-# What operating systems and notebooks leave behind, beside everything whose name starts with a dot.
+# What operating systems and notebooks leave behind, beside everything whose name starts with a dot: not worth a word.
 _LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"}
+# What may lie beside pictures and is none, by the end of its name: left alone, and said.
+_BESIDE = {
+    "zone.identifier": "Windows' mark of a download",
+    ".aae": "edits of Apple Photos",
+    ".json": "metadata of an export",
+    ".jsonl": "metadata",
+    ".xmp": "metadata of a photo editor",
+    ".thm": "a camera's thumbnail",
+    **dict.fromkeys((".mov", ".mp4", ".m4v", ".3gp", ".avi", ".webm"), "a video"),
+    **dict.fromkeys((".txt", ".md", ".csv", ".html", ".htm"), "text"),
+    **dict.fromkeys((".ini", ".db", ".lnk", ".url"), "a file manager's"),
+}
+_FOLDERS_BESIDE = {
+    "@eadir": "thumbnails of a network drive",
+    "#recycle": "a waste bin",
+    "lost+found": "a file system's",
+}
+# Formats that cannot be read, left alone where the same picture lies beside them as one that can.
+_ORIGINALS = {".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+_MASK = "-mask"  # dog-mask.png is the mask of dog.jpg
+CAPTIONS = "metadata.jsonl"
+_CAPTION_LINE = 'lines such as {"file_name": "dog.jpg", "text": "a photo of {subject}"}'
 # Multi-picture formats in which the further pictures are previews or depth maps, not frames.
 _STILL_FORMATS = {"MPO"}
 _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
@@ -42,11 +67,12 @@ _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 
 @dataclass(frozen=True)
 class ConceptImage:
-    """One training picture: its file, its upright RGB content, and what was done to read it."""
+    """One training picture: its file, its upright RGB content, what was done to read it, and its caption if it has one."""
 
     path: Path
     image: Image.Image
     notes: tuple[str, ...] = ()
+    caption: str | None = None  # its own prompt, with {subject} in it
 
 
 class _Refused(Exception):
@@ -67,8 +93,7 @@ def load_concept_images(
     """Load every picture of a concept folder, sorted by file name.
 
     Args:
-        folder: the folder; pictures are read from its top level. Hidden files, `Thumbs.db` and their like are
-            ignored.
+        folder: the folder; pictures are read from its top level. What lies beside them (`left_alone`) is ignored.
         minimum: fewest pictures accepted.
         maximum: most pictures accepted, against pointing at the wrong folder.
         min_side: fewest pixels along the shorter side.
@@ -82,7 +107,7 @@ def load_concept_images(
             message names every such file, what was found, what was expected and the fix.
     """
     folder = Path(folder)
-    files = _candidates(folder)
+    files, _ = _candidates(folder)
     if not minimum <= len(files) <= maximum:
         raise SvdiffError(
             f"Concept folder {folder} holds {_count(len(files))}; expected {_expected(minimum, maximum)}. "
@@ -93,9 +118,10 @@ def load_concept_images(
             )
         )
     pictures, problems = [], []
+    captions = _captions(folder, files)
     for path in files:
         try:
-            pictures.append(_load(path, min_side))
+            pictures.append(replace(_load(path, min_side), caption=captions.get(path)))
         except _Refused as refusal:
             problems.append(f"  {path.name}: {refusal}")
     if problems:
@@ -107,6 +133,11 @@ def load_concept_images(
         for note in picture.notes:
             log.warning("%s: %s", picture.path, note)
     return pictures
+
+
+def left_alone(folder: str | Path) -> list[str]:
+    """What lies beside the pictures of a concept folder and is not read, each with what it is."""
+    return _candidates(Path(folder))[1]
 
 
 def load_picture(path: str | Path, *, min_side: int = MIN_SIDE) -> ConceptImage:
@@ -140,16 +171,32 @@ def check_concepts(config: Config, concepts: Iterable[str] | None = None) -> Non
         raise SvdiffError("\n".join(problems))
 
 
-def to_square(image: Image.Image, size: int) -> Image.Image:
-    """Crop the centred square of the shorter side and resize it to `size` × `size` (Lanczos, also upwards).
+def to_square(image: Image.Image, size: int, fit: str = "crop") -> Image.Image:
+    """A picture as `size` × `size` (Lanczos, also upwards).
 
-    The subject should therefore be near the middle: what lies outside that square is never seen in training.
+    `crop` takes the centred square of the shorter side, so what lies outside it is never seen (`crop_loss`); `pad` keeps
+    the whole picture, on white.
     """
+    if fit == "pad":
+        return ImageOps.pad(image, (size, size), method=Image.Resampling.LANCZOS, color="white")
     return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """Everything in the folder but litter, in an order that does not depend on the file system or locale."""
+def jittered(image: Image.Image, strength: float, *key: object) -> Image.Image:
+    """A picture in other light: brightness, contrast and saturation by factors of 1 ± `strength` that follow from `key`."""
+    chance = random.Random(repr(key))
+    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = kind(image).enhance(1 + chance.uniform(-strength, strength))
+    return image
+
+
+def crop_loss(image: Image.Image) -> float:
+    """Share of a picture that its centred square leaves out."""
+    return 1 - min(image.size) / max(image.size)
+
+
+def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
+    """What should be a picture, in an order that does not depend on the file system or locale; and what is left alone."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise SvdiffError(
@@ -157,7 +204,68 @@ def _candidates(folder: Path) -> list[Path]:
             "Fix: create it and put 3 to 5 JPEG or PNG pictures of the subject there."
         )
     entries = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER]
-    return sorted(entries, key=lambda path: (unicodedata.normalize("NFC", path.name), path.name))
+    entries.sort(key=lambda path: (unicodedata.normalize("NFC", path.name), path.name))
+    stems = {path.stem.casefold() for path in entries if path.suffix.lower() in Image.registered_extensions()}
+    captions = _caption_files(entries)
+    files, beside = [], []
+    for path in entries:
+        what = _beside(path, stems)
+        if what is None:
+            files.append(path)
+        elif path not in captions:
+            beside.append(f"{path.name} is left alone: {what}")
+    return files, beside
+
+
+def _beside(path: Path, stems: set[str]) -> str | None:
+    """What a file or folder is that lies beside pictures; None for what should be a picture."""
+    name, stem = path.name.casefold(), path.stem.casefold()
+    if path.is_dir():
+        return _FOLDERS_BESIDE.get(name)
+    if path.suffix.lower() in _ORIGINALS and stem in stems:
+        return f"the same picture lies beside it, as {path.stem} in another format"
+    if stem.endswith(_MASK) and stem.removesuffix(_MASK) in stems:
+        return "a mask, which training does not use"
+    return next((what for end, what in _BESIDE.items() if name.endswith(end)), None)
+
+
+def _caption_files(entries: Iterable[Path]) -> dict[Path, list[Path]]:
+    """Files of captions, and the pictures that each is about: dog.txt beside dog.jpg, or metadata.jsonl."""
+    entries = list(entries)
+    pictures = [path for path in entries if path.suffix.lower() in Image.registered_extensions()]
+    found = {path: [p for p in pictures if p.stem == path.stem] for path in entries if path.suffix.lower() == ".txt"}
+    return {path: about for path, about in found.items() if about} | {
+        path: pictures for path in entries if path.name == CAPTIONS
+    }
+
+
+def _captions(folder: Path, files: list[Path]) -> dict[Path, str]:
+    """The caption of each picture that has one. Raises SvdiffError for captions that cannot be read, or name no {subject}."""
+    found: dict[Path, str] = {}
+    for source, about in _caption_files(folder.iterdir()).items():
+        try:
+            text = source.read_text(encoding="utf-8-sig").strip()
+            if source.name != CAPTIONS:
+                found |= dict.fromkeys(about, text)
+                continue
+            for row in map(json.loads, filter(None, text.splitlines())):
+                found[folder / row["file_name"]] = str(row["text"]).strip()
+        except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+            raise SvdiffError(
+                f"captions {source}: found {type(error).__name__}: {error}; expected "
+                f"{_CAPTION_LINE if source.name == CAPTIONS else 'UTF-8 text'}. Fix: write it so, or move the file out of the folder"
+            ) from None
+    problems = [
+        f"  {path.name}: found caption '{text}'; expected one with {{subject}}, which becomes the token and the class word, "
+        "and without any other braces. Fix: write {subject} where the subject is named"
+        for path, text in found.items()
+        if path in files and (text.count("{") != 1 or text.count("}") != 1 or "{subject}" not in text)
+    ]
+    if problems:
+        raise SvdiffError(
+            f"Concept folder {folder}: captions that would not train the subject.\n" + "\n".join(problems)
+        )
+    return found
 
 
 def _load(path: Path, min_side: int) -> ConceptImage:

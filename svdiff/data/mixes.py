@@ -22,7 +22,8 @@ from PIL import Image
 
 from svdiff.catalogue import Entry
 from svdiff.config import Config, MixConfig
-from svdiff.data.concepts import concept_folder, load_concept_images, to_square
+from svdiff.data.check import gated_pictures
+from svdiff.data.concepts import to_square
 from svdiff.data.cutmix import MixedPair, MixRecipe, Region, Subject, mixed_pair, split_regions
 from svdiff.data.grid import contact_sheet
 from svdiff.data.prior import load_prior_images
@@ -48,12 +49,12 @@ def make_mixes(config: Config, pair: str) -> Path:
         SvdiffError: `pair` is not one, a concept folder cannot be read, or prior images are missing.
     """
     entry = pair_entry(config, pair)
-    size = native_size(config.base)
+    size, fit = native_size(config.base), "crop" if config.mix.fit == "cover" else "pad"
     subjects = [
         Subject(
             words=concept.subject,
             class_word=concept.class_word,
-            images=[to_square(picture.image, size) for picture in load_concept_images(concept_folder(name))],
+            images=[to_square(picture.image, size, fit) for picture in gated_pictures(config, name, fit)],
             priors=[to_square(image, size) for image in load_prior_images(concept.class_word)],
         )
         for name, concept in entry.concepts.items()

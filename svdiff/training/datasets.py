@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from PIL import ImageOps
 
 from svdiff.catalogue import Entry
 from svdiff.config import Config, TrainConfig
-from svdiff.data.concepts import concept_folder, load_concept_images, load_picture, to_square
+from svdiff.data.check import gated_pictures
+from svdiff.data.concepts import ConceptImage, concept_folder, jittered, load_picture, to_square
 from svdiff.data.cutmix import choose
 from svdiff.data.mixes import load_mixes, mix_folder
 from svdiff.data.prior import load_prior_images, prior_folder
@@ -20,6 +23,7 @@ from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+JITTERS = 3  # variations in other light of each picture
 VALIDATION_MIXES = 4  # mixes among the pictures of the fixed-noise loss
 
 
@@ -43,7 +47,7 @@ def read_training_data(config: Config, entry: Entry, settings: TrainConfig) -> T
 def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     """The concept's pictures under one prompt, and the prior images of its class."""
     [(name, concept)] = entry.concepts.items()
-    pictures = [picture.image for picture in load_concept_images(concept_folder(name))]
+    pictures = gated_pictures(config, name, settings.fit)
     if settings.holdout >= len(pictures):
         raise SvdiffError(
             f"train.holdout is {settings.holdout}, and {concept_folder(name)} has {len(pictures)} pictures: none is left to "
@@ -53,19 +57,33 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
 
     def encode(family: Family) -> Dataset:
         shown = Shown(concept.token, concept.class_word)
-        instance = Examples.alike(_encoded(family, pictures), settings.prompt.format(subject=concept.subject), shown)
+        trained = len(pictures) - settings.holdout
+        shots = [shot for picture in pictures[:trained] for shot in _shots(picture, settings)] + pictures[trained:]
+        instance = Examples(
+            _encoded(family, [shot.image for shot in shots], settings.fit),
+            [(shot.caption or settings.prompt).format(subject=concept.subject) for shot in shots],
+            [(shown,)] * len(shots),
+        )
         prior = None
         if priors:
             prior = Examples.alike(_encoded(family, priors), config.prior.prompt.format(subject=concept.class_word))
-        trained = len(pictures) - settings.holdout
-        held_out = list(range(trained if settings.holdout else 0, len(pictures)))
-        return Dataset(instance, prior, _in_turn(settings.seed, trained, len(priors)), held_out)
+        varied = len(shots) - settings.holdout
+        held_out = list(range(varied if settings.holdout else 0, len(shots)))
+        return Dataset(instance, prior, _in_turn(settings.seed, varied, len(priors)), held_out)
 
     reads: dict[str, object] = {
         "pictures": sha256_tree(concept_folder(name)),
         "priors": sha256_tree(prior_folder(concept.class_word)) if priors else None,
     }
     return TrainingData(encode, reads, entry.prompts(settings.validation_prompts))
+
+
+def _shots(picture: ConceptImage, settings: TrainConfig) -> list[ConceptImage]:
+    """A picture and its variations: mirrored, and in other light."""
+    shots = [picture.image, *([ImageOps.mirror(picture.image)] if settings.flip else [])]
+    if settings.jitter:
+        shots += [jittered(picture.image, settings.jitter, settings.seed, picture.path.name, n) for n in range(JITTERS)]
+    return [replace(picture, image=image) for image in shots]
 
 
 def _in_turn(seed: int, pictures: int, priors: int) -> Callable[[int], tuple[int, int]]:
@@ -153,6 +171,6 @@ def _edit(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     return TrainingData(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt}, [edit.prompt])
 
 
-def _encoded(family: Family, images: list[Image]) -> LatentImages:
+def _encoded(family: Family, images: list[Image], fit: str = "crop") -> LatentImages:
     size = family.image_size
-    return LatentImages.encode(family, [to_square(image, size) for image in images])
+    return LatentImages.encode(family, [to_square(image, size, fit) for image in images])

@@ -128,10 +128,10 @@ def test_refusals_come_before_any_work(checkout: Path, tiny_base: Path, monkeypa
         with pytest.raises(SvdiffError, match="precision is fp16"):
             train(load_config(), "pet", overrides={"precision": "fp16"})
     monkeypatch.setattr(STAGE, "load_pipeline", lambda *_: pytest.fail("work has begun"))
-    (checkout / "data/concepts/pet/notes.txt").write_text("not a picture")
-    with pytest.raises(SvdiffError, match=r"notes\.txt"):
+    (checkout / "data/concepts/pet/notes.png").write_text("not a picture")
+    with pytest.raises(SvdiffError, match=r"notes\.png"):
         train(load_config(), "pet")
-    (checkout / "data/concepts/pet/notes.txt").unlink()
+    (checkout / "data/concepts/pet/notes.png").unlink()
     for picture in (checkout / "out/prior/dog").iterdir():
         picture.unlink()
     with pytest.raises(SvdiffError, match="svdiff prior dog"):

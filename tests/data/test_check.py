@@ -1,0 +1,215 @@
+"""The gate before a training: folders as people have them, and what it says of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from svdiff.data.check import Verdict, blur, check_folder
+from svdiff.data.concepts import crop_loss, jittered, left_alone, load_concept_images, to_square
+from svdiff.errors import SvdiffError
+
+
+def scene(seed: int, width: int = 600, height: int = 600) -> Image.Image:
+    """A sharp picture with the spectrum of photographs, another one for each seed."""
+    chance = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency[0, 0] = 1
+    planes = [np.fft.ifft2(np.fft.fft2(chance.standard_normal((height, width))) / frequency).real for _ in range(3)]
+    stacked = np.stack([(plane - plane.min()) / (plane.max() - plane.min()) * 255 for plane in planes], -1)
+    return Image.fromarray(stacked.astype(np.uint8))
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    for seed in range(3):
+        scene(seed).save(tmp_path / f"dog-{seed}.png")
+    return tmp_path
+
+
+def said(folder: Path, fit: str = "crop") -> Verdict:
+    return check_folder(folder, 512, fit)
+
+
+def test_good_pictures_go(good: Path) -> None:
+    assert said(good) == Verdict("go")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dog-0.png:Zone.Identifier",
+        "dog-0.pngZone.Identifier",
+        "IMG_0001.AAE",
+        "dog-0.png.json",
+        "dog-0.png.supplemental-metadata.json",
+        "dog-0.xmp",
+        "IMG_0001.MOV",
+        "dog-0.heic",
+        "dog-0.DNG",
+        "notes.txt",
+        "README.md",
+        "Picasa.ini",
+        "dog-0-mask.png",
+        "@eaDir/",
+        "#recycle/",
+    ],
+)
+def test_what_lies_beside_pictures_is_left_alone_and_named(good: Path, name: str) -> None:
+    if name.endswith("/"):
+        (good / name).mkdir()
+        (good / name / "thumb.jpg").write_bytes(b"x")
+    else:
+        (good / name).write_bytes(b"anything")
+    verdict = said(good)
+    assert verdict.word == "go"
+    assert len(load_concept_images(good)) == 3
+    [note] = verdict.notes
+    assert note.startswith(f"{name.rstrip('/')} is left alone: ")
+    assert left_alone(good) == [note]
+
+
+@pytest.mark.parametrize("name", ["holiday/", "dog.heic", "album.zip", "dog.crdownload", "dog-9.png"])
+def test_what_may_be_meant_as_a_picture_stops(good: Path, name: str) -> None:
+    (good / name).mkdir() if name.endswith("/") else (good / name).write_bytes(b"\0\1anything")
+    verdict = said(good)
+    assert verdict.word == "stop"
+    assert any(name.rstrip("/") in reason for reason in verdict.reasons)
+
+
+@pytest.mark.parametrize(("width", "height", "lost"), [(5000, 33, "99%"), (600, 900, "33%"), (2400, 600, "75%")])
+def test_what_the_square_crop_loses_is_named_and_padding_loses_nothing(
+    good: Path, width: int, height: int, lost: str
+) -> None:
+    scene(7, width, height).save(good / "panorama.png")
+    verdict = said(good)
+    assert verdict.word == "fix first"
+    assert f"panorama.png: {width} × {height}: the square crop loses {lost} of it" in verdict.reasons[0]
+    assert not any("loses" in reason for reason in said(good, "pad").reasons)
+
+
+def test_small_pictures_are_named(good: Path) -> None:
+    scene(7, 300, 300).save(good / "small.png")
+    assert "small.png: 300 × 300: enlarged to the base's 512" in said(good).reasons[0]
+
+
+def test_blur_is_measured_at_the_size_of_training(good: Path) -> None:
+    scene(7).filter(ImageFilter.GaussianBlur(4)).save(good / "blurred.png")
+    assert "blurred.png: blurred" in said(good).reasons[0]
+    assert check_folder(good, 64).word == "go"
+    measures = [blur(scene(1).filter(ImageFilter.GaussianBlur(radius))) for radius in (0, 1, 2, 3)]
+    assert measures == sorted(measures)
+    assert blur(Image.new("RGB", (64, 64))) == 0
+
+
+def test_nearly_the_same_picture_twice_is_named(good: Path) -> None:
+    scene(0).resize((590, 590)).resize((600, 600)).save(good / "burst.jpg")
+    assert said(good).reasons == ["burst.jpg and dog-0.png are nearly the same picture: one of them is enough"]
+
+
+def test_few_pictures_are_named(tmp_path: Path) -> None:
+    scene(0).save(tmp_path / "one.png")
+    assert "1 of at least 3 pictures" in said(tmp_path).reasons[0]
+
+
+def test_captions_beside_pictures_and_in_one_file(good: Path) -> None:
+    (good / "dog-0.txt").write_text("a photo of {subject} on grass\n")
+    (good / "metadata.jsonl").write_text(json.dumps({"file_name": "dog-1.png", "text": "{subject} asleep"}) + "\n")
+    captions = [picture.caption for picture in load_concept_images(good)]
+    assert captions == ["a photo of {subject} on grass", "{subject} asleep", None]
+    verdict = said(good)
+    assert verdict.word == "go"
+    assert verdict.notes == ["dog-2.png: no caption, so `train.prompt` describes them"]
+
+
+@pytest.mark.parametrize("text", ["a photo of a dog", "", "{subject} {style}", "{", "{subject"])
+def test_a_caption_without_subject_stops(good: Path, text: str) -> None:
+    (good / "dog-0.txt").write_text(text)
+    verdict = said(good)
+    assert verdict.word == "stop"
+    assert any("dog-0.png: found caption" in reason and "{subject}" in reason for reason in verdict.reasons)
+
+
+@pytest.mark.parametrize("content", [b"not json", b'{"file_name": "dog-0.png"}', b"[1]", b"\xff\xfe\x00"])
+def test_captions_that_cannot_be_read_stop(good: Path, content: bytes) -> None:
+    (good / "metadata.jsonl").write_bytes(content)
+    assert said(good).word == "stop"
+    with pytest.raises(SvdiffError, match=r"metadata\.jsonl: found .*; expected lines such as"):
+        load_concept_images(good)
+
+
+def test_portraits_and_panoramas_with_captions_masks_and_litter(tmp_path: Path) -> None:
+    """Nothing is cropped or left out without a word."""
+    for seed, (name, width, height) in enumerate(
+        [("portrait.png", 600, 900), ("panorama.png", 1800, 600), ("square.png", 600, 600), ("burst.png", 600, 600)]
+    ):
+        scene(min(seed, 2), width, height).save(tmp_path / name)
+    Image.new("L", (600, 900), 255).save(tmp_path / "portrait-mask.png")
+    (tmp_path / "portrait.txt").write_text("a photo of {subject}")
+    (tmp_path / "square.txt").write_text("a photo of my dog")
+    for name in ("square.png:Zone.Identifier", "IMG_1.AAE", "portrait.png.json"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "@eaDir").mkdir()
+    assert said(tmp_path).word == "stop"
+    assert "square.png: found caption 'a photo of my dog'" in said(tmp_path).reasons[1]
+    (tmp_path / "square.txt").write_text("a photo of {subject} indoors")
+    verdict = said(tmp_path)
+    assert verdict.lines("dog") == [
+        "dog: fix first",
+        "  panorama.png: 1800 × 600: the square crop loses 67% of it. Crop it round the subject, or set `train.fit: pad`",
+        "  portrait.png: 600 × 900: the square crop loses 33% of it. Crop it round the subject, or set `train.fit: pad`",
+        "  burst.png and square.png are nearly the same picture: one of them is enough",
+        "  note: @eaDir is left alone: thumbnails of a network drive",
+        "  note: IMG_1.AAE is left alone: edits of Apple Photos",
+        "  note: portrait-mask.png is left alone: a mask, which training does not use",
+        "  note: portrait.png.json is left alone: metadata of an export",
+        "  note: square.png:Zone.Identifier is left alone: Windows' mark of a download",
+        "  note: burst.png, panorama.png: no caption, so `train.prompt` describes them",
+    ]
+
+
+def test_padding_keeps_the_whole_picture() -> None:
+    picture = Image.new("RGB", (300, 100), "red")
+    padded = np.asarray(to_square(picture, 30, "pad"))
+    assert (padded[0] == 255).all()
+    assert tuple(padded[15, 15]) == (255, 0, 0)
+    assert crop_loss(picture) == pytest.approx(2 / 3)
+
+
+def test_other_light_follows_from_the_key_alone() -> None:
+    picture = scene(0, 64, 64)
+    one, same, other = (np.asarray(jittered(picture, 0.3, *key)) for key in ((0, "a"), (0, "a"), (1, "a")))
+    assert (one == same).all()
+    assert (one != other).any()
+
+
+def test_a_training_says_what_the_gate_says(
+    good: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from svdiff.config import Config
+    from svdiff.training.datasets import read_training_data
+
+    monkeypatch.chdir(good)
+    (good / "data/concepts").mkdir(parents=True)
+    scene(3, 64, 40).save(good / "wide.png")
+    (good / "data/concepts/pet").mkdir()
+    for path in good.glob("*.png"):
+        path.rename(good / "data/concepts/pet" / path.name)
+    config = Config.model_validate(
+        {
+            "base": {"model": str(tiny_base)},
+            "classes": ["dog"],
+            "concepts": {"pet": {"class_word": "dog"}},
+            "train": {"prior_weight": 0},
+            "sample": {"prompts": ["a {subject}"]},
+            "rank": {"concepts": []},
+        }
+    )
+    with caplog.at_level(logging.WARNING):
+        read_training_data(config, config.entry("pet"), config.train_config("pet"))
+    assert "wide.png: 64 × 40: the square crop loses 38% of it" in caplog.text
