@@ -48,16 +48,17 @@ def plan(config: Config) -> list[str]:
 
 
 def memory(config: Config) -> list[str]:
-    """One line: what a training of shifts holds, and the rank up to which it fits each card; none for other methods.
-
-    Raises SvdiffError for a base that is not there.
-    """
+    """One line: what a training of shifts holds, and the rank up to which it fits each card; none for other methods."""
     from svdiff.models.memory import CARDS, largest_rank, said, training_memory
     from svdiff.models.sizes import build
 
     if config.train.method != "svdiff":
         return []
-    network, itemsize = build(config.base.model), 4 if config.base.precision == "fp32" else 2
+    itemsize = 4 if config.base.precision == "fp32" else 2
+    try:
+        network = build(config.base.model)
+    except SvdiffError as error:
+        return [f"memory: unknown, {error}"]
     holds = training_memory(network, config.train.subset, config.train.rank, itemsize).total
     fits = (f"{card} GB: {said(largest_rank(network, card, config.train.subset, itemsize))}" for card in CARDS)
     return [f"memory: the network in training holds {holds / 2**30:.2f} GiB beside activations; {', '.join(fits)}"]
