@@ -16,7 +16,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from flows.orchestration.artifacts import data_uri, key
 from flows.orchestration.parameters import Minutes, Name, check
 from flows.orchestration.tasks import dvc_stage
-from flows.pipeline.order import own_stages
+from flows.pipeline.order import own_stages, shared_stages
 from svdiff.config import Config, EditConfig
 
 
@@ -31,7 +31,7 @@ def edit_image(edit: Name, timeout_minutes: Minutes | None = None, report: bool 
     """
     config = check(edit)
     config.edit_of(edit)
-    stages = [*own_stages(config, edit), *(["report"] if report else [])]
+    stages = [*shared_stages(config, edit), *own_stages(config, edit), *(["report"] if report else [])]
     outcomes = {stage: dvc_stage(stage, timeout_minutes) for stage in stages}
     publish_edit(config, edit, Path.cwd())
     return outcomes

@@ -25,7 +25,7 @@ from flows.orchestration.logs import StageLog
 from flows.pipeline.stages import SHARE, StageRun, StageWaits, push_stage, run_stage
 
 GPU = "gpu"  # tag of the tasks that a concurrency limit holds back where GPUs are scarce
-LIGHT = {"register", "register-pair", "correlate", "report"}  # stages that need none
+LIGHT = {"check", "register", "register-pair", "correlate", "report"}  # stages that need none
 LEASE = 60  # seconds after which a dead worker's claim on a stage is void
 WAITS = 50
 DELAYS = [2.0, 5.0, 10.0, 20.0, 30.0] + [120.0] * (WAITS - 5)  # seconds, an hour and a half in all

@@ -23,7 +23,7 @@ from flows.orchestration.dispatch import run_on_workers
 from flows.orchestration.edit import edit_image
 from flows.orchestration.parameters import Minutes, Name, check
 from flows.orchestration.tasks import dvc_stage
-from flows.pipeline.order import analysis_stages, own_stages, prior_stages
+from flows.pipeline.order import analysis_stages, own_stages, shared_stages
 from svdiff.config import Config, load_config
 
 
@@ -62,7 +62,7 @@ def train_pair(
 
 
 def _train(config: Config, name: str, timeout_minutes: float | None, prior: bool, analyses: bool) -> dict[str, str]:
-    stages = [*(prior_stages(config, name) if prior else []), *own_stages(config, name)]
+    stages = [*(shared_stages(config, name) if prior else []), *own_stages(config, name)]
     outcomes = {stage: dvc_stage(stage, timeout_minutes) for stage in stages}
     publish_concept(name, Path.cwd())
     if analyses:
@@ -109,12 +109,12 @@ def train_all(
     check(*wanted)
     failures: dict[str, str] = {}
 
-    # Prior images are shared by the names of a class: made once, before those start.
-    needs = {name: prior_stages(config, name) for name in wanted}
+    # The check is shared by all, prior images by the names of a class: made once, before those start.
+    needs = {name: shared_stages(config, name) for name in wanted}
     for stage in dict.fromkeys(stage for stages in needs.values() for stage in stages):
         _attempt(failures, stage, timeout_minutes)
     ready = [name for name in wanted if not failures.keys() & set(needs[name])]
-    failures |= {name: "no prior images" for name in wanted if name not in ready}
+    failures |= {name: "a stage that it shares with others failed" for name in wanted if name not in ready}
 
     with ThreadPoolTaskRunner[Any](max_workers=max(1, len(ready)) if where == "workers" else limit) as runner:
         kinds = {name: config.entry(name).kind for name in ready}

@@ -12,14 +12,14 @@ OWN: dict[Kind, list[str]] = {
 }
 
 
-def prior_stages(config: Config, name: str) -> list[str]:
-    """Prior images of the classes that a name needs; other names may share them, and an edit needs none."""
+def shared_stages(config: Config, name: str) -> list[str]:
+    """The check of params.yaml and the prior images of the classes that a name needs; an edit needs none of those."""
     words = dict.fromkeys(concept.class_word for concept in config.entry(name).concepts.values())
-    return [f"prior@{word}" for word in words]
+    return ["check", *(f"prior@{word}" for word in words)]
 
 
 def own_stages(config: Config, name: str) -> list[str]:
-    """Stages of one name alone, after its prior images. Raises SvdiffError for an unknown name."""
+    """Stages of one name alone, after those it shares with others. Raises SvdiffError for an unknown name."""
     return [f"{stage}@{name}" for stage in OWN[config.entry(name).kind]]
 
 

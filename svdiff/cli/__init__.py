@@ -42,6 +42,7 @@ COMMANDS = {
     "config": Place("svdiff.cli.checkout", "Describe every key of params.yaml, with the values in force."),
     "sync": Place("flows.pipeline.commands", "Bring data and base that are missing or changed in git, track new concept folders; your changes stay."),
     "data": Place("svdiff.cli.data", "Check the pictures of concepts: go, fix first or stop."),
+    "check": Place("svdiff.cli.checkout", "Stage: refuse a params.yaml that the pipeline cannot work with, before anything runs."),
     "plan": Place("svdiff.cli.checkout", "What `dvc repro` would run, and about how long it takes on this machine."),
     "doctor": Place("svdiff.cli.checkout", "What this machine or checkout lacks; exit status 1 if anything does."),
     "attention": Place("svdiff.cli.pictures", "Draw what the words of a prompt attend to, before and after the training (Fig. 20, 24)."),

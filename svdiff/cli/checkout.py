@@ -1,10 +1,10 @@
-"""`svdiff config | plan | doctor`: what is set, what is to be done, what is missing."""
+"""`svdiff config | check | plan | doctor`: what is set, what is to be done, what is missing."""
 
 from __future__ import annotations
 
 import typer
 
-from svdiff.cli.arguments import PARAMS, Params, read
+from svdiff.cli.arguments import PARAMS, Params, read, wrote
 
 app = typer.Typer()
 
@@ -19,6 +19,14 @@ def showread(params: Params = PARAMS) -> None:
     lines = describe(config.model_copy(update={"base_training": base_training}))
     for line in lines:
         typer.echo(line)
+
+
+@app.command()
+def check(params: Params = PARAMS) -> None:
+    """Stage: refuse a params.yaml that the pipeline cannot work with, before anything runs."""
+    from svdiff.check import check as run
+
+    wrote(run(read(params)))
 
 
 @app.command()

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Conditions: TypeAlias = "dict[str, Tensor]"
 """What a prompt means to the network, by name; each tensor has one row a prompt, so that they can be joined."""
 
+LARGE_VOCABULARY = (
+    30_000  # words: from here on a vocabulary is one of a language, in the order of how frequent words are
+)
+
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "sdxl:StableDiffusionXL",
@@ -139,6 +143,24 @@ class Family:
                 f"token '{token}' is {len(pieces)} tokens to the base's tokenizer ({', '.join(pieces) or 'none'}); "
                 "expected one rare word of its vocabulary, e.g. sks"
             )
+        number, size = self.tokenizer.convert_tokens_to_ids(pieces[0]), len(self.tokenizer)
+        if size > LARGE_VOCABULARY and number < size / 2:
+            raise SvdiffError(
+                f"token '{token}' is an ordinary word to the base, number {number} of the {size} in its vocabulary, which "
+                "has frequent ones first: training would take its meaning away; expected a rare one, e.g. sks"
+            )
+
+    def check_tokens(self, tokens: Sequence[str]) -> None:
+        """Raise SvdiffError for special tokens that are one and the same to the tokenizer."""
+        seen: dict[str, str] = {}
+        for token in tokens:
+            self.check_token(token)
+            [piece] = self.tokenizer.tokenize(token)
+            if piece in seen:
+                raise SvdiffError(
+                    f"tokens '{seen[piece]}' and '{token}' are one to the base's tokenizer: change `token` of one concept"
+                )
+            seen[piece] = token
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """What prompts mean to the network, with gradients where a text encoder is trained."""

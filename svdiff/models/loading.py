@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from svdiff.config import BaseModelConfig
@@ -36,11 +37,11 @@ def family_at(base: BaseModelConfig) -> type[Family]:
 
     Raises SvdiffError for another architecture or a missing folder.
     """
-    from diffusers import DiffusionPipeline
-
     model = _configured(base)
     if Path(model).is_dir():
         return check_layout(Path(model))
+    from diffusers import DiffusionPipeline
+
     with _readable(model):
         index = DiffusionPipeline.load_config(model, revision=base.revision, local_files_only=offline())
     return family_class(str(index.get("_class_name")), model)
@@ -64,6 +65,24 @@ def _configured(base: BaseModelConfig) -> str:
             "run `dvc pull models/base` for the embedded base, or name a folder or Hub id"
         )
     return base.model
+
+
+def load_words(base: BaseModelConfig) -> Family:
+    """A base in a folder as its family sees it, of which only the tokenizers are loaded: for checking tokens and prompts.
+
+    Raises SvdiffError for another architecture or a missing folder.
+    """
+    import transformers
+
+    family, folder = family_at(base), Path(_configured(base))
+    with _readable(base.model):
+        parts = json.loads((folder / "model_index.json").read_text())
+        tokenizers = {
+            name: getattr(transformers, part[1]).from_pretrained(folder / name, local_files_only=True)
+            for name, part in parts.items()
+            if name.startswith("tokenizer") and part[1]
+        }
+    return family(SimpleNamespace(**tokenizers))
 
 
 def offline() -> bool:

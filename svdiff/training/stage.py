@@ -68,8 +68,7 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     pipe = load_pipeline(config.base, accelerator.device)
     family = family_of(pipe)
     check_family(family, settings)
-    for token in entry.tokens:
-        family.check_token(token)
+    family.check_tokens(entry.tokens)
     set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
     dataset = data.encode(family)
     check_prompts(pipe, [*dataset.prompts, *data.validation_prompts])

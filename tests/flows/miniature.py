@@ -134,6 +134,10 @@ class Project:
 
 DVC_YAML = """
 stages:
+  check:
+    cmd: python stage.py check all
+    deps: [params.yaml]
+    outs: [out/check]
   prior:
     foreach: ${classes}
     do:

@@ -18,7 +18,7 @@ from flows.orchestration.artifacts import PERCENT
 from flows.orchestration.automations import ATTEMPTS, automations
 from flows.orchestration.logs import StageLog
 from flows.orchestration.train import train_all, train_concept
-from flows.pipeline.order import analysis_stages, own_stages, prior_stages
+from flows.pipeline.order import analysis_stages, own_stages, shared_stages
 from svdiff.config import load_config
 
 ROOT = Path(flows.__file__).parents[1]
@@ -58,7 +58,7 @@ def test_impossible_parameters_are_refused_before_a_run_is_made(flow: Any, param
 def test_chains_are_stages_of_the_pipeline() -> None:
     config = load_config(ROOT / "params.yaml")
     for name in [*config.concepts, *config.pairs, *config.edits]:
-        stages = [*prior_stages(config, name), *own_stages(config, name)]
+        stages = [*shared_stages(config, name), *own_stages(config, name)]
         assert {stage.partition("@")[0] for stage in stages} <= STAGES.keys()
     assert {stage.partition("@")[0] for stage in analysis_stages(config)} <= STAGES.keys()
 

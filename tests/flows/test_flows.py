@@ -34,7 +34,7 @@ def messages(fragment: str) -> list[str]:
 def test_train_concept_from_pictures_to_registry(dvc_project: Path) -> None:
     outcomes = train_concept("dog")
     assert outcomes == dict.fromkeys(
-        ["prior@dog", *(f"{s}@dog" for s in ("train", "sample", "score", "register"))], "ran"
+        ["check", "prior@dog", *(f"{s}@dog" for s in ("train", "sample", "score", "register"))], "ran"
     )
     assert registered(dvc_project, "dog") == [1]
     stale = dvc_status(dvc_project)

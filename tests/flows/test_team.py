@@ -139,7 +139,7 @@ def test_a_worker_that_dies_is_noticed_and_its_run_is_finished_elsewhere(
     assert states.count("Crashed") == 1
     assert states.count("AwaitingRetry") == 1
     assert states.count("Running") == 2
-    assert ran(first) == ["prior@dog", f"train@{dog}"]
+    assert ran(first) == ["check", "prior@dog", f"train@{dog}"]
     assert ran(second) == [
         f"train@{dog}",
         f"sample@{dog}",
@@ -306,7 +306,7 @@ def test_mlflow_stopped_in_the_middle_of_a_training_costs_nothing(
         team.mlflow.start()
     team.completed(run)
     again = [f"register@{dog}"] * ran(clone).count(f"register@{dog}")
-    assert ran(clone) == ["prior@dog", f"train@{dog}", f"sample@{dog}", f"score@{dog}", *again]
+    assert ran(clone) == ["check", "prior@dog", f"train@{dog}", f"sample@{dog}", f"score@{dog}", *again]
     (version,) = team.registered(dog)
     assert [r.info.run_id for r in runs_of(team, origin, dog)] == [version.run_id]
     points = [point.step for point in team.client.get_metric_history(version.run_id, "loss")]
@@ -328,6 +328,6 @@ def test_a_remote_that_cannot_be_written_costs_nothing(team: Team, origin: Path,
     remote.unlink()
     remote.with_name("away").rename(remote)
     team.completed(run)
-    assert ran(clone) == ["prior@dog", f"train@{dog}", f"sample@{dog}", f"score@{dog}", f"register@{dog}"]
+    assert ran(clone) == ["check", "prior@dog", f"train@{dog}", f"sample@{dog}", f"score@{dog}", f"register@{dog}"]
     other = team.clone(origin, "two")
     assert "train of" not in team.run(other, "dvc", "repro", "--pull", f"train@{dog}")

@@ -1,0 +1,79 @@
+"""`svdiff check`: refuses a params.yaml that the pipeline cannot work with, before DVC removes or runs anything.
+
+Stages whose outputs are named by params.yaml depend on the stage of this command. DVC removes the old outputs of a stage
+before its command runs, so what the command itself refuses would be refused too late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from svdiff.config import Config
+from svdiff.data.cutmix import mix_prompts, prior_mix_prompts
+from svdiff.errors import SvdiffError
+from svdiff.files import write_atomic
+from svdiff.models import load_words
+from svdiff.sections import BaseModelConfig
+
+OUTPUT = Path("out/check.txt")  # the same whatever params.yaml says, so that a change of it reruns nothing else
+
+
+def check(config: Config) -> Path:
+    """Write out/check.txt. Raises SvdiffError for a base that DVC cannot follow, or words that the base cannot read."""
+    _check_base(config.base)
+    family = load_words(config.base)
+    for name, concept in config.concepts.items():
+        try:
+            family.check_token(concept.token)
+        except SvdiffError as error:
+            raise SvdiffError(f"concepts.{name}: {error}") from None
+    for name in config.pairs:
+        family.check_tokens(config.entry(name).tokens)
+    for place, prompt in _prompts(config):
+        try:
+            family.check_prompt(prompt)
+        except SvdiffError as error:
+            raise SvdiffError(f"{place}: {error}") from None
+    write_atomic(OUTPUT, "params.yaml can be worked with\n")
+    return OUTPUT
+
+
+def _check_base(base: BaseModelConfig) -> None:
+    """DVC follows the base by its files."""
+    if (
+        not Path(base.model).exists()
+        and not base.model.startswith((".", "/", "models/"))
+        and base.model.count("/") <= 1
+    ):
+        folder = f"models/{base.model.rpartition('/')[2]}"
+        raise SvdiffError(
+            f"base.model is '{base.model}', a Hub id, and the pipeline follows a base by its files: bring it into a folder, "
+            f"`hf download {base.model} --local-dir {folder}`, and set base.model: {folder}"
+        )
+
+
+def _prompts(config: Config) -> Iterator[tuple[str, str]]:
+    """All prompts that the pipeline reads, each with the place in params.yaml that it comes from."""
+    for name in [*config.concepts, *config.pairs]:
+        entry, settings = config.entry(name), config.train_config(name)
+        for template in settings.prompt, config.prior.prompt:
+            yield from ((name, prompt) for prompt in entry.class_prompts(template))
+        for template in (settings.prompt, *settings.validation_prompts):
+            yield from ((name, prompt) for prompt in entry.prompts([template]))
+        yield from ((name, prompt) for prompt in config.sample_prompts(name))
+    for name in config.pairs:
+        entry, settings = config.entry(name), config.train_config(name)
+        first, second = entry.subjects[0], entry.subjects[-1]
+        classes = [concept.class_word for concept in entry.concepts.values()]
+        for layout in config.mix.layouts:
+            for words in mix_prompts(first, second, layout=layout):
+                yield f"pairs.{name}", settings.prompt.replace("{subject}", words)
+        negatives = prior_mix_prompts(classes[0], classes[-1], template=config.prior.prompt, layouts=config.mix.layouts)
+        yield from ((f"pairs.{name}", prompt) for prompt in negatives)
+    for name, edit in config.edits.items():
+        yield from ((f"edits.{name}", prompt) for prompt in (edit.prompt, *edit.targets))
+    for name in config.rank.concepts:
+        for template in config.rank.prompts.values():
+            yield from (("rank.prompts", prompt) for prompt in config.entry(name).prompts([template]))
+    yield from (("sample.negatives", prompt) for prompt in config.sample.negatives)

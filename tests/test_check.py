@@ -1,0 +1,185 @@
+"""`svdiff check`: what it refuses, and that nothing is removed before it has been asked."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from svdiff.check import OUTPUT, check
+from svdiff.config import load_config
+from svdiff.errors import SvdiffError
+from svdiff.models.stable_diffusion import StableDiffusion
+
+ROOT = Path(__file__).parent.parent
+LONG = "a red dog and a red dog and a red dog and a red dog"  # the tiny base reads 14 words
+
+
+def params(base: Path | str, **sections: Any) -> dict[str, Any]:
+    return {
+        "base": {"model": str(base)},
+        "classes": ["dog", "cat"],
+        "concepts": {"one": {"class_word": "dog", "token": "sks"}, "two": {"class_word": "cat", "token": "zwx"}},
+        "sample": {"prompts": ["a {subject} on a red background"]},
+        "rank": {"concepts": []},
+        **sections,
+    }
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def checked(base: Path | str, **sections: Any) -> Path:
+    Path("params.yaml").write_text(yaml.safe_dump(params(base, **sections)))
+    return check(load_config())
+
+
+def test_what_the_base_can_read_passes_and_leaves_the_same_file_whatever_it_says(tiny_base: Path) -> None:
+    pair = {"pairs": {"both": {"concepts": ["one", "two"]}}}
+    edit = {"edits": {"red": {"image": "a.png", "prompt": "a dog", "targets": ["a red dog"]}}}
+    first = checked(tiny_base, **pair, **edit, rank={"concepts": ["one"]}).read_bytes()
+    assert checked(tiny_base).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("sections", "place"),
+    [
+        ({"train": {"prompt": f"{LONG} and a {{subject}}"}}, "one"),
+        ({"train": {"validation_prompts": [LONG]}}, "one"),
+        ({"prior": {"prompt": f"{LONG} and a {{subject}}"}}, "one"),
+        ({"sample": {"prompts": [LONG]}}, "one"),
+        ({"sample": {"prompts": ["a {subject}"], "beta": 0.5, "negatives": [LONG]}}, "sample.negatives"),
+        ({"rank": {"concepts": ["one"], "prompts": {"edit": f"{LONG} and a {{subject}}"}}}, "rank.prompts"),
+        ({"edits": {"red": {"image": "a.png", "prompt": LONG, "targets": ["a dog"]}}}, "edits.red"),
+        ({"edits": {"red": {"image": "a.png", "prompt": "a dog", "targets": [LONG]}}}, "edits.red"),
+        ({"pairs": {"both": {"concepts": ["one", "two"]}}, "mix": {"prompts": [LONG + "{first} {second}"]}}, "both"),
+        (
+            {
+                "pairs": {"both": {"concepts": ["one", "two"]}},
+                "train": {"prompt": "a photo of a {subject}"},  # fits alone, and not with both and their places
+            },
+            "pairs.both",
+        ),
+    ],
+)
+def test_a_prompt_that_would_be_cut_is_refused_with_its_place(tiny_base: Path, sections: dict, place: str) -> None:
+    with pytest.raises(SvdiffError, match=rf"{place}: prompt '.*' is \d+ tokens long; the text encoder reads 16"):
+        checked(tiny_base, **sections)
+    assert not OUTPUT.exists()
+
+
+def test_a_token_that_is_several_to_the_base_is_refused(tiny_base: Path) -> None:
+    with pytest.raises(SvdiffError, match=r"concepts\.one: token 'qqq' is 3 tokens"):
+        checked(tiny_base, concepts={"one": {"class_word": "dog", "token": "qqq"}})
+
+
+def test_a_hub_id_is_refused_with_the_command_that_brings_it() -> None:
+    fix = r"hf download some/model --local-dir models/model`, and set base\.model: models/model"
+    with pytest.raises(SvdiffError, match=fix):
+        checked("some/model")
+
+
+def test_a_base_that_is_not_here_is_refused() -> None:
+    with pytest.raises(SvdiffError, match="'models/base' is not a folder here"):
+        checked("models/base")
+
+
+@pytest.fixture(scope="module")
+def clip_words(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion:
+    """The vocabulary of Stable Diffusion 1 and 2, which open_clip brings along."""
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    packed = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    merges = gzip.decompress(packed.read_bytes()).decode().splitlines()[1 : 49152 - 256 - 2 + 1]
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    return StableDiffusion(SimpleNamespace(tokenizer=CLIPTokenizer.from_pretrained(folder)))
+
+
+@pytest.mark.parametrize("token", ["sks", "ohwx", "olis", "pll", "nwa"])
+def test_rare_words_of_clip_are_tokens(clip_words: StableDiffusion, token: str) -> None:
+    clip_words.check_token(token)
+
+
+@pytest.mark.parametrize("token", ["dog", "Monster", "robot", "glasses", "grey", "thing"])
+def test_ordinary_words_of_clip_are_no_tokens(clip_words: StableDiffusion, token: str) -> None:
+    with pytest.raises(SvdiffError, match=f"'{token}' is an ordinary word to the base"):
+        clip_words.check_token(token)
+
+
+@pytest.mark.parametrize(("first", "second"), [("sks", "SKS"), ("sks", "sks")])
+def test_tokens_that_the_tokenizer_cannot_tell_apart_are_refused(
+    clip_words: StableDiffusion, first: str, second: str
+) -> None:
+    clip_words.check_tokens([first, "olis"])
+    with pytest.raises(SvdiffError, match="are one to the base's tokenizer"):
+        clip_words.check_tokens([first, second])
+
+
+def test_stages_that_params_names_folders_of_are_behind_the_check() -> None:
+    stages = {
+        name: stage.get("do", stage)
+        for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items()
+    }
+    outs = {
+        name: [
+            path if isinstance(path, str) else next(iter(path))
+            for kind in ("outs", "metrics", "plots")
+            for path in stage.get(kind, [])
+        ]
+        for name, stage in stages.items()
+    }
+
+    def behind(name: str) -> bool:
+        deps = stages[name]["deps"]
+        makers = [other for other, paths in outs.items() if other != name and any(path in deps for path in paths)]
+        return str(OUTPUT) in deps or any(behind(maker) for maker in makers)
+
+    named = [name for name, paths in outs.items() if any("$" in path for path in paths)]
+    assert len(named) > 10
+    assert [name for name in named if not behind(name)] == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": ["../../notes"], "concepts": {}},
+        pytest.param(
+            {"edits": {"../../notes": {"image": "photo.png", "prompt": "a dog", "targets": ["a red dog"]}}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_dvc_removes_nothing_that_a_name_in_params_points_at(tiny_base: Path, tmp_path: Path, change: dict) -> None:
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    shutil.copytree(ROOT / "svdiff", "svdiff", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tiny_base, "base")
+    values = yaml.safe_load((ROOT / "params.yaml").read_text()) | params("base") | {"pairs": {}, "edits": {}}
+    Path("params.yaml").write_text(yaml.safe_dump(values | change))
+    Path("photo.png").touch()
+    Path("notes").mkdir()
+    Path("notes/diary.txt").write_text("years of work")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"], check=True)
+    command = [sys.executable, "-m", "dvc", "repro"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "../../notes" in done.stderr
+    assert "failed to reproduce 'check'" in done.stderr
+    assert Path("notes/diary.txt").read_text() == "years of work"
