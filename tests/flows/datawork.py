@@ -192,6 +192,7 @@ class Clone:
     def register(self, name: str) -> float:
         """Register what was made of a concept; the value in its delta."""
         value = int(hashlib.sha256(self.made(name)).hexdigest()[:6], 16) / 2**24
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it to the store that this process used last
         Project(self.root).register(name, value=value)
         return value
 

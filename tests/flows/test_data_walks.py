@@ -97,6 +97,7 @@ class Walk:
         if clone.pull():
             merged = {name: merge(base.get(name), ours.get(name), theirs.get(name)) for name in [*base, *ours, *theirs]}
             self.holds[who] = {name: pictures for name, pictures in merged.items() if pictures is not None}
+            self.commits[clone.git("rev-parse", "HEAD").stdout.strip()] = dict(self.holds[who])
             if self.chance.random() < 0.3:
                 clone.sync_killed(self.chance.uniform(0, 0.6))
             clone.sync()
