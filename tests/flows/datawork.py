@@ -171,7 +171,7 @@ class Clone:
     def push(self) -> bool:
         """Pictures to the DVC remote and commits to origin, which may have newer ones."""
         with self._dvc() as repo:
-            repo.push()
+            repo.push(all_commits=True)  # of every commit that git is about to push
         return self.git("push", "--quiet", "origin", "HEAD:main", check=False).returncode == 0
 
     def pull(self) -> bool:
