@@ -83,8 +83,11 @@ def stages(root: Path, name: str, version: int) -> None:
     image = 0.4 + 0.01 * version * (1 if version % 2 else -1)
     scored = pd.DataFrame(rows)
     scored.to_csv(sample / "images.csv", index=False)
-    scored.assign(image_alignment=image, text_alignment=0.3).to_csv(score / "images.csv", index=False)
-    (score / "metrics.json").write_text(json.dumps({"image_alignment": image, "text_alignment": 0.3}))
+    identity = np.where(scored["model"] == "base", 0.2, image)
+    scored = scored.assign(identity=identity, image_alignment=image, text_alignment=0.3)
+    scored.to_csv(score / "images.csv", index=False)
+    measures = ("identity", "image_alignment", "text_alignment")
+    (score / "metrics.json").write_text(json.dumps(summarise(scored, ScoreConfig(bootstrap=100), measures)))
     (score / "evaluators.json").write_text(json.dumps({"clip": "ViT-B-32"}))
 
 

@@ -302,10 +302,22 @@ class TrackingConfig(Section):
 
 
 class PromoteConfig(Section):
-    """When a challenger becomes champion: both margins must hold, on the same prompts and seeds."""
+    """When a version is served at all, and when it takes the champion's place.
 
-    image_margin: float = Field(0.0, ge=0, description="image alignment must be better by more than this")
-    text_margin: float = Field(0.02, ge=0, description="text alignment may be worse by at most this")
+    Differences are paired, picture by picture. One counts where its whole 95 % interval lies beyond the margin: a version
+    is better or worse in identity, text alignment or drift for certain, or it is neither.
+    """
+
+    identity_margin: float = Field(0.0, ge=0, description="a difference in identity counts beyond this")
+    text_margin: float = Field(0.02, ge=0, description="a difference in text alignment counts beyond this")
+    drift_margin: float = Field(
+        0.05, ge=0, description="a difference in drift (identity of class prompts' pictures) counts beyond this"
+    )
+    base_text_margin: float = Field(
+        0.1, ge=0, description="the same against the untrained base, which always follows a prompt more freely"
+    )
+    base_drift_margin: float = Field(0.1, ge=0, description="the same for drift against the untrained base")
+    pictures: int = Field(8, ge=2, description="fewest pairs of pictures that decide anything")
 
 
 class ReevaluateConfig(Section):

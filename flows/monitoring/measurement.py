@@ -31,10 +31,11 @@ BASE_VARIABLE = "SVDIFF_BASE_MODEL"  # as in concept_model.py, which must not de
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores by (prompt, seed), and the pictures in the same order."""
+    """Scores by (prompt, seed), the pictures in the same order, and the scores of class prompts' pictures if asked for."""
 
     table: pd.DataFrame
     images: list[Image]
+    drift: pd.DataFrame | None = None
 
 
 def entry_of(version: ModelVersion) -> Entry:
@@ -65,8 +66,8 @@ class VersionScorer:
             [self.root / concept_folder(name) for name in entry.concepts],
         )
 
-    def score(self, tracking: Tracking, version: ModelVersion) -> Measurement:
-        """Sample the version's prompts at their seeds, and score them.
+    def score(self, tracking: Tracking, version: ModelVersion, *, drift: bool = False) -> Measurement:
+        """Sample the version's prompts at their seeds, with `drift` also the bare class prompts, and score them.
 
         Raises:
             BrokenVersion: the delta or its base is not what was registered.
@@ -74,10 +75,11 @@ class VersionScorer:
         """
         from svdiff.evaluation.score import real_pictures
         from svdiff.sampling import Job
-        from svdiff.sampling.stage import default_negatives, draw_pictures, personalise
+        from svdiff.sampling.stage import class_jobs, default_negatives, draw_pictures, personalise
 
         entry = entry_of(version)
         jobs = [Job(prompt, seed) for prompt, seed in self._shown(entry)]
+        bare = class_jobs(self.config, entry) if drift else []
         # Read before the work: without them nothing can be said.
         real = real_pictures(entry, self.root)
         with tempfile.TemporaryDirectory() as folder:
@@ -88,10 +90,13 @@ class VersionScorer:
             except SvdiffError as error:
                 raise BrokenVersion(str(error)) from error
             try:
-                images = draw_pictures(pipe, jobs, self.config.sample, default_negatives(self.config, entry))
+                negatives = default_negatives(self.config, entry)
+                images = draw_pictures(pipe, jobs, self.config.sample, negatives)
+                class_images = draw_pictures(pipe, bare, self.config.sample, negatives) if bare else []
             finally:
                 personal.unload()
-        return Measurement(self._score(entry, jobs, images, real), images)
+        of_class = self._score_drift(bare, class_images, real) if bare else None
+        return Measurement(self._score(entry, jobs, images, real), images, of_class)
 
     def _shown(self, entry: Entry) -> list[tuple[str, int]]:
         """Prompt and seed of every picture."""
@@ -107,6 +112,14 @@ class VersionScorer:
         scores = score_pictures(entry, table["prompt"].tolist(), images, real, self._evaluators)
         # As many decimals as the files of the stage `score` keep.
         return scores.select_dtypes("number").round(6).set_index(pd.MultiIndex.from_frame(table))
+
+    def _score_drift(self, jobs: list[Job], images: list[Image], real: dict[str, list[Image]]) -> pd.DataFrame:
+        import pandas as pd
+
+        from svdiff.evaluation.score import score_drift
+
+        scored = score_drift(pd.DataFrame(jobs, columns=["prompt", "seed"]), images, real, self._evaluators)
+        return scored.set_index(["prompt", "seed"])[["identity"]].round(6)
 
     @cached_property
     def evaluators_described(self) -> Any:

@@ -29,7 +29,7 @@ from flows.registry.conditions import (
     set_baseline,
 )
 from flows.registry.overrides import predecessor, rollback
-from flows.registry.promotion import decide_again, now
+from flows.registry.promotion import SHOWN, decide_again, now
 from flows.registry.runs import CONCEPT
 from flows.registry.tracking import locked
 from svdiff.config import Config
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 VERDICT, WHY, WHEN = "reevaluation", "reevaluation_reason", "reevaluated_at"  # tags of a version
 REEVALUATES, OF_BASELINE = "svdiff.reevaluates", "svdiff.baseline_run"  # tags of a run
-SCORES = ("image_alignment", "text_alignment", "clip_i")
+SCORES = ("identity", "image_alignment", "text_alignment", "clip_i")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Round:
                 return Result(concept, planned.version, Verdict(tags[VERDICT]), tags[WHY], fresh=True)
             result = self._reevaluate(version)
             if result.verdict is Verdict.NEW_BASELINE:
-                decision = decide_again(self.tracking, self.config.promote, concept)
+                decision = decide_again(self.tracking, self.config, concept)
                 if decision and decision.promoted:
                     reason = f"{result.reason}; the challenger is champion now: {decision.reason}"
                     result = replace(result, reason=reason)
@@ -150,12 +150,14 @@ class Round:
 
     def _reevaluate(self, version: ModelVersion) -> Result:
         """Score, judge and record one version."""
+        conditions = self.scorer.conditions(version)
+        # A new baseline is what challengers are compared with, so it has everything that the stage `score` has.
+        new = self.accept or baseline_conditions(version) != conditions
         try:
-            measured = self.scorer.score(self.tracking, version)
+            measured = self.scorer.score(self.tracking, version, drift=new)
         except BrokenVersion as error:
             judgement = Judgement(Verdict.BROKEN, str(error))
         else:
-            conditions = self.scorer.conditions(version)
             judgement = self._judge(version, measured, conditions)
             self._log(version, measured, judgement, conditions)
         self._tag(version, judgement)
@@ -184,6 +186,8 @@ class Round:
         run_id = self._run(version, None if fresh else version.tags[BASELINE_RUN], conditions)
         step = len(client.get_metric_history(run_id, "image_alignment"))
         values = {name: float(measured.table[name].mean()) for name in SCORES if name in measured.table}
+        if measured.drift is not None:
+            values["drift_identity"] = float(measured.drift["identity"].mean())
         changes = {"image_change": judgement.image_change, "text_change": judgement.text_change}
         values |= {name: value for name, value in changes.items() if value is not None}
         at = int(time.time() * 1000)
@@ -196,8 +200,9 @@ class Round:
         client.set_tag(run_id, VERDICT, str(judgement.verdict))
         if fresh:
             set_baseline(self.tracking, version, conditions, run_id)
-            for name in ("image_alignment", "text_alignment"):
-                client.set_model_version_tag(version.name, str(version.version), name, f"{values[name]:.6f}")
+            for name in SHOWN:
+                if name in values:
+                    client.set_model_version_tag(version.name, str(version.version), name, f"{values[name]:.6f}")
         client.set_terminated(run_id, "FINISHED")
 
     def _log_files(self, run_id: str, folder: str, measured: Measurement) -> None:
@@ -206,6 +211,8 @@ class Round:
         with tempfile.TemporaryDirectory() as temporary:
             here = Path(temporary)
             measured.table.reset_index().assign(model="trained").to_csv(here / "images.csv", index=False)
+            if measured.drift is not None:
+                measured.drift.reset_index().assign(model="trained").to_csv(here / "drift.csv", index=False)
             (here / "evaluators.json").write_text(json.dumps(self.scorer.evaluators_described, indent=2) + "\n")
             image_grid(measured.images, columns=len(self.config.sample.seeds)).save(here / "samples.png")
             self.tracking.client.log_artifacts(run_id, temporary, folder)

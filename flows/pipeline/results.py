@@ -17,6 +17,7 @@ from svdiff.files import sha256_file, sha256_tree
 if TYPE_CHECKING:
     import pandas as pd
 
+EVALUATORS = "evaluators.json"
 REQUIRED = {
     "train": ("delta.safetensors", "curve.csv", "train.json"),
     "sample": ("images.csv",),
@@ -86,11 +87,23 @@ class Results:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """The numbers of metrics.json."""
-        content = json.loads((self.folder("score") / "metrics.json").read_text())
-        numbers = {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
-        if broken := [key for key, value in numbers.items() if not math.isfinite(value)]:
-            raise SvdiffError(f"{self.folder('score')}/metrics.json: {broken[0]} is {numbers[broken[0]]}; score again")
-        return numbers
+        path = self.folder("score") / "metrics.json"
+        content = json.loads(path.read_text())
+        for key, value in content.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise SvdiffError(
+                    f"{path}: {key} is {value!r}; expected a finite number: `dvc repro -f -s score@{self.concept}`"
+                )
+        return {key: float(value) for key, value in content.items()}
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The trained model's scores, picture by picture."""
+        return Scores.read(self.folder("score"))
+
+    def check_numbers(self) -> None:
+        """Raise SvdiffError for anything in delta or scores that is not a finite number, before any of it is registered."""
+        _ = self.delta_metadata, self.metrics, self.scores
 
     @cached_property
     def scores_sha256(self) -> str:
@@ -116,27 +129,43 @@ def read_results(config: Config, concept: str, root: Path = Path()) -> Results:
 
 @dataclass(frozen=True)
 class Scores:
-    """Alignment of a version's pictures: one row a picture, and who scored them."""
+    """Scores of a version's pictures, a row a picture, and who scored them; without those of the untrained base."""
 
-    table: pd.DataFrame  # indexed by (prompt, seed); columns image_alignment, text_alignment
+    table: pd.DataFrame  # by (prompt, seed): identity, text_alignment and whatever else is a number
     evaluators: dict[str, Any] | None
+    drift: pd.DataFrame | None = None  # the same of class prompts' pictures, with identity alone
 
     @classmethod
     def read(cls, folder: Path) -> Scores:
-        """Read images.csv and evaluators.json of a `score` folder, or of a copy of one."""
-        evaluators = folder / "evaluators.json"
-        return cls.parse((folder / "images.csv").read_text(), evaluators.read_text() if evaluators.is_file() else None)
+        """Read images.csv, drift.csv and evaluators.json of a `score` folder, or of a copy of one."""
+        texts = [path.read_text() if path.is_file() else None for path in (folder / "drift.csv", folder / EVALUATORS)]
+        return cls.parse((folder / "images.csv").read_text(), *texts)
 
     @classmethod
-    def parse(cls, images_csv: str, evaluators_json: str | None = None) -> Scores:
-        """Scores from the text of the two files; rows of the untrained base are left out."""
-        import pandas as pd
+    def parse(cls, images_csv: str, drift_csv: str | None = None, evaluators_json: str | None = None) -> Scores:
+        """Scores from the texts of the files. Raises SvdiffError for a missing column or a score that is no number."""
+        return cls(
+            _scored(images_csv, "images.csv", ["identity", "text_alignment"]),
+            json.loads(evaluators_json) if evaluators_json else None,
+            _scored(drift_csv, "drift.csv", ["identity"]) if drift_csv else None,
+        )
 
-        table = pd.read_csv(io.StringIO(images_csv))
-        missing = {"prompt", "seed", "image_alignment", "text_alignment"} - set(table.columns)
-        if missing:
-            raise SvdiffError(f"scores lack column {', '.join(sorted(missing))}; found {', '.join(table.columns)}")
-        if "model" in table:
-            table = table[table["model"] == "trained"]
-        table = table.set_index(["prompt", "seed"])[["image_alignment", "text_alignment"]]
-        return cls(table[~table.index.duplicated()], json.loads(evaluators_json) if evaluators_json else None)
+
+def _scored(text: str, name: str, needed: list[str]) -> pd.DataFrame:
+    """The trained model's rows of a csv by (prompt, seed), numbers only."""
+    import numpy as np
+    import pandas as pd
+
+    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], dtype={"prompt": str})
+    if missing := sorted({"prompt", "seed", *needed} - set(table.columns)):
+        raise SvdiffError(f"{name} lacks column {', '.join(missing)}; found {', '.join(table.columns)}; score again")
+    if "model" in table:
+        table = table[table["model"] == "trained"]
+    table = table.set_index(["prompt", "seed"])
+    for column in needed:
+        table[column] = pd.to_numeric(table[column], errors="coerce")
+        if not np.isfinite(table[column]).all():
+            prompt, seed = table.index[~np.isfinite(table[column])][0]
+            raise SvdiffError(f"{name}: {column} of '{prompt}' at seed {seed} is not a finite number; score again")
+    numbers = table.select_dtypes("number").drop(columns="prompt_index", errors="ignore")
+    return numbers[~numbers.index.duplicated()]

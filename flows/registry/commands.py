@@ -92,10 +92,13 @@ def list_registered(
     if as_json:
         typer.echo(json.dumps([asdict(concept) for concept in found], indent=2))
         return
-    row = "{:<24} {:>8} {:>10} {:>8} {:>7} {:>7}  {:<28} {}".format
-    typer.echo(row("concept", "champion", "challenger", "versions", "image", "text", "re-evaluation", "reason"))
+    row = "{:<24} {:>8} {:>10} {:>8} {:>8} {:>7} {:>7}  {:<28} {}".format
+    head = ("concept", "champion", "challenger", "versions", "identity", "text", "drift", "re-evaluation", "reason")
+    typer.echo(row(*head))
     for c in found:
-        scores = ["-" if value is None else f"{value:.4f}" for value in (c.image_alignment, c.text_alignment)]
+        scores = [
+            "-" if value is None else f"{value:.4f}" for value in (c.identity, c.text_alignment, c.drift_identity)
+        ]
         last, why = c.reevaluation or "-", f"retired: {c.retired}" if c.retired else c.reason
         typer.echo(row(c.concept, c.champion or "-", c.challenger or "-", c.versions, *scores, last, why))
 

@@ -128,8 +128,9 @@ class ListedConcept:
     champion: int | None
     challenger: int | None
     versions: int
-    image_alignment: float | None
+    identity: float | None
     text_alignment: float | None
+    drift_identity: float | None
     base_hash: str
     reason: str
     reevaluation: str
@@ -143,11 +144,22 @@ def list_concepts(tracking: Tracking, *, retired: bool = False) -> list[ListedCo
 
 def _listed(concept: RegisteredConcept) -> ListedConcept:
     tags = concept.champion.tags if concept.champion else {}
-    image, text = (float(tags[k]) if k in tags else None for k in ("image_alignment", "text_alignment"))
-    names = ("base_hash", REASON, "reevaluation")
-    champion, challenger = concept.aliases.get(CHAMPION), concept.aliases.get(CHALLENGER)
-    said = [*(tags.get(name, "") for name in names), concept.tags.get(RETIRED, "")]
-    return ListedConcept(concept.name, champion, challenger, len(concept.versions), image, text, *said)
+    identity, text, drift = (
+        float(tags[key]) if key in tags else None for key in ("identity", "text_alignment", "drift_identity")
+    )
+    return ListedConcept(
+        concept.name,
+        concept.aliases.get(CHAMPION),
+        concept.aliases.get(CHALLENGER),
+        len(concept.versions),
+        identity,
+        text,
+        drift,
+        base_hash=tags.get("base_hash", ""),
+        reason=tags.get(REASON, ""),
+        reevaluation=tags.get("reevaluation", ""),
+        retired=concept.tags.get(RETIRED, ""),
+    )
 
 
 def find(tracking: Tracking, which: str) -> ModelVersion:

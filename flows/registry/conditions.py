@@ -53,7 +53,7 @@ def conditions(
 
 def conditions_of_results(config: Config, results: Results) -> Conditions:
     """The conditions of what the stages `sample` and `score` left."""
-    scores = Scores.read(results.folder("score"))
+    scores = results.scores
     return conditions(
         scores.evaluators,
         scores.table.index,

@@ -18,7 +18,7 @@ from flows.registry.concepts import (
     model_version,
     read_concept,
 )
-from flows.registry.promotion import PREVIOUS, ROLLED_BACK, now, promote
+from flows.registry.promotion import BY_HAND, PREVIOUS, ROLLED_BACK, now, promote
 from flows.registry.tracking import locked
 from svdiff.errors import SvdiffError
 
@@ -44,7 +44,7 @@ def promote_manually(tracking: Tracking, concept: str, version: int | None, reas
             raise SvdiffError(f"version {number} of '{concept}' is the champion already")
         if ROLLED_BACK in chosen.tags:
             tracking.client.delete_model_version_tag(concept, str(number), ROLLED_BACK)
-        promote(tracking, concept, number, f"by hand: {reason}")
+        promote(tracking, concept, number, f"{BY_HAND}: {reason}")
     return number
 
 

@@ -13,7 +13,7 @@ from flows.pipeline.lineage import data_hash, git_state
 from flows.pipeline.results import Results
 from flows.registry import runs, summary
 from flows.registry.concepts import CHALLENGER, CHAMPION, model_id
-from flows.registry.promotion import Decision, aliases_of, decide
+from flows.registry.promotion import BETTER_THAN_BASE, Decision, aliases_of, decide
 from flows.registry.tracking import Tracking, locked
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
@@ -38,7 +38,7 @@ class Registration:
     base_hash: str
     new: bool
     decision: Decision
-    role: str  # `champion`, `challenger` or `neither champion nor challenger`
+    role: str  # `champion`, `challenger`, `not better than the base` or `neither champion nor challenger`
 
 
 def register(tracking: Tracking, config: Config, results: Results) -> Registration:
@@ -48,6 +48,7 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
     finds what exists and completes it; a new scoring of the same delta is logged and judged. Calls on one machine
     wait for each other; should two machines create a version each, the lower stays (`settle`).
     """
+    results.check_numbers()
     with locked(tracking.locks / f"register-{results.concept}"):
         version = find_version(tracking, results)
         new = version is None
@@ -144,8 +145,12 @@ def _describe(tracking: Tracking, version: ModelVersion, text: str) -> None:
 
 
 def _role(tracking: Tracking, version: ModelVersion) -> str:
+    if tracking.client.get_model_version(version.name, str(version.version)).tags.get(BETTER_THAN_BASE) == "false":
+        none = "not better than the base"
+    else:
+        none = f"neither {CHAMPION} nor {CHALLENGER}"
     held = {alias for alias, number in aliases_of(tracking, version.name).items() if number == int(version.version)}
-    return next((role for role in (CHAMPION, CHALLENGER) if role in held), f"neither {CHAMPION} nor {CHALLENGER}")
+    return next((role for role in (CHAMPION, CHALLENGER) if role in held), none)
 
 
 def _find_logged(tracking: Tracking, results: Results) -> LoggedModel | None:

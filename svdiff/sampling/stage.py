@@ -98,6 +98,12 @@ def default_negatives(config: Config, entry: Entry) -> list[str]:
     return list(dict.fromkeys(prompt for prompts in of_pairs for prompt in prompts))
 
 
+def class_jobs(config: Config, entry: Entry) -> list[Job]:
+    """Pictures of the bare class prompts, which tell whether the class word has drifted towards the concept."""
+    seeds = range(config.sample.drift_pictures)
+    return [Job(prompt, seed) for prompt in entry.class_prompts(config.prior.prompt) for seed in seeds]
+
+
 def draw_pictures(
     pipe: Any,
     jobs: Sequence[Job],
@@ -140,11 +146,7 @@ def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: 
     """
     settings, entry = config.sample, config.entry(name)
     out_dir = out_dir or Path("out/sample") / name
-    drift = [
-        Job(prompt, seed)
-        for prompt in entry.class_prompts(config.prior.prompt)
-        for seed in range(settings.drift_pictures)
-    ]
+    drift = class_jobs(config, entry)
     wanted = {"": [Job(prompt, seed) for prompt in config.sample_prompts(name) for seed in settings.seeds]}
     wanted |= {"drift": drift} if drift else {}
     pipe = load_pipeline(config.base)

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from flows.pipeline.results import Results, read_results
 from flows.registry.tracking import Tracking, connect
-from svdiff.config import Config, load_config
+from svdiff.config import Config, ScoreConfig, load_config
+from svdiff.evaluation.score import summarise, summarise_drift
 from svdiff.files import sort_safetensors_metadata
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 BASE_HASH = "b" * 64
 PROMPTS = ["a sks dog on a blue background", "a sks dog on a red background"]
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 2, 3]
 
 
 def write_params(root: Path, *concepts: str, **sections: dict) -> Path:
@@ -68,16 +69,39 @@ def write_sample(root: Path, concept: str) -> None:
     pd.DataFrame(rows).to_csv(folder / "images.csv", index=False)
 
 
-def write_score(root: Path, concept: str, *, image: float = 0.5, text: float = 0.3, evaluators: str = "clip-1") -> None:
-    """What `score` leaves: alignments around `image` and `text`, further apart within a version than between."""
+def write_score(
+    root: Path,
+    concept: str,
+    *,
+    identity: float = 0.5,
+    text: float = 0.3,
+    drift: float = 0.2,
+    evaluators: str = "clip-1",
+) -> None:
+    """What `score` leaves: scores around the three numbers, further apart within a version than between versions.
+
+    The untrained base has identity 0.2, text alignment 0.3 and drift 0.2.
+    """
     folder = root / "out" / "score" / concept
     folder.mkdir(parents=True, exist_ok=True)
     table = pd.read_csv(root / "out" / "sample" / concept / "images.csv")
-    table["image_alignment"] = image + 0.1 * table["seed"]
-    table["text_alignment"] = text - 0.1 * table["prompt_index"]
+    base = table["model"] == "base"
+    table["identity"] = np.where(base, 0.2, identity) + 0.1 * table["seed"]
+    table["image_alignment"] = table["identity"]
+    table["text_alignment"] = np.where(base, 0.3, text) - 0.1 * table["prompt_index"]
     table.to_csv(folder / "images.csv", index=False)
-    means = table[table["model"] == "trained"][["image_alignment", "text_alignment"]].mean().to_dict()
-    (folder / "metrics.json").write_text(json.dumps(means | {"pairs": len(PROMPTS) * len(SEEDS)}))
+    rows = [
+        {"model": model, "prompt": "a dog", "prompt_index": 0, "seed": seed, "identity": value + 0.1 * seed}
+        for model, value in (("trained", drift), ("base", 0.2))
+        for seed in range(8)
+    ]
+    bare = pd.DataFrame(rows)
+    bare.to_csv(folder / "drift.csv", index=False)
+    settings = ScoreConfig(bootstrap=100)
+    metrics = summarise(table, settings, ("identity", "image_alignment", "text_alignment"))
+    embedding = [np.eye(2)[seed % 2] for seed in bare["seed"]]
+    metrics |= summarise_drift(bare.assign(embedding=embedding), settings)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "evaluators.json").write_text(json.dumps({"clip": {"model": evaluators}}))
 
 
@@ -86,8 +110,9 @@ def write_results(
     concept: str,
     *,
     value: float = 0.1,
-    image: float = 0.5,
+    identity: float = 0.5,
     text: float = 0.3,
+    drift: float = 0.2,
     base_hash: str = BASE_HASH,
     evaluators: str = "clip-1",
     train_key: str | None = None,
@@ -95,7 +120,7 @@ def write_results(
     """What `train`, `sample` and `score` leave."""
     write_train(root, concept, value=value, base_hash=base_hash, train_key=train_key)
     write_sample(root, concept)
-    write_score(root, concept, image=image, text=text, evaluators=evaluators)
+    write_score(root, concept, identity=identity, text=text, drift=drift, evaluators=evaluators)
 
 
 def mlflow_client(root: Path) -> MlflowClient:

@@ -62,7 +62,7 @@ def test_finished_states_go_and_others_stay(project: Project) -> None:
 
 
 def test_deleted_runs_and_models_of_no_version_go(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = project.register(value=1, image=0.5), project.register(value=2, image=0.4)
+    first, second = project.register(value=1, identity=0.5), project.register(value=2, identity=0.4)
     client = project.tracking.client
     stray = client.create_run(project.tracking.experiment_id)
     client.log_text(stray.info.run_id, "x" * 5000, "notes.txt")

@@ -39,7 +39,7 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     assert version.tags["subset"] == "UNet"
     assert {"git_commit", "git_dirty", "data_hash", "train_key"} <= set(version.tags)
     assert "`a sks dog`" in version.description
-    assert "| image alignment | 0.6000 |" in version.description
+    assert "| identity | 0.6500 |" in version.description
 
     stored = {path.name for path in (project.root / "mlruns" / "artifacts").rglob("*") if path.is_file()}
     assert {"concept_model.py", "delta.safetensors", "concept.json", "MLmodel", "input_example.json"} <= stored
@@ -49,9 +49,9 @@ def test_first_version_is_champion_with_lineage_and_a_complete_run(project: Proj
     assert run.info.status == "FINISHED"
     assert run.data.params["lr"] == "0.001"
     assert [(data.dataset.name, data.dataset.digest) for data in run.inputs.dataset_inputs] == [("dog", "none")]
-    assert run.data.metrics["image_alignment"] == pytest.approx(0.6)
+    assert run.data.metrics["identity"] == pytest.approx(0.65)
     stored_model = client.get_logged_model(model_id(version))
-    assert {m.key for m in stored_model.metrics} >= {"image_alignment", "text_alignment"}
+    assert {m.key for m in stored_model.metrics} >= {"identity", "text_alignment"}
     assert [m.step for m in client.get_metric_history(done.run_id, "loss")] == list(range(1, 21))
     assert [m.step for m in client.get_metric_history(done.run_id, "fixed_noise_loss")] == [20]
     files = {
@@ -156,14 +156,14 @@ def test_two_machines_that_registered_at_once_agree_on_one_version(project: Proj
 
 
 def test_a_new_scoring_of_the_same_delta_is_logged_without_a_new_version(project: Project) -> None:
-    done = project.register(image=0.5)
-    again = project.register(image=0.6)
+    done = project.register(identity=0.5)
+    again = project.register(identity=0.6)
     assert again.version == done.version
     run = project.tracking.client.get_run(done.run_id)
-    assert run.data.metrics["image_alignment"] == pytest.approx(0.7)
+    assert run.data.metrics["identity"] == pytest.approx(0.75)
     version = project.tracking.client.get_model_version("dog", str(done.version))
-    assert float(version.tags["image_alignment"]) == pytest.approx(0.7)
-    assert "| image alignment | 0.7000 |" in version.description
+    assert float(version.tags["identity"]) == pytest.approx(0.75)
+    assert "| identity | 0.7500 |" in version.description
 
 
 def test_flow_run_is_linked(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,12 +189,12 @@ def test_a_file_that_is_no_delta_is_refused(project: Project) -> None:
 
 
 def test_list_shows_champions_and_scores(project: Project) -> None:
-    project.register("dog", image=0.5)
-    project.register("dog", value=0.2, image=0.4)
+    project.register("dog", identity=0.5)
+    project.register("dog", value=0.2, identity=0.4)
     project.register("dog2")
     entries = list_concepts(project.tracking)
     assert [(e.concept, e.champion, e.challenger) for e in entries] == [("dog", 1, 2), ("dog2", 1, None)]
-    assert entries[0].image_alignment == pytest.approx(0.6)
+    assert entries[0].identity == pytest.approx(0.65)
 
 
 def run_flows(root: Path, *arguments: str, **kwargs: object) -> subprocess.Popen[str]:
@@ -210,7 +210,7 @@ def test_the_catalogue_is_whole(project: Project) -> None:
     """Aliases and tags of both kinds; no deleted version, nothing that is registered beside models."""
     client = project.tracking.client
     for value in (0.1, 0.2, 0.3):
-        project.register(value=value, image=value)
+        project.register(value=value, identity=value + 0.2)
     project.register("dog2")
     client.delete_model_version("dog", "2")
     client.set_registered_model_tag("dog2", "colour", "brown")
