@@ -27,7 +27,8 @@ from PIL import Image
 from benchmarks.common import median, seconds, table
 from flows.registry.concepts import list_concepts, read_concepts
 from flows.registry.tracking import Tracking, connect
-from svdiff.config import Config, load_config
+from svdiff.config import Config, ScoreConfig, load_config
+from svdiff.evaluation.score import summarise
 
 BASE_HASH = "b" * 64
 SEEDS = [0, 1]

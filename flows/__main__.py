@@ -11,6 +11,7 @@ from flows.pipeline import commands as pipeline
 from flows.registry import commands as registry
 from flows.services import commands as services
 from svdiff.errors import SvdiffError
+from svdiff.secrets import show_exception
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for part in (registry, monitoring, services, pipeline):
@@ -19,6 +20,7 @@ for part in (registry, monitoring, services, pipeline):
 
 def main() -> None:
     """Entry point: errors meant for people are printed without a traceback."""
+    sys.excepthook = show_exception
     try:
         app()
     except SvdiffError as error:

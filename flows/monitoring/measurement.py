@@ -154,14 +154,9 @@ class VersionScorer:
 
     def _base(self, description: dict[str, Any]) -> BaseModelConfig:
         """The base that the version names; this checkout's own where that folder is on another machine."""
-        named = os.environ.get(BASE_VARIABLE)
-        if (
-            named is None
-            and Path(description["base_model"]).is_absolute()
-            and not Path(description["base_model"]).is_dir()
-        ):
+        base, named = dict(description["base"]), os.environ.get(BASE_VARIABLE)
+        if named is None and description["checkout"] is not None:  # a folder of the checkout
+            named = str(self.root / base["model"])
+        if named is None and Path(base["model"]).is_absolute() and not Path(base["model"]).exists():
             named = str(self.root / self.config.base.model)
-        if named is not None:
-            return BaseModelConfig(model=named)
-        settings = description.get("base_settings", {})
-        return BaseModelConfig(model=description["base_model"], revision=description["base_revision"], **settings)
+        return BaseModelConfig(**base if named is None else base | {"model": named, "revision": None})

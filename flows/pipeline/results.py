@@ -144,10 +144,11 @@ class Scores:
     @classmethod
     def parse(cls, images_csv: str, drift_csv: str | None = None, evaluators_json: str | None = None) -> Scores:
         """Scores from the texts of the files. Raises SvdiffError for a missing column or a score that is no number."""
+        drift = _scored(drift_csv, "drift.csv", ["identity"]) if drift_csv else None
         return cls(
             _scored(images_csv, "images.csv", ["identity", "text_alignment"]),
             json.loads(evaluators_json) if evaluators_json else None,
-            _scored(drift_csv, "drift.csv", ["identity"]) if drift_csv else None,
+            None if drift is None or drift.empty else drift,
         )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from flows.pipeline.process_tree import running, stop
+from svdiff.secrets import redacted
 
 SHARE = "SVDIFF_SHARE"  # set where a worker has a clone of its own: its stages go through the DVC remote
 TAIL = 30  # lines that a failure carries
@@ -232,5 +233,5 @@ def _lines(stream: IO[bytes] | None) -> Iterator[tuple[str, bool]]:
 
 
 def _clean(text: bytes) -> str:
-    """Text without colours and cursor movements."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")).rstrip()
+    """Text without colours, cursor movements and secrets: it goes to logs, to Prefect and into errors."""
+    return redacted(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode(errors="replace")).rstrip())

@@ -41,8 +41,10 @@ def connected(params: Path) -> tuple[Config, Tracking]:
 @app.command()
 def init(params: Params = PARAMS) -> None:
     """Make the MLflow database and experiment, if they are not there."""
+    from svdiff.secrets import redacted
+
     _, tracking = connected(params)
-    typer.echo(f"MLflow: {tracking.uri}, experiment '{tracking.experiment}' ({tracking.experiment_id})")
+    typer.echo(f"MLflow: {redacted(tracking.uri)}, experiment '{tracking.experiment}' ({tracking.experiment_id})")
 
 
 @app.command()
@@ -50,7 +52,7 @@ def register(
     name: Entry,
     params: Params = PARAMS,
 ) -> None:
-    """Stage: log a concept's training to MLflow and register its delta; writes out/register/<name>.json."""
+    """Stage: log a concept's training to MLflow and register its delta; writes out/register/<name>.json and its model card."""
     from flows.pipeline.results import read_results
     from svdiff.config import load_config
     from svdiff.files import write_atomic
@@ -59,6 +61,7 @@ def register(
     # Before MLflow is imported: a missing file or an unknown concept is told at once.
     results = read_results(load_config(params), name, root)
     from flows.registry.register import register as run
+    from flows.registry.summary import card
 
     config, tracking = connected(params)
     done = run(tracking, config, results)
@@ -72,6 +75,7 @@ def register(
         "role": done.role,
         "reason": done.decision.reason,
     }
+    write_atomic(root / "out" / "register" / f"{name}.md", card(config, results))
     write_atomic(root / "out" / "register" / f"{name}.json", json.dumps(record, indent=2) + "\n")
     typer.echo(
         f"{name}: version {done.version} {'registered' if done.new else 'was registered already'}, "

@@ -42,6 +42,7 @@ from flows.registry.conditions import (
 )
 from flows.registry.tracking import Tracking
 from svdiff.config import Config, PromoteConfig, ScoreConfig
+from svdiff.secrets import redacted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,7 +254,9 @@ def _decide_by_rule(
     try:
         of_champion = baseline_scores(tracking, champion)
     except Exception as error:  # whatever an artifact store raises: a broken champion must not stop the others
-        return Decision(False, f"not comparable: scores of champion version {number} cannot be read ({error})")
+        return Decision(
+            False, f"not comparable: scores of champion version {number} cannot be read ({redacted(str(error))})"
+        )
     decision = judge(scores, of_champion, config.promote, config.score)
     return Decision(decision.promoted, f"against champion version {number}: {decision.reason}")
 

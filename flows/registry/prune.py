@@ -14,6 +14,7 @@ Every part can be asked for by itself; a part that cannot be looked at says why 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from flows.pipeline.cache import remove_unused_objects, unused_objects
 from flows.registry.concepts import RegisteredConcept, model_id, read_concepts
 from flows.registry.conditions import BASELINE_RUN
-from flows.registry.storage import local_path, usage
-from flows.registry.tracking import all_pages
+from flows.registry.storage import usage
+from flows.registry.tracking import all_pages, local_path
 from svdiff.errors import SvdiffError
 from svdiff.models import scratch
 
@@ -159,12 +160,16 @@ def _mlflow(tracking: Tracking, concepts: list[RegisteredConcept]) -> Found:
     def remove() -> None:
         for model in models:
             tracking.client.delete_logged_model(model.model_id)
-        command = ["gc", "--backend-store-uri", tracking.uri, "--tracking-uri", tracking.uri]
+        # By environment: arguments can be read by everybody on the machine, and the address may hold a password.
+        store = {"MLFLOW_BACKEND_STORE_URI": tracking.uri, "MLFLOW_TRACKING_URI": tracking.uri}
+        command = ["gc"]
         if runs:
             command += ["--run-ids", ",".join(run.info.run_id for run in runs)]
         if models:
             command += ["--logged-model-ids", ",".join(model.model_id for model in models)]
-        done = subprocess.run([sys.executable, "-m", "mlflow", *command], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "mlflow", *command], env=os.environ | store, capture_output=True, text=True
+        )
         if done.returncode:
             raise SvdiffError(f"`mlflow gc` failed: {done.stderr.strip()[-2000:]}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,20 @@ from flows.pipeline.results import Results
 from flows.registry import runs, summary
 from flows.registry.concepts import CHALLENGER, CHAMPION, model_id
 from flows.registry.promotion import BETTER_THAN_BASE, Decision, aliases_of, decide
-from flows.registry.tracking import Tracking, locked
+from flows.registry.tracking import Tracking, locked, workspace
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
-from svdiff.models import scratch
+from svdiff.sampling.stage import default_negatives
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 MODEL_FILE = Path(__file__).with_name("concept_model.py")
-REQUIREMENTS = ("mlflow", "torch", "diffusers", "transformers", "safetensors", "pandas", "pillow")
+REQUIREMENTS = (
+    *("mlflow", "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pandas", "pillow"),
+    *("pydantic", "ruamel.yaml", "tqdm", "filelock"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def register(tracking: Tracking, config: Config, results: Results) -> Registrati
         else:
             _clean_lineage(tracking, config, results, version)
         run_id = str(version.run_id)
-        runs.log_scores(tracking, results, run_id, model_id(version))
+        runs.log_scores(tracking, results, run_id, model_id(version), summary.card(config, results))
         _describe(tracking, version, summary.description(config, results))
         runs.link_flow_run(tracking, run_id)
         decision = decide(tracking, config, results, version)
@@ -181,6 +185,7 @@ def _log_model(tracking: Tracking, config: Config, results: Results, run_id: str
             flavor=_Pyfunc,
             flavor_name="mlflow.pyfunc",
             python_model=str(MODEL_FILE),
+            code_paths=[str(_copy_code(Path(folder)))],
             artifacts={"delta": str(results.delta), "concept": str(description)},
             signature=_signature(config),
             input_example=pd.DataFrame({"prompt": [f"a {config.entry(results.concept).subject}"]}),
@@ -205,41 +210,57 @@ class _Pyfunc:
 
 def model_description(config: Config, results: Results) -> dict[str, Any]:
     """concept.json of the model: what concept_model.py needs to know beside the delta."""
-    local = (results.root / config.base.model).resolve()
+    base, root, entry = config.base.model_dump(mode="json"), results.root, config.entry(results.concept)
+    local = (root / config.base.model).resolve()
+    inside = local.exists() and local.is_relative_to(root)
+    if local.exists():
+        base["model"] = local.relative_to(root).as_posix() if inside else str(local)
     return {
         "concept": results.concept,
-        "subject": config.entry(results.concept).subject,
-        "base_model": str(local) if local.is_dir() else config.base.model,
-        "base_revision": config.base.revision,
-        "base_settings": config.base.model_dump(exclude={"model", "revision"}),
+        "subject": entry.subject,
+        "base": base,
+        "checkout": str(workspace(root)) if inside else None,
         "base_hash": results.base_hash,
-        "bases": str((results.root / scratch()).resolve() / "bases"),
-        "sample": config.sample.model_dump(include={"steps", "guidance", "eta", "batch_size"}),
+        "sample": config.sample.model_dump(mode="json"),
+        "negatives": default_negatives(config, entry),
     }
 
 
 def _signature(config: Config) -> Any:
+    """What goes in is left open, since MLflow would make one column of it, the first; the model reads and refuses it itself."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+    sample = config.sample
     return ModelSignature(
-        # One column without a name takes a list of strings and a DataFrame alike.
-        inputs=Schema([ColSpec("string")]),
         outputs=Schema([ColSpec("string", "prompt"), ColSpec("long", "seed"), ColSpec("binary", "image")]),
         params=ParamSchema(
             [
                 ParamSpec("seed", "long", 0),
                 ParamSpec("seeds", "long", [], shape=(-1,)),
-                ParamSpec("steps", "long", config.sample.steps),
-                ParamSpec("guidance", "double", config.sample.guidance),
                 ParamSpec("scale", "double", 1.0),
+                ParamSpec("steps", "long", sample.steps),
+                ParamSpec("guidance", "double", sample.guidance),
+                ParamSpec("eta", "double", sample.eta),
+                ParamSpec("beta", "double", sample.beta),
+                ParamSpec("batch_size", "long", sample.batch_size),
             ]
         ),
     )
 
 
+def _copy_code(folder: Path) -> Path:
+    """The library as it is now, to travel with the model: a name on a package index could be anybody's."""
+    package = Path(svdiff.__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__", "base", "cli", "experiments")
+    return Path(shutil.copytree(package, folder / "svdiff", ignore=ignored))
+
+
 def _requirements() -> list[str]:
-    """Given outright: MLflow would otherwise load the model in another process to find them out."""
+    """Given outright: MLflow would otherwise load the model in another process to find them out.
+
+    Public versions: a build such as 2.6.0+cpu is on no index.
+    """
     from importlib.metadata import version
 
-    return [f"{name}=={version(name)}" for name in REQUIREMENTS] + [f"svdiff=={svdiff.__version__}"]
+    return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]

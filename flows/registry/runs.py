@@ -16,6 +16,7 @@ from flows.registry.tracking import Tracking
 from svdiff.config import Config
 from svdiff.data.concepts import concept_folder
 from svdiff.errors import SvdiffError
+from svdiff.secrets import redacted
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -48,8 +49,11 @@ def training_run(tracking: Tracking, config: Config, results: Results) -> str:
     return str(run.info.run_id)
 
 
-def log_scores(tracking: Tracking, results: Results, run_id: str, model_id: str) -> None:
-    """Log metrics.json to run and model, score files and sample grids to the run; nothing if they are there."""
+def log_scores(tracking: Tracking, results: Results, run_id: str, model_id: str, card: str) -> None:
+    """Log metrics.json to run and model, score files and sample grids to the run, the model card with the grids beside the delta.
+
+    Nothing if they are there.
+    """
     client = tracking.client
     if client.get_run(run_id).data.tags.get(SCORES) == results.scores_sha256:
         return
@@ -63,6 +67,8 @@ def log_scores(tracking: Tracking, results: Results, run_id: str, model_id: str)
         for model, grid in sample_grids(results).items():
             grid.save(Path(folder) / f"{model}.png")
         client.log_artifacts(run_id, folder, "samples")
+        (Path(folder) / "README.md").write_text(card)
+        client.log_model_artifacts(model_id, folder, "artifacts")
     client.set_tag(run_id, SCORES, results.scores_sha256)
 
 
@@ -117,7 +123,7 @@ def _log_training(tracking: Tracking, config: Config, results: Results, run: Run
     client, run_id = tracking.client, run.info.run_id
     # Parameters cannot change in MLflow: what the live curve logged already stays.
     new = {key: value for key, value in _parameters(config, results).items() if key not in run.data.params}
-    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in new.items()])
+    client.log_batch(run_id, params=[Param(key, redacted(str(value))) for key, value in new.items()])
     pictures = {name: lineage.data_hash(results.root, [name]) for name in config.entry(results.concept).concepts}
     data = [
         Dataset(
@@ -143,8 +149,9 @@ def _log_training(tracking: Tracking, config: Config, results: Results, run: Run
 def log_lineage(tracking: Tracking, config: Config, results: Results, run_id: str) -> None:
     """Everything that the version needs to be made again, as files of the run."""
     described = json.dumps(lineage.describe_lineage(config, results), indent=1) + "\n"
-    tracking.client.log_text(run_id, described, LINEAGE)
-    tracking.client.log_artifact(run_id, str(results.root / "params.yaml"), "lineage")
+    tracking.client.log_text(run_id, redacted(described), LINEAGE)
+    params = (results.root / "params.yaml").read_text(encoding="utf-8-sig")
+    tracking.client.log_text(run_id, redacted(params), "lineage/params.yaml")
 
 
 def read_lineage(tracking: Tracking, version: ModelVersion) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
 from flows.pipeline.cache import dvc_places
-from flows.registry.tracking import SQLITE
+from flows.registry.tracking import SQLITE, local_path
 from svdiff.models import scratch
 
 if TYPE_CHECKING:
@@ -72,14 +71,6 @@ def _places(tracking: Tracking, root: Path) -> Iterator[tuple[str, Path]]:
         # Everything below one folder, whichever experiment it belongs to.
         yield "MLflow artifacts", artifacts.parent if tracking.uri.startswith(SQLITE) else artifacts
     yield "Prefect: database, logs, services", root / ".prefect"
-
-
-def local_path(uri: str) -> Path | None:
-    """The folder behind a URI or path of this machine, None for another store."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("", "file"):
-        return None
-    return Path(unquote(parts.path))
 
 
 def human(size: int) -> str:

@@ -11,14 +11,34 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from svdiff.config import TrackingConfig
 from svdiff.errors import SvdiffError
+from svdiff.secrets import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
+ARTIFACTS = "artifacts"  # folder beside the database
+
+
+# Where MLflow's database has places of files.
+PLACES = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
+
+
+def workspace(root: Path) -> Path:
+    """The checkout itself. DVC runs queued and temporary experiments in a copy below .dvc/tmp/exps, which it deletes."""
+    for folder in root.parents:
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2]
+    return root
 
 
 @contextmanager
@@ -76,7 +96,7 @@ class Tracking:
         """Address of a run in the MLflow UI; MLFLOW_UI_URL says where that is if the store is a file."""
         served = self.uri.startswith("http")
         ui = self.uri if served else os.environ.get("MLFLOW_UI_URL", "http://127.0.0.1:5000")
-        return f"{ui.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        return f"{redacted(ui).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
 
 def connect(config: TrackingConfig, root: Path = Path()) -> Tracking:
@@ -89,13 +109,16 @@ def connect(config: TrackingConfig, root: Path = Path()) -> Tracking:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    root = root.resolve()
+    root = workspace(root.resolve())
     uri = os.environ.get("MLFLOW_TRACKING_URI") or config.uri
     if uri.startswith(SQLITE):  # absolute: MLflow keeps one store a URI, wherever the process goes
         uri = f"{SQLITE}{(root / uri.removeprefix(SQLITE)).resolve()}"
     tracking = Tracking(uri, config.experiment, root)
+    named = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(tracking.uri)
     mlflow.set_registry_uri(tracking.uri)
+    if named is None:  # MLflow sets it, and every later checkout and child process would take this one's store
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     try:
         with locked(tracking.locks / "mlflow-init"):
             artifacts = None
@@ -115,9 +138,41 @@ def _prepare_sqlite(database: Path) -> str:
         # WAL is a property of the file: set once, every later connection has it.
         if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
             connection.execute("PRAGMA journal_mode=WAL")
+        _follow_move(connection, database.parent)
+        connection.commit()
     finally:
         connection.close()
-    return (database.parent / "artifacts").resolve().as_uri()
+    return (database.parent / ARTIFACTS).as_uri()
+
+
+def _follow_move(connection: sqlite3.Connection, folder: Path) -> None:
+    """Point a store that was moved or copied with its checkout at the files beside it.
+
+    MLflow writes absolute paths and has no command that changes them, so a moved registry would be lost, and a copied one would
+    write into the original. Experiments whose artifacts lie elsewhere on purpose stay as they are.
+    """
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "experiments" not in tables or not (folder / ARTIFACTS).is_dir():
+        return
+    recorded = [uri for (uri,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments") if uri]
+    homes = {path.parent for uri in recorded if (path := local_path(uri)) is not None and path.name == ARTIFACTS}
+    for old in homes - {folder}:
+        for before, after in ((old.as_uri(), folder.as_uri()), (str(old), str(folder))):
+            for table in tables & PLACES.keys():
+                columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+                for column in columns.intersection(PLACES[table]):
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                        (f"{after}/", len(before) + 2, len(before) + 1, f"{before}/"),
+                    )
+
+
+def local_path(uri: str) -> Path | None:
+    """The folder behind a URI or path of this machine, None for another store."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        return None
+    return Path(unquote(parts.path) if parts.scheme else uri)
 
 
 def _ensure_experiment(tracking: Tracking, artifacts: str | None) -> None:

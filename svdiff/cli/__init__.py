@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from svdiff import __version__
 from svdiff.errors import SvdiffError
+from svdiff.secrets import show_exception
 from svdiff.words import did_you_mean
 
 
@@ -118,6 +119,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    sys.excepthook = show_exception
     try:
         app()
     except SvdiffError as error:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from svdiff.config import TrackingConfig
 from svdiff.errors import SvdiffError
 from svdiff.files import write_atomic
+from svdiff.secrets import redacted
 
 log = logging.getLogger(__name__)
 
@@ -92,4 +93,4 @@ class LiveCurve:
 
     def _give_up(self, error: Exception) -> None:
         self.active = False
-        log.warning("live curve off, training goes on: %s: %s", type(error).__name__, error)
+        log.warning("live curve off, training goes on: %s: %s", type(error).__name__, redacted(str(error)))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from miniature import Project, make_dvc_project, write_params
 from team import UP, Team, bring_flows, postgres
 
@@ -56,7 +57,9 @@ def tiny_evaluators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import svdiff.evaluation.evaluators as module
 
-    clip, lpips = TinyClip(), TinyLpips()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip, lpips = TinyClip(), TinyLpips()
     monkeypatch.setattr(module, "load_clip", lambda _: (clip.encode_images, clip.encode_texts))
     monkeypatch.setattr(module, "load_lpips", lambda _: lpips)
 
