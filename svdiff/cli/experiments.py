@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, wrote
+from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, refuse, wrote
 
 app = typer.Typer()
 
 
 @app.command("compare-pairs")
 def compare_pairs(
+    context: typer.Context,
     name: Annotated[list[str] | None, typer.Argument(help="pairs of params.yaml (default: all)")] = None,
     method: Annotated[list[str] | None, typer.Option(help="of training (default: svdiff and full)")] = None,
     way: Annotated[
@@ -28,6 +29,8 @@ def compare_pairs(
     params: Params = PARAMS,
 ) -> None:
     """How well identities are kept apart, with and without Cut-Mix-Unmix (Fig. 6). Resumes: what is finished is kept."""
+    if way and "unmix" not in way:
+        refuse(context, "unmix_weight", "is of the way `unmix` alone: add --way unmix, or leave it out")
     config = read(params)
     from svdiff.experiments import pairs
 

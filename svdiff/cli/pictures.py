@@ -132,7 +132,12 @@ def style(
 def _find(delta: str) -> Path:
     from svdiff.sampling.stage import find_delta
 
-    return find_delta(delta)[0]
+    path, weight = find_delta(delta)
+    if weight != 1:
+        raise SvdiffError(
+            f"'{delta}': a weight has no effect here, where the strip sets it; give {delta.rpartition(':')[0]}"
+        )
+    return path
 
 
 def _draw(

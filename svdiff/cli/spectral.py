@@ -187,11 +187,16 @@ def export(
     ],
     base: Base = EMBEDDED,
     lora: Annotated[bool, typer.Option("--lora", help="LoRA instead of plain diffusers weights")] = False,
-    rank: Annotated[int | None, typer.Option(help="of the LoRA [default: full, exact but for norms]")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="of the LoRA [default: full, exact but for norms]")] = None,
     kohya: Annotated[bool, typer.Option("--kohya", help="kohya's names, which some tools want")] = False,
     half: Half = False,
 ) -> None:
     """A delta as plain diffusers weights (exact), or as LoRA for every other tool (without its norms' shifts)."""
+    if not lora and (rank is not None or kohya):
+        raise SvdiffError("--rank and --kohya are for LoRA: add --lora")
+    if lora == (output.suffix != ".safetensors"):
+        kind = "a LoRA is a .safetensors file" if lora else "plain weights are a folder, and --lora makes a file"
+        raise SvdiffError(f"--output is '{output}': {kind}")
     import torch
 
     from svdiff.files import atomic_dir
@@ -211,8 +216,6 @@ def export(
         for path in export_tokens(concepts.pipe, delta.tokens, output):
             typer.echo(str(path))
     else:
-        if rank is not None or kohya:
-            raise SvdiffError("--rank and --kohya are for LoRA: add --lora")
         concepts.load_delta(delta, "concept")
         concepts.fuse()
         with atomic_dir(output) as folder:

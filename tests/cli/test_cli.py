@@ -115,6 +115,10 @@ def test_an_unknown_concept_is_refused_with_what_was_perhaps_meant(svdiff) -> No
         (("sample", "openmoji-dog", "--delta", "openmoji-dog", "--prompt", "a dog"), "either NAME or --delta"),
         (("sample", "openmoji-dog", "--prompt", "a dog", "--negative", "a cat"), "beta"),
         (("sample", "openmoji-dog", "--prompt", "a dog", "--beta", "3"), "beta"),
+        (("compare-pairs", "--way", "without", "--unmix-weight", "2"), "--unmix-weight is of the way `unmix` alone"),
+        (("export", "a.safetensors", "-o", "folder", "--rank", "4"), "add --lora"),
+        (("export", "a.safetensors", "-o", "folder", "--lora"), "a LoRA is a .safetensors file"),
+        (("export", "a.safetensors", "-o", "b.safetensors"), "plain weights are a folder"),
         (("attention", "dog-and-cat", "--prompt", "a {subject}"), "is 2 prompts"),
     ],
 )
