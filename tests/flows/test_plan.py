@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from svdiff.plan import stages_to_run
 
 
@@ -16,6 +18,7 @@ def repro(root: Path, *arguments: str) -> list[str]:
     return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
 
 
+@pytest.mark.slow
 def test_stages_that_wait_for_others_run_only_if_those_change(dvc_project: Path) -> None:
     planned = stages_to_run()
     assert not any(planned.values())  # nothing was ever made

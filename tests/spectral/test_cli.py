@@ -38,7 +38,7 @@ def test_subsets(tiny_base: Path) -> None:
     assert {row["paper_kb"] for row in own} == {None}
     assert own[-1]["name"] == "text encoder"
     assert "UNet-CA-KV" in run("subsets", "--base", tiny_base)
-    with pytest.raises(SvdiffError, match="there is no unet"):
+    with pytest.raises(SvdiffError, match="'/nowhere' is not a folder here"):
         run("subsets", "--base", "/nowhere")
 
 

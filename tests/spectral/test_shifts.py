@@ -233,6 +233,7 @@ def test_channels_last(unet: nn.Module, basis: Basis, call) -> None:
     assert weights_hash(unet) == basis.base_hash
 
 
+@pytest.mark.slow
 def test_the_whole_model_compiles_as_its_base_does(unet: nn.Module, basis: Basis, call) -> None:
     """Output and gradients through dynamo and AOT autograd; the code generator behind them is not ours."""
     plain = torch.compile(unet, backend="aot_eager")
