@@ -6,7 +6,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: repro test test-slow lint clean
+.PHONY: repro test test-slow lint docs dag clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test      environment and the fast tests"
 	@echo "make test-slow the slow tests"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      the docs site, in build/site; opens without a server"
 
 # constraints.txt pins what is known to work together.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -38,6 +39,14 @@ lint: $(BIN)/.installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+docs: $(BIN)/.installed
+	mkdocs build --strict --quiet
+
+# The picture of the pipeline in docs/design.md: a box a stage, whatever its entries. Needs graphviz.
+dag: $(BIN)/.installed
+	dvc dag --dot | sed -E 's/@[^"]*"/"/g; s#data/concepts/[^"]*\.dvc#data/concepts#g; 1s/.*/digraph { rankdir=LR; nodesep=0.15; ranksep=0.3; node [shape=box style=rounded fontname="sans-serif" fontsize=12 height=0.3]; edge [color=gray50 arrowsize=0.6];/' \
+		| awk '!seen[$$0]++' | dot -Tsvg > docs/pictures/pipeline.svg
 
 clean:
 	rm -rf $(VENV) out .svdiff

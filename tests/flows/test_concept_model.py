@@ -91,3 +91,12 @@ def test_another_base_is_refused_by_name(tiny_project: Project, tiny_pipe, tmp_p
     assert "set SVDIFF_BASE_MODEL to the folder" in done.stderr
     gone = predict(tiny_project.root, SVDIFF_BASE_MODEL="/nowhere/base")
     assert "is not at /nowhere/base" in gone.stderr
+
+
+def test_the_example_draws_with_the_champion(tiny_project: Project) -> None:
+    example = Path(__file__).parents[2] / "examples" / "champion.py"
+    command = [sys.executable, str(example), "dog", "a {subject}", "--seed", "3"]
+    done = subprocess.run(command, cwd=tiny_project.root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pictures/dog-0.png: a sks dog, seed 3" in done.stdout
+    assert Image.open(tiny_project.root / "pictures/dog-0.png").size == (16, 16)
