@@ -1,4 +1,4 @@
-"""The workflow around the library: Prefect runs DVC's stages, MLflow has the registered concepts; no telemetry."""
+"""The workflow around the library: Prefect runs DVC's stages, MLflow has the registered concepts; no telemetry, no proxy on this machine."""
 
 import os
 
@@ -13,3 +13,9 @@ for _name, _value in {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Servers on this machine are asked directly, whatever proxy is set for others.
+_direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
+    dict.fromkeys([*filter(None, _direct), "127.0.0.1", "localhost", "::1"])
+)

@@ -18,6 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import StateType
 
+from flows.orchestration.gpus import visible
 from flows.orchestration.tasks import GPU
 
 ATTEMPTS = 3
@@ -94,7 +95,8 @@ def install(gpus: int | None) -> list[str]:
     """Make automations and the limit on tasks tagged `gpu`, or bring them up to date; what was done, a line each.
 
     Args:
-        gpus: tasks at once that need a GPU, on all workers together; None keeps the limit that is there, or makes 1.
+        gpus: tasks at once that need a GPU, on all workers together; None keeps the limit that is there, or makes it the
+            number of GPUs here, at least 1.
     """
     said = []
     for automation in automations():
@@ -113,8 +115,9 @@ def install(gpus: int | None) -> list[str]:
         except ObjectNotFound:
             limit = None
         if limit is None or gpus not in (None, limit):
-            client.create_concurrency_limit(GPU, gpus or 1)
-            said.append(f"stages that need a GPU: {gpus or 1} at once")
+            gpus = gpus or max(1, len(visible()))
+            client.create_concurrency_limit(GPU, gpus)
+            said.append(f"stages that need a GPU: {gpus} at once")
         else:
             said.append(f"stages that need a GPU: {limit} at once, as before (--gpus changes it)")
     return said

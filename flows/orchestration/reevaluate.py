@@ -5,19 +5,24 @@ By hand `python -m flows reevaluate` does the same without Prefect. The deployme
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.runtime import flow_run
+from prefect.states import State
 
 from flows.monitoring.round import Result, Round
 from flows.monitoring.rule import Verdict
+from flows.orchestration.gpus import own_gpu
 from flows.orchestration.parameters import Name
+from flows.orchestration.schedules import cancel_missed
 from flows.registry.runs import FLOW_RUN, FLOW_RUN_URL
 from flows.registry.tracking import connect
 from svdiff.config import load_config
@@ -34,12 +39,14 @@ def _reevaluate(concept: str, round_: Round) -> Result:
 @flow(name="reevaluate", flow_run_name="reevaluate", persist_result=False)
 def reevaluate(
     concepts: list[Name] | None = None, force: bool = False, accept: bool = False, rollback: bool | None = None
-) -> dict[str, str]:
+) -> dict[str, str] | State[Any]:
     """Sample and score registered champions again, and say what became of each.
 
     A champion that drifted or broke raises a Prefect event (`svdiff.champion.drifted`, `svdiff.champion.broken`), tags
     its version and, if asked for, is rolled back. One that could not be measured does not stop the others; the run says
     which those were, and fails at its end.
+
+    Of scheduled runs that were missed while nothing was up, the last is made up for.
 
     Args:
         concepts: registered names; default all champions in use.
@@ -47,6 +54,8 @@ def reevaluate(
         accept: take today's scores as the baseline from here on.
         rollback: put the previous champion back where one drifted or broke; default as params.yaml says.
     """
+    if (cancelled := cancel_missed()) is not None:
+        return cancelled
     log, root = get_run_logger(), Path.cwd()
     config = load_config()
     if rollback is not None:
@@ -61,6 +70,19 @@ def reevaluate(
         tags={k: v for k, v in links.items() if v},
     )
     names = [planned.concept for planned in round_.plan(concepts)]
+    with own_gpu() as gpu:
+        os.environ.update(gpu)  # heeded at the first use of a GPU in this process, which is below
+        results, failures = _measure(names, round_)
+    create_table_artifact(table(results, failures), key="reevaluation", description=summary(results, failures))
+    log.info("%s", summary(results, failures))
+    if failures:
+        raise RuntimeError("\n".join(f"{name} could not be measured: {why}" for name, why in failures.items()))
+    return {result.concept: str(result.verdict) for result in results}
+
+
+def _measure(names: Sequence[str], round_: Round) -> tuple[list[Result], dict[str, str]]:
+    """One champion after the other: what became of them, and why some could not be measured."""
+    log = get_run_logger()
     results, failures = [], {}
     for name in names:
         state = _reevaluate(name, round_, return_state=True)
@@ -72,11 +94,7 @@ def reevaluate(
         (log.warning if result.verdict.alarming else log.info)("%s", result.line())
         if result.verdict.alarming:
             alarm(result)
-    create_table_artifact(table(results, failures), key="reevaluation", description=summary(results, failures))
-    log.info("%s", summary(results, failures))
-    if failures:
-        raise RuntimeError("\n".join(f"{name} could not be measured: {why}" for name, why in failures.items()))
-    return {result.concept: str(result.verdict) for result in results}
+    return results, failures
 
 
 def alarm(result: Result) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import State
 
 from flows.orchestration.artifacts import Progress
+from flows.orchestration.gpus import own_gpu
 from flows.orchestration.logs import StageLog
 from flows.pipeline.stages import SHARE, StageRun, StageWaits, push_stage, run_stage
 
@@ -36,9 +37,13 @@ def dvc_stage(stage: str, timeout_minutes: float | None = None, *, return_state:
 
     With `return_state` a Prefect state instead, which holds the failure if there was one.
     """
-    tags = [] if stage.partition("@")[0] in LIGHT else [GPU]
+    tags = [GPU] if _needs_gpu(stage) else []
     tagged: Any = _stage.with_options(tags=tags)
     return tagged(stage, timeout_minutes, return_state=return_state)
+
+
+def _needs_gpu(stage: str) -> bool:
+    return stage.partition("@")[0] not in LIGHT
 
 
 def _better_later(task: Any, task_run: Any, state: State[Any]) -> bool:
@@ -70,7 +75,10 @@ def _stage(stage: str, timeout_minutes: float | None) -> str:
         log.info(line)
         lines.write(line)
 
-    with _alone(stage) if shared else nullcontext():
+    with ExitStack() as held:
+        if shared:
+            held.enter_context(_alone(stage))
+        gpu = held.enter_context(own_gpu()) if _needs_gpu(stage) else {}
         try:
             done: StageRun = run_stage(
                 stage,
@@ -78,7 +86,7 @@ def _stage(stage: str, timeout_minutes: float | None) -> str:
                 on_line=on_line,
                 on_progress=progress.show,
                 timeout=None if timeout_minutes is None else 60 * timeout_minutes,
-                environment=_link(),
+                environment=_link() | gpu,
                 pull=shared,
             )
             if shared:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import logging
+import os
+import re
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from flows.pipeline.lineage import git
 from svdiff.errors import SvdiffError
+
+RECORDS = (".dvc", "dvc.lock")  # ends of the names of files that name objects
+OBJECT = re.compile(r"""md5"?: "?([0-9a-f]{32}(?:\.dir)?)""")  # in those files, and in the list of a folder's files
 
 
 def dvc_places(root: Path) -> Iterator[tuple[str, Path]]:
@@ -29,17 +35,17 @@ def dvc_places(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def unused_objects(root: Path) -> list[Path]:
-    """Files of the cache that `dvc gc --workspace --all-commits --all-experiments` would remove. Raises SvdiffError."""
+    """Files of the cache that no commit, experiment, stash or workspace of the checkout names.
+
+    They are named in dvc.lock and .dvc files, which are read as they are: pipelines of old commits need not make sense
+    with anything of today. Raises SvdiffError where the cache is not the checkout's alone, or another command uses it.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
-        with Repo(str(root)) as repo, _quiet():
-            with repo.lock:
-                kinds = repo.used_objs(all_commits=True, all_experiments=True, force=True).values()
-            used = {o.value for objects in kinds for o in objects}
-            cache = repo.cache.local
-            return [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in used]
+        with Repo(str(root)) as repo, repo.lock:
+            return _unused(root.resolve(), repo.cache.local)
     except DvcException as error:
         raise SvdiffError(f"DVC: {error}") from error
 
@@ -48,18 +54,33 @@ def remove_unused_objects(root: Path) -> None:
     """Remove what `unused_objects` finds; the remote is never touched."""
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo, _quiet():
-        repo.gc(workspace=True, all_commits=True, all_experiments=True, force=True)
+    with Repo(str(root)) as repo, repo.lock:
+        for path in _unused(root.resolve(), repo.cache.local):
+            path.chmod(0o600)  # DVC's files are read-only, and some systems do not remove those
+            path.unlink()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DVC tells of every stage of every commit that was not run then, and of every object that it removes."""
-    logger = logging.getLogger("dvc")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
+def _unused(root: Path, cache: Any) -> list[Path]:
+    if not Path(cache.path).resolve().is_relative_to(root):
+        raise SvdiffError(
+            f"other checkouts may use the cache at {cache.path}; `dvc gc --projects …` prunes a shared one"
+        )
+    named = set(OBJECT.findall("\n".join(_records(root))))
+    for folder in [oid for oid in named if oid.endswith(".dir")]:
+        with suppress(FileNotFoundError):  # not here, or removed with its files by somebody
+            named |= set(OBJECT.findall(Path(cache.oid_to_path(folder)).read_text()))
+    return [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in named]
+
+
+def _records(root: Path) -> Iterator[str]:
+    """All dvc.lock and .dvc files: of the workspace, of experiments at work, of everything that git can find again."""
+    for workspace in (root, root / ".dvc" / "tmp" / "exps"):
+        for folder, folders, files in os.walk(workspace):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            yield from (Path(folder, file).read_text() for file in files if file.endswith(RECORDS))
+    objects = git(root, "rev-list", "--all", "--reflog", "--objects", "HEAD") or ""
+    blobs = [line.split()[0] for line in objects.splitlines() if line.endswith(RECORDS)]
+    if blobs:
+        command = ["git", "cat-file", "--batch"]
+        found = subprocess.run(command, cwd=root, input="\n".join(blobs).encode(), capture_output=True, check=True)
+        yield found.stdout.decode(errors="replace")

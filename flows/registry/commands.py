@@ -246,8 +246,8 @@ def prune(
     from flows.registry.prune import find_unused
     from flows.registry.storage import human
 
-    config, tracking = connected(params)
-    parts = list(find_unused(tracking, config, params.resolve().parent))
+    _, tracking = connected(params)
+    parts = list(find_unused(tracking, params.resolve().parent))
     for part in parts:
         size = human(sum(thing.bytes for thing in part.found))
         typer.echo(f"{part.name}: {part.problem or f'{len(part.found)} to remove, {size}'}")

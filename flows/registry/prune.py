@@ -1,12 +1,12 @@
 """Finding and removing what nothing refers to any more.
 
 - Resume states of trainings that are finished: their delta lies in out/train, in an experiment, or in the registry.
-- Decompositions of bases that are neither the one in params.yaml nor that of a trained or registered delta.
+- Decompositions of bases that no trained or registered delta is of, and that nobody used for a week.
 - Clones of reproductions that were killed a day ago or longer.
 - MLflow's deleted runs with their artifacts, and stored models that no version refers to, a day old or older; never
   what a registered version refers to.
-- Objects in DVC's cache that neither the workspace nor any commit or experiment refers to (`dvc gc`). The remote is
-  never touched.
+- Objects in DVC's cache that neither the workspace nor anything that git can find again refers to. The remote is never
+  touched.
 
 Every part can be asked for by itself; a part that cannot be looked at says why and removes nothing.
 """
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +32,13 @@ from flows.registry.storage import usage
 from flows.registry.tracking import all_pages, local_path
 from svdiff.errors import SvdiffError
 from svdiff.models import scratch
+from svdiff.spectral.cache import delete_cached, list_cache
 
 if TYPE_CHECKING:
     from flows.registry.tracking import Tracking
-    from svdiff.config import Config
 
 DAY = 86_400.0
+WEEK = 7 * DAY
 KEY_DIGITS = 24  # of a training's key, in the name of its resume state
 
 
@@ -59,7 +61,7 @@ class Part:
     problem: str = ""
 
 
-def find_unused(tracking: Tracking, config: Config, root: Path) -> Iterator[Part]:
+def find_unused(tracking: Tracking, root: Path) -> Iterator[Part]:
     """Every part with what it found. Nothing is removed before `Part.remove` is called."""
     concepts = read_concepts(tracking)
     home = root / scratch()
@@ -68,7 +70,7 @@ def find_unused(tracking: Tracking, config: Config, root: Path) -> Iterator[Part
             _finished_states(root, home, concepts), "resume state of a finished training"
         ),
         "decompositions": lambda: _folders(
-            _unused_bases(config, root, home, concepts), "decomposition of an unused base"
+            _unused_bases(root, home, concepts), "decomposition of an unused base", delete_cached
         ),
         "reproductions": lambda: _folders(_old(home / "reproduce"), "clone of a reproduction"),
         "MLflow": lambda: _mlflow(tracking, concepts),
@@ -83,12 +85,13 @@ def find_unused(tracking: Tracking, config: Config, root: Path) -> Iterator[Part
 Found = tuple[list[Removable], Callable[[], None]]
 
 
-def _folders(folders: list[Path], what: str) -> Found:
+def _folders(folders: list[Path], what: str, delete: Callable[[Path], Any] = shutil.rmtree) -> Found:
     found = [Removable(what, str(folder), usage(what, folder).bytes) for folder in folders]
 
     def remove() -> None:
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                delete(folder)
 
     return found, remove
 
@@ -102,15 +105,14 @@ def _finished_states(root: Path, home: Path, concepts: list[RegisteredConcept]) 
     return sorted(folder for folder in home.glob("state/*") if folder.name.rpartition("-")[2] in finished)
 
 
-def _unused_bases(config: Config, root: Path, home: Path, concepts: list[RegisteredConcept]) -> list[Path]:
-    cached = sorted(folder for folder in home.glob("bases/*") if folder.is_dir())
+def _unused_bases(root: Path, home: Path, concepts: list[RegisteredConcept]) -> list[Path]:
+    cached = [base for base in list_cache(home / "bases") if time.time() - base.used > WEEK]
     if not cached:
         return []
     used = {v for c in concepts for version in c.versions.values() for v in _base_hashes(version.tags)}
     for delta in [*root.glob("out/**/delta.safetensors"), *home.glob("experiments/**/delta.safetensors")]:
         used |= _base_hashes(_metadata(delta))
-    used |= _hashes_of(config)
-    return [folder for folder in cached if folder.name not in used]
+    return [home / "bases" / base.base_hash for base in cached if base.base_hash not in used]
 
 
 def _base_hashes(values: dict[str, str]) -> set[str]:
@@ -125,15 +127,6 @@ def _metadata(delta: Path) -> dict[str, str]:
             return dict(stream.metadata() or {})
     except SafetensorError as error:
         raise SvdiffError(f"{delta} cannot be read, so that its base is not known: {error}") from None
-
-
-def _hashes_of(config: Config) -> set[str]:
-    """Hashes of the networks of the base in params.yaml. Raises SvdiffError if it is not here."""
-    from svdiff.models import family_of, load_pipeline
-    from svdiff.spectral import weights_hash
-
-    pipe = load_pipeline(config.base)
-    return {weights_hash(part) for part in family_of(pipe).parts.values()}
 
 
 def _old(folder: Path) -> list[Path]:

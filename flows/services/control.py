@@ -1,6 +1,7 @@
 """Brings up what the workflow runs on, and takes it down: Prefect's server, work pool, automations, deployments, worker.
 
-State lies in .prefect/ of the checkout. A server elsewhere (PREFECT_API_URL) is used as it is and never started or stopped.
+State lies in .prefect/ of the checkout. A server that PREFECT_API_URL names is used as it is and never stopped; one that
+happens to answer at the default address and was not started here is somebody else's, and nothing is done there.
 The server that is started here keeps its records in SQLite, or where PREFECT_SERVER_DATABASE_CONNECTION_URL says
 (postgresql+asyncpg://user:password@host/database).
 """
@@ -11,7 +12,9 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,19 +25,22 @@ from flows.pipeline.sync import sync
 from flows.services.supervision import Supervisor, answers
 from svdiff.config import load_config
 from svdiff.errors import SvdiffError
+from svdiff.files import write_atomic
 
 API_URL = "http://127.0.0.1:4200/api"
-MLFLOW_URL = "http://127.0.0.1:5000"
+MLFLOW_PORT = 5000  # or another, where that is taken
 POOL = "local"
 CHECKOUT = "PROJECT_ROOT"  # where the runs of a worker work; the deployments' pull step reads it
 
 
 def settings(root: Path) -> dict[str, str]:
-    """Environment of everything started here; what is set already stays."""
-    ours = {"PREFECT_API_URL": API_URL, "PREFECT_HOME": str(root / ".prefect")}
-    folder = str(Path(sys.executable).parent)
-    path = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
-    return {name: os.environ.get(name, value) for name, value in ours.items()} | {CHECKOUT: str(root), "PATH": path}
+    """Environment of everything started here; what is set already stays, and a profile of the user's does not count."""
+    home = root / ".prefect"
+    ours = {"PREFECT_API_URL": API_URL, "PREFECT_HOME": str(home)}
+    profile = {"PREFECT_PROFILE": "ephemeral", "PREFECT_PROFILES_PATH": str(home / "profiles.toml")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    chosen = {name: os.environ.get(name, value) for name, value in ours.items()}
+    return chosen | profile | {CHECKOUT: str(root), "PATH": path}
 
 
 def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bool = False) -> Iterator[str]:
@@ -54,12 +60,18 @@ def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bo
         _check(_prefect(environment, root, "work-pool", "create", POOL, "--type", "process"))
         yield f"work pool '{POOL}' made"
 
-    from flows.orchestration import automations
+    from flows.orchestration import automations, schedules
 
-    yield from automations.install(gpus)
+    with _asking(url):
+        yield from automations.install(gpus)
+        values, kept = schedules.as_they_are(yaml.safe_load((root / "prefect.yaml").read_text()))
+    file = root / ".prefect" / "prefect.yaml"
+    write_atomic(file, yaml.safe_dump(values, sort_keys=False))
     # Where a run works is for its worker to say: without the variable the deployments keep its name.
-    _check(_prefect({k: v for k, v in environment.items() if k != CHECKOUT}, root, "deploy", "--all"))
+    unplaced = {k: v for k, v in environment.items() if k != CHECKOUT}
+    _check(_prefect(unplaced, root, "deploy", "--all", "--prefect-file", str(file)))
     yield "deployments of prefect.yaml brought up to date"
+    yield from kept
 
     if not worker_limit:
         yield "no worker here; `python -m flows worker` in a clone is one"
@@ -71,7 +83,8 @@ def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bo
     if mlflow_ui:
         yield _mlflow(supervisor, environment, root)
     yield f"UI: {url.removesuffix('/api')}"
-    yield "try: prefect deployment run train-concept/train-concept --param concept=NAME --watch"
+    direct = "NO_PROXY=127.0.0.1,localhost " if urllib.request.getproxies().keys() & {"http", "https", "all"} else ""
+    yield f"try: {direct}prefect deployment run train-concept/train-concept --param concept=NAME --watch"
 
 
 def down(root: Path, remove: bool = False) -> Iterator[str]:
@@ -83,7 +96,11 @@ def down(root: Path, remove: bool = False) -> Iterator[str]:
         from flows.orchestration import automations
 
         environment = settings(root)
-        yield from automations.remove()
+        url = environment["PREFECT_API_URL"]
+        if not _is_ours(url, Supervisor(root)):
+            raise SvdiffError(f"no Prefect server of this checkout answers at {url}; `python -m flows up` starts it")
+        with _asking(url):
+            yield from automations.remove()
         for name in yaml.safe_load((root / "prefect.yaml").read_text())["deployments"]:
             gone = _prefect(environment, root, "deployment", "delete", f"{name['name']}/{name['name']}")
             yield f"deployment {name['name']} {'removed' if gone.returncode == 0 else 'was not there'}"
@@ -110,8 +127,8 @@ def worker(root: Path, limit: int) -> Iterator[str]:
     """
     environment = settings(root) | {SHARE: "1"}
     url = environment["PREFECT_API_URL"]
-    if not answers(f"{url}/health"):
-        raise SvdiffError(f"no Prefect server answers at {url}; set PREFECT_API_URL to the team's")
+    if not _is_ours(url, Supervisor(root)):
+        raise SvdiffError(f"no Prefect server for this worker: set PREFECT_API_URL to the team's (tried {url})")
     yield from sync(root, load_config(root / "params.yaml"))
     command, name = worker_command(root, limit)
     supervisor = Supervisor(root)
@@ -119,13 +136,31 @@ def worker(root: Path, limit: int) -> Iterator[str]:
     supervisor.become("worker", command, environment)
 
 
+def _is_prefect(url: str) -> bool:
+    return answers(f"{url}/health", "true")
+
+
+def _is_ours(url: str, supervisor: Supervisor) -> bool:
+    """Whether a Prefect server answers that PREFECT_API_URL names or that runs here; others may belong to anybody."""
+    named = "PREFECT_API_URL" in os.environ or urlsplit(url).port in supervisor.ports("server")
+    return named and _is_prefect(url)
+
+
 def _server(url: str, supervisor: Supervisor, environment: dict[str, str]) -> str:
-    if answers(f"{url}/health"):
+    if _is_ours(url, supervisor):
         return f"Prefect server answers at {url}"
     where = urlsplit(url)
     if where.hostname not in ("127.0.0.1", "localhost"):
         raise SvdiffError(f"no Prefect server answers at PREFECT_API_URL={url}; start it there, or unset the variable")
-    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(where.port or 4200)]
+    port = where.port or 4200
+    if _taken(port) and port not in supervisor.ports("server"):
+        own = f"export PREFECT_API_URL=http://127.0.0.1:{_free_port()}/api for a server of this checkout's own"
+        if _is_prefect(url):
+            raise SvdiffError(
+                f"the Prefect server at {url} is not this checkout's; export PREFECT_API_URL={url} to use it, or {own}"
+            )
+        raise SvdiffError(f"port {port} is taken by something that is no Prefect server; {own}")
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     supervisor.start("server", command, environment)
     supervisor.wait_for("server", f"{url}/health")
     return f"Prefect server started at {url} (log: {supervisor.log('server')})"
@@ -135,14 +170,36 @@ def _mlflow(supervisor: Supervisor, environment: dict[str, str], root: Path) -> 
     from flows.registry.tracking import connect
     from svdiff.config import load_config
 
-    if answers(f"{MLFLOW_URL}/health"):
-        return f"MLflow UI answers at {MLFLOW_URL}"
-    store, where = connect(load_config(root / "params.yaml").tracking, root).uri, urlsplit(MLFLOW_URL)
-    command = ["mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
-    command += ["--host", str(where.hostname), "--port", str(where.port)]
+    for port in supervisor.ports("mlflow"):
+        return f"MLflow UI answers at http://127.0.0.1:{port}"
+    store = connect(load_config(root / "params.yaml").tracking, root).uri
+    port = _free_port() if _taken(MLFLOW_PORT) else MLFLOW_PORT
+    url = f"http://127.0.0.1:{port}"
+    command = ["mlflow", "server", "--backend-store-uri", store, "--workers", "1", "--host", "127.0.0.1"]
+    command += ["--port", str(port)]
     supervisor.start("mlflow", command, environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-    supervisor.wait_for("mlflow", f"{MLFLOW_URL}/health")
-    return f"MLflow UI started at {MLFLOW_URL} (log: {supervisor.log('mlflow')})"
+    supervisor.wait_for("mlflow", f"{url}/health")
+    return f"MLflow UI started at {url} (log: {supervisor.log('mlflow')})"
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _asking(url: str) -> Iterator[None]:
+    """Let Prefect's client in this process ask the server at `url`, whatever profile is active."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
 
 
 def _prefect(environment: dict[str, str], root: Path, *command: str) -> subprocess.CompletedProcess[str]:

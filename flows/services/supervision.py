@@ -16,9 +16,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NoReturn
 from xmlrpc.client import Fault, ServerProxy
+
+import psutil
 
 from flows.pipeline.process_tree import contained
 from svdiff.errors import SvdiffError
@@ -60,6 +63,16 @@ class Supervisor:
         except (OSError, SvdiffError):  # there is none, or it is ending
             return {}
         return {str(p["name"]): str(p["statename"]) for p in programs if p["statename"] in ALIVE}
+
+    def ports(self, program: str) -> set[int]:
+        """Where a program or a process that it started listens: these are this checkout's own servers."""
+        try:
+            parent = psutil.Process(int(self._call("getProcessInfo", program)["pid"]))
+            tree = [parent, *parent.children(recursive=True)] if parent.pid else []
+            found = [c for p in tree for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        except (OSError, SvdiffError, psutil.Error):  # it does not run, or ends
+            return set()
+        return {connection.laddr.port for connection in found}
 
     def start(self, program: str, command: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Start `python -m command…` unless it runs; whether it was started."""
@@ -176,10 +189,10 @@ def _wait(condition: Callable[[], bool], problem: str) -> None:
         time.sleep(0.1)
 
 
-def answers(url: str) -> bool:
-    """Whether a GET of `url` succeeds."""
+def answers(url: str, text: str = "") -> bool:
+    """Whether a GET of `url` succeeds with a body that begins with `text`."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
+            return bool(response.status == 200 and response.read(len(text)).decode(errors="replace") == text)
+    except (OSError, HTTPException):  # nobody, or somebody who does not speak HTTP
         return False

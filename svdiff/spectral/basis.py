@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
@@ -26,8 +24,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Factors:
     """`W = u @ diag(sigma) @ vh` of one weight: `u (M, K)`, `sigma (K,)` descending, `vh (K, N)`, all float32.
 
-    K is `min(M, N)`, or less in the basis of leading directions. `source` is where the weight itself is found again,
-    bit for bit: a file of the cache (tensor "weight"), or the tensor; None where the layer keeps it. `fingerprint`
+    K is `min(M, N)`, or less in the basis of leading directions. `source` is the weight itself, bit for bit:
+    mapped from the cache, or the caller's tensor; None where the layer keeps it. `fingerprint`
     changes when a singular direction does, and hardly at all by rounding; `digest` is the hash of the factors' bytes.
     """
 
@@ -35,7 +33,7 @@ class Factors:
     sigma: Tensor
     vh: Tensor
     shape: torch.Size
-    source: Path | Tensor | None
+    source: Tensor | None
     fingerprint: float
     digest: str
 
@@ -53,10 +51,7 @@ class Factors:
         """The weight that was decomposed, in its own shape and dtype; it may be the caller's own, or mapped."""
         if self.source is None:
             raise SvdiffError("the basis of leading directions does not have the weights: they are in the model")
-        if isinstance(self.source, Tensor):
-            return self.source
-        with safe_open(self.source, framework="pt") as stream:
-            return stream.get_tensor("weight")
+        return self.source
 
     def change(self, shifts: Tensor) -> Tensor:
         """`ReLU(σ + δ) − σ` for as many leading shifts as given; refuses shifts of directions that are not here."""

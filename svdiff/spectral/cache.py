@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -121,14 +121,20 @@ def _read(path: Path, weight: Tensor) -> Factors | None:
             if metadata.get("algorithm") != ALGORITHM:
                 return None
             u, sigma, vh = (stream.get_tensor(key) for key in ("u", "sigma", "vh"))
-            source = path if "weight" in stream.keys() else None  # noqa: SIM118
+            # Mapped as long as the factors live: the file may be deleted meanwhile.
+            source = stream.get_tensor("weight") if "weight" in stream.keys() else None  # noqa: SIM118
         digest, fingerprint = factors_digest(u, sigma, vh), float(metadata["fingerprint"])
         factors = Factors(u, sigma, vh, weight.shape, source, fingerprint, digest)
         sound = digest == metadata["factors_sha256"] and factors.partial == (source is None)
-        # The copy of the weight is compared through a mapping of its own, which leaves memory afterwards.
-        return factors if sound and (source is None or _same_bits(factors.base_weight(), weight)) else None
+        return factors if sound and (source is None or _same_bits(_mapped_anew(path), weight)) else None
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def _mapped_anew(path: Path) -> Tensor:
+    """The weight in a mapping that leaves memory with it, where it is read once and as a whole."""
+    with safe_open(path, framework="pt") as stream:
+        return stream.get_tensor("weight")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -167,8 +173,15 @@ def list_cache(cache: str | Path) -> list[CachedBasis]:
 
 
 def prune_cache(cache: str | Path, *, keep: int = 0) -> list[CachedBasis]:
-    """Delete all but the `keep` most recently used decompositions; running processes keep their mapped files."""
-    gone = list_cache(cache)[keep:]
-    for entry in gone:
-        shutil.rmtree(Path(cache) / entry.base_hash)
-    return gone
+    """Delete all but the `keep` most recently used decompositions; returns what is gone."""
+    return [entry for entry in list_cache(cache)[keep:] if delete_cached(Path(cache) / entry.base_hash)]
+
+
+def delete_cached(folder: Path) -> bool:
+    """Delete a decomposition, unless a process is making it right now. Those that use it have its files mapped."""
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            shutil.rmtree(folder)
+    except Timeout:
+        return False
+    return True

@@ -220,6 +220,9 @@ sys.path.insert(0, {here!r})
 stage, name = sys.argv[1:]
 print(f"{{stage}} of {{name}} begins", flush=True)
 marks = Path(".marks")
+marks.mkdir(exist_ok=True)
+with open(marks / "gpus", "a") as gpus:
+    gpus.write(f"{{stage}}@{{name}} {{os.environ.get('CUDA_VISIBLE_DEVICES')}}\\n")
 if (marks / f"{{stage}}-{{name}}-fail").exists():
     print(f"cannot {{stage}} {{name}}: the moon is wrong")
     sys.exit(3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import ParameterTypeError
+from team import until
 
 from flows.orchestration.train import train_all, train_concept
 from svdiff.errors import SvdiffError
@@ -98,8 +101,6 @@ def test_limit_and_names_are_checked(dvc_project: Path) -> None:
 
 def test_a_busy_stage_is_waited_for(dvc_project: Path) -> None:
     """The same concept asked for by hand and by a deployment: the second waits, then finds it done."""
-    import threading
-
     (dvc_project / ".marks/prior-dog-hang").touch()
     command = [sys.executable, "-m", "dvc", "repro", "-s", "prior@dog"]
     first = subprocess.Popen(command, cwd=dvc_project)
@@ -118,3 +119,28 @@ def test_a_busy_stage_is_waited_for(dvc_project: Path) -> None:
     timer.join()
     assert outcomes["prior@dog"] == "ran"
     assert any("is busy" in message for message in messages("busy"))
+
+
+def test_concepts_in_work_at_once_each_have_a_gpu_of_their_own(
+    dvc_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = {f"GPU-{uuid.uuid4()}" for _ in range(2)}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(gpus))
+    marks = [dvc_project / f".marks/train-{name}-wait" for name in ("dog", "dog2")]
+    for mark in marks:
+        mark.touch()
+
+    def seen() -> dict[str, str]:
+        return dict(line.split() for line in (dvc_project / ".marks/gpus").read_text().splitlines())
+
+    def release() -> None:
+        until(lambda: (dvc_project / ".marks/gpus").exists() and {"train@dog", "train@dog2"} <= seen().keys(), 600)
+        for mark in marks:
+            mark.unlink()
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
+    train_all(limit=2, analyses=False)
+    releasing.join()
+    assert {seen()["train@dog"], seen()["train@dog2"]} == gpus
+    assert seen()["score@dog"] in gpus

@@ -38,7 +38,7 @@ def works(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert used["MLflow artifacts"].where == str(project.root / "mlruns")
     assert used["MLflow artifacts"].bytes > 0
     monkeypatch.setattr(prune, "DAY", -1.0)
-    [part] = [p for p in find_unused(tracking, project.config, project.root) if p.name == "MLflow"]
+    [part] = [p for p in find_unused(tracking, project.root) if p.name == "MLflow"]
     assert part.found == []
     assert not part.problem
     again = project.register(value=2, identity=0.7)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 from miniature import registered
@@ -33,6 +35,11 @@ class Shell:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def deployment(self, name: str) -> Any:
+        answer = httpx.get(f"{self.api}/deployments/name/{name}/{name}", timeout=60)
+        assert answer.is_success, answer.text
+        return answer.json()
+
 
 @pytest.fixture
 def shell(dvc_project: Path) -> Iterator[Shell]:
@@ -52,9 +59,17 @@ def test_up_run_cancel_down(shell: Shell) -> None:
     said = shell("flows", "up")
     assert "Prefect server started" in said
     assert "worker" in said
+    nightly = shell.deployment("reevaluate")
+    assert [schedule["active"] for schedule in nightly["schedules"]] == [True]
+    schedule = f"{shell.api}/deployments/{nightly['id']}/schedules/{nightly['schedules'][0]['id']}"
+    httpx.patch(schedule, json={"active": False}, timeout=60).raise_for_status()
     again = shell("flows", "up")
     assert "answers at" in again
     assert "running already" in again
+    assert "schedules of reevaluate stay as they are" in again
+    (paused,) = shell.deployment("reevaluate")["schedules"]
+    assert paused == nightly["schedules"][0] | {"active": False, "updated": paused["updated"]}
+    assert not shell.deployment("reevaluate")["paused"]
 
     run = ("prefect", "--no-prompt", "deployment", "run")
     shell(*run, "train-concept/train-concept", "--param", "concept=dog", "--watch")

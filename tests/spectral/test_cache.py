@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from svdiff.errors import SvdiffError
@@ -137,3 +138,23 @@ def test_bad_models_are_refused() -> None:
     attach(attached, load_basis(attached, None, progress=False), subset="0|1|2")
     with pytest.raises(SvdiffError, match="detach"):
         load_basis(attached, None)
+
+
+def test_a_cache_may_be_pruned_while_something_uses_it(tmp_path: Path) -> None:
+    unet = model()
+    load_basis(unet, tmp_path)
+    basis = load_basis(unet, tmp_path)  # mapped
+    (gone,) = prune_cache(tmp_path)
+    assert not (tmp_path / gone.base_hash).exists()
+    for name in basis:
+        assert torch.equal(basis[name].base_weight(), model().get_parameter(name))
+    assert load_basis(unet, tmp_path).id == basis.id  # made anew
+
+
+def test_what_is_being_decomposed_is_not_pruned(tmp_path: Path) -> None:
+    load_basis(model(), tmp_path)
+    (entry,) = list_cache(tmp_path)
+    with FileLock(tmp_path / entry.base_hash / "lock"):  # as the process has that is at it
+        assert prune_cache(tmp_path) == []
+    assert list_cache(tmp_path) == [entry]
+    assert prune_cache(tmp_path) == [entry]
