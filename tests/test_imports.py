@@ -31,3 +31,18 @@ def test_the_parameter_space_is_imported_with_torch_and_safetensors_alone() -> N
         "typer",
     }
     assert not others & set(done.stdout.split())
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports the files of folders without __init__.py by their names alone, and collects neither of two."""
+    folders = [
+        folder for folder in (ROOT / "tests").rglob("*") if folder.is_dir() and "__pycache__" not in folder.parts
+    ]
+    names = [
+        path.name
+        for folder in (ROOT / "tests", *folders)
+        if not (folder / "__init__.py").is_file()
+        for path in folder.glob("*.py")
+        if path.name != "conftest.py"
+    ]
+    assert sorted(names) == sorted(set(names))

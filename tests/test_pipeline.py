@@ -145,7 +145,7 @@ def test_adding_and_reordering_rerun_no_other_concept(checkout: Checkout) -> Non
     added = checkout.stale()
     (checkout.root / "params.yaml").write_text(before)
     shutil.rmtree(checkout.root / "data/concepts/another")
-    assert reordered == set()
+    assert reordered <= {"check"}  # which looks at all of params.yaml, and whose output stays the same
     assert {"train@another", "register@another"} <= added
     assert not [stage for stage in added if stage.endswith(tuple(f"@{name}" for name in names))]
 
