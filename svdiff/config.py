@@ -249,11 +249,12 @@ class Config(Section):
 #: Keys of `train` that say nothing to a kind of entry: what an edit is trained on stands in the edit itself (Sec. 3.4).
 WITHOUT_EFFECT: dict[Kind, tuple[str, ...]] = {
     "concept": ("methods", "mix_probability", "unmix_weight"),
-    "pair": ("methods", "holdout", "fit", "flip", "jitter"),
+    "pair": ("methods", "holdout", "fit", "masks", "flip", "jitter"),
     "edit": (
         "methods",
         "holdout",
         "fit",
+        "masks",
         "flip",
         "jitter",
         "prompt",

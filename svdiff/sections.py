@@ -198,6 +198,11 @@ class TrainConfig(Section):
     fit: Literal["crop", "pad"] = Field(
         "crop", description="concepts: crop takes the centred square of a picture, pad the whole picture, on white"
     )
+    masks: Literal["ignore", "loss"] = Field(
+        "ignore",
+        description="concepts: loss weights the loss by dog-mask.png beside dog.jpg, or by the picture's alpha channel, "
+        "so that nothing is learned of what is black or transparent",
+    )
     flip: bool = Field(
         False, description="concepts: every picture mirrored as well; not for writing or one-sided things"
     )

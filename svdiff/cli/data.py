@@ -33,7 +33,8 @@ def check(
 
     size, stopped = native_size(config.base), False
     for name in names or config.concepts:
-        verdict = check_folder(concept_folder(name), size, config.train_config(name).fit)
+        settings = config.train_config(name)
+        verdict = check_folder(concept_folder(name), size, settings.fit, masks=settings.masks == "loss")
         stopped |= verdict.word == "stop"
         typer.echo("\n".join(verdict.lines(name)))
     if stopped:

@@ -15,7 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from svdiff.data.concepts import ConceptImage, concept_folder, crop_loss, left_alone, load_concept_images, to_square
+from svdiff.data.concepts import (
+    ConceptImage,
+    concept_folder,
+    crop_loss,
+    left_alone,
+    load_concept_images,
+    looks_like_a_mask,
+    mask_to_square,
+    to_square,
+)
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
@@ -47,38 +56,43 @@ class Verdict:
         ]
 
 
-def gated_pictures(config: Config, name: str, fit: str) -> list[ConceptImage]:
+def gated_pictures(config: Config, name: str, fit: str, *, masks: bool = False) -> list[ConceptImage]:
     """The pictures of a concept for a training or a mix, after the gate, which says what it thinks of them.
 
-    Raises SvdiffError where it says *stop*.
+    `masks`: with those that the loss is weighted by. Raises SvdiffError where it says *stop*.
     """
     from svdiff.models import native_size
 
     folder = concept_folder(name)
-    pictures = load_concept_images(folder)
-    verdict = judge(pictures, native_size(config.base), fit, left_alone(folder))
+    pictures = load_concept_images(folder, masks=masks)
+    verdict = judge(pictures, native_size(config.base), fit, left_alone(folder, masks=masks), masks=masks)
+    if verdict.word == "stop":
+        raise SvdiffError("\n".join(verdict.lines(str(folder))))
     for line in [*verdict.reasons, *verdict.notes]:
         log.warning("%s: %s", folder, line)
     return pictures
 
 
-def check_folder(folder: Path, size: int | None, fit: str = "crop") -> Verdict:
+def check_folder(folder: Path, size: int | None, fit: str = "crop", *, masks: bool = False) -> Verdict:
     """Judge a concept folder.
 
     Args:
         folder: its pictures.
         size: side of the pictures that the base is trained on; None: not known, and size and blur are not judged.
         fit: how pictures are made square, as `train.fit`.
+        masks: whether the loss is weighted by masks, as `train.masks: loss` does.
     """
     try:
-        pictures = load_concept_images(folder)
+        pictures = load_concept_images(folder, masks=masks)
     except SvdiffError as error:
         return Verdict("stop", str(error).splitlines())
-    verdict = judge(pictures, size, fit, left_alone(folder))
+    verdict = judge(pictures, size, fit, left_alone(folder, masks=masks), masks=masks)
     return replace(verdict, notes=[f"{p.path.name} {note}" for p in pictures for note in p.notes] + verdict.notes)
 
 
-def judge(pictures: list[ConceptImage], size: int | None, fit: str, beside: list[str]) -> Verdict:
+def judge(
+    pictures: list[ConceptImage], size: int | None, fit: str, beside: list[str], *, masks: bool = False
+) -> Verdict:
     """The verdict on pictures that could be read; `beside` is what was left alone."""
     reasons = []
     if len(pictures) < FEWEST:
@@ -97,7 +111,30 @@ def judge(pictures: list[ConceptImage], size: int | None, fit: str, beside: list
     without = [picture.path.name for picture in pictures if picture.caption is None]
     if 0 < len(without) < len(pictures):
         notes.append(f"{', '.join(without)}: no caption, so `train.prompt` describes them")
-    return Verdict("fix first" if reasons else "go", reasons, notes)
+    reasons += [
+        f"{picture.path.name}: named as a mask, and no picture has the rest of its name, so it is trained on as a picture"
+        for picture in pictures
+        if looks_like_a_mask(picture)
+    ]
+    unseen = [p.path.name for p in pictures if masks and p.mask and is_black(mask_to_square(p.mask, THUMBNAIL, fit))]
+    if unseen:
+        stop = f"{', '.join(unseen)}: what the mask marks lies outside the square crop. Crop round it, or set `train.fit: pad`"
+        return Verdict("stop", [stop, *reasons], notes)
+    return Verdict("fix first" if reasons else "go", reasons, notes + _notes_on_masks(pictures, masks))
+
+
+def _notes_on_masks(pictures: list[ConceptImage], masks: bool) -> list[str]:
+    """What is worth knowing about masks that are used, or about alpha channels that are not."""
+    having = ", ".join(picture.path.name for picture in pictures if picture.mask)
+    without = ", ".join(picture.path.name for picture in pictures if not picture.mask)
+    if not masks:
+        return [f"{having}: transparent in part, which is trained on as white; see `train.masks`"] if having else []
+    return [f"{without}: no mask, so that all of it counts"] if without else []
+
+
+def is_black(image: Image.Image) -> bool:
+    """Whether every pixel of a grey picture is black."""
+    return image.getextrema() == (0, 0)
 
 
 def _problems(image: Image.Image, size: int | None, fit: str) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageEnhance, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, ImageEnhance, ImageFile, ImageOps, UnidentifiedImageError
 
 from svdiff.errors import SvdiffError
 
@@ -67,12 +67,15 @@ _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 
 @dataclass(frozen=True)
 class ConceptImage:
-    """One training picture: its file, its upright RGB content, what was done to read it, and its caption if it has one."""
+    """One training picture: its file, its upright RGB content, what was done to read it, and what it has beside that."""
 
     path: Path
     image: Image.Image
     notes: tuple[str, ...] = ()
     caption: str | None = None  # its own prompt, with {subject} in it
+    mask: Image.Image | None = (
+        None  # white where the subject is, of the picture's size: its alpha channel, or name-mask.png
+    )
 
 
 class _Refused(Exception):
@@ -88,7 +91,12 @@ def concept_folder(name: str) -> Path:
 
 
 def load_concept_images(
-    folder: str | Path, *, minimum: int = 1, maximum: int = MAX_PICTURES, min_side: int = MIN_SIDE
+    folder: str | Path,
+    *,
+    minimum: int = 1,
+    maximum: int = MAX_PICTURES,
+    min_side: int = MIN_SIDE,
+    masks: bool = False,
 ) -> list[ConceptImage]:
     """Load every picture of a concept folder, sorted by file name.
 
@@ -97,6 +105,7 @@ def load_concept_images(
         minimum: fewest pictures accepted.
         maximum: most pictures accepted, against pointing at the wrong folder.
         min_side: fewest pixels along the shorter side.
+        masks: read masks beside pictures as well, and refuse those that cannot be used.
 
     Returns:
         Upright 8-bit RGB pictures. Very large ones are reduced by a whole factor, their shorter side staying
@@ -118,10 +127,11 @@ def load_concept_images(
             )
         )
     pictures, problems = [], []
-    captions = _captions(folder, files)
+    captions, mask_files = _captions(folder, files), _mask_files(folder.iterdir()) if masks else {}
     for path in files:
         try:
-            pictures.append(replace(_load(path, min_side), caption=captions.get(path)))
+            picture = replace(_load(path, min_side), caption=captions.get(path))
+            pictures.append(_with_mask(picture, mask_files.get(path)) if masks else picture)
         except _Refused as refusal:
             problems.append(f"  {path.name}: {refusal}")
     if problems:
@@ -135,9 +145,9 @@ def load_concept_images(
     return pictures
 
 
-def left_alone(folder: str | Path) -> list[str]:
-    """What lies beside the pictures of a concept folder and is not read, each with what it is."""
-    return _candidates(Path(folder))[1]
+def left_alone(folder: str | Path, *, masks: bool = False) -> list[str]:
+    """What lies beside the pictures of a concept folder and is not read, each with what it is; `masks`: those are read."""
+    return _candidates(Path(folder), masks)[1]
 
 
 def load_picture(path: str | Path, *, min_side: int = MIN_SIDE) -> ConceptImage:
@@ -177,9 +187,18 @@ def to_square(image: Image.Image, size: int, fit: str = "crop") -> Image.Image:
     `crop` takes the centred square of the shorter side, so what lies outside it is never seen (`crop_loss`); `pad` keeps
     the whole picture, on white.
     """
+    return _squared(image, size, fit, Image.Resampling.LANCZOS, "white")
+
+
+def mask_to_square(mask: Image.Image, size: int, fit: str = "crop") -> Image.Image:
+    """A mask as `to_square` makes its picture, in averages over areas: Lanczos rings beyond the edge; on black."""
+    return _squared(mask, size, fit, Image.Resampling.BOX, "black")
+
+
+def _squared(image: Image.Image, size: int, fit: str, method: Image.Resampling, background: str) -> Image.Image:
     if fit == "pad":
-        return ImageOps.pad(image, (size, size), method=Image.Resampling.LANCZOS, color="white")
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
+        return ImageOps.pad(image, (size, size), method=method, color=background)
+    return ImageOps.fit(image, (size, size), method=method, centering=(0.5, 0.5))
 
 
 def jittered(image: Image.Image, strength: float, *key: object) -> Image.Image:
@@ -195,7 +214,12 @@ def crop_loss(image: Image.Image) -> float:
     return 1 - min(image.size) / max(image.size)
 
 
-def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
+def looks_like_a_mask(picture: ConceptImage) -> bool:
+    """Whether a picture is named as the mask of another one."""
+    return picture.path.stem.casefold().endswith(_MASK)
+
+
+def _candidates(folder: Path, masks: bool = False) -> tuple[list[Path], list[str]]:
     """What should be a picture, in an order that does not depend on the file system or locale; and what is left alone."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
@@ -206,13 +230,13 @@ def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
     entries = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER]
     entries.sort(key=lambda path: (unicodedata.normalize("NFC", path.name), path.name))
     stems = {path.stem.casefold() for path in entries if path.suffix.lower() in Image.registered_extensions()}
-    captions = _caption_files(entries)
+    used = {*_caption_files(entries), *(_mask_files(entries).values() if masks else ())}
     files, beside = [], []
     for path in entries:
         what = _beside(path, stems)
         if what is None:
             files.append(path)
-        elif path not in captions:
+        elif path not in used:
             beside.append(f"{path.name} is left alone: {what}")
     return files, beside
 
@@ -225,8 +249,38 @@ def _beside(path: Path, stems: set[str]) -> str | None:
     if path.suffix.lower() in _ORIGINALS and stem in stems:
         return f"the same picture lies beside it, as {path.stem} in another format"
     if stem.endswith(_MASK) and stem.removesuffix(_MASK) in stems:
-        return "a mask, which training does not use"
+        return "a mask, which training uses with `train.masks: loss`"
     return next((what for end, what in _BESIDE.items() if name.endswith(end)), None)
+
+
+def _mask_files(entries: Iterable[Path]) -> dict[Path, Path]:
+    """The mask of each picture that has one beside it: dog-mask.png beside dog.jpg."""
+    pictures = [path for path in entries if path.suffix.lower() in Image.registered_extensions()]
+    masks = {path.stem.casefold(): path for path in pictures if path.stem.casefold().endswith(_MASK)}
+    of = {path: masks.get(path.stem.casefold() + _MASK) for path in pictures}
+    return {path: mask for path, mask in of.items() if mask is not None}
+
+
+def _with_mask(picture: ConceptImage, path: Path | None) -> ConceptImage:
+    """A picture with the mask that lies beside it, else with that of its alpha channel."""
+    what = "an alpha channel" if path is None else f"the mask {path.name}"
+    if path is not None:
+        try:
+            read = _load(path, 1)
+        except _Refused as refusal:
+            raise _Refused(f"{what}, of which: {refusal}", "a picture of black and white", "export it again") from None
+        mask = read.image.convert("L")
+        if read.mask is not None:  # white on nothing
+            mask = ImageChops.multiply(mask, read.mask)
+        if mask.size != picture.image.size:
+            sizes = [f"{width} × {height}" for width, height in (mask.size, picture.image.size)]
+            raise _Refused(f"{what} of {sizes[0]}", f"the picture's own {sizes[1]}", "export it at the picture's size")
+        picture = replace(picture, mask=mask)
+    if picture.mask is not None and picture.mask.getextrema() == (0, 0):  # all black
+        raise _Refused(
+            f"{what} that marks nothing", "white where the subject is", "draw it, or set `train.masks: ignore`"
+        )
+    return picture
 
 
 def _caption_files(entries: Iterable[Path]) -> dict[Path, list[Path]]:
@@ -319,7 +373,10 @@ def _decode(path: Path, image: Image.Image, min_side: int) -> ConceptImage:
         image.seek(0)
         notes.append(f"has {getattr(image, 'n_frames', 1)} frames; only the first is used")
     _decode_strictly(image)
-    return ConceptImage(path, _reduce(_to_rgb(_upright(image, notes), notes)), tuple(notes))
+    upright = _upright(image, notes)
+    alpha = _alpha(upright)
+    mask = None if alpha is None else _reduce(alpha)
+    return ConceptImage(path, _reduce(_to_rgb(upright, notes)), tuple(notes), mask=mask)
 
 
 def _decode_strictly(image: Image.Image) -> None:
@@ -339,6 +396,18 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
         return image
 
 
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """How opaque each pixel is; None where all are wholly."""
+    if not _has_alpha(image) or image.mode[0] in "IF":
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in _ALPHA_MODES or "transparency" in image.info
+
+
 def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """8-bit sRGB on white."""
     if image.mode.startswith("I"):
@@ -347,7 +416,7 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
         raise _Refused("floating-point pixels", "8 or 16 bits a channel", "export it as PNG or JPEG")
     if image.info.get("icc_profile"):
         image = _to_srgb(image, notes)
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+    if _has_alpha(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")

@@ -85,11 +85,15 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded pictures, the prompt of each, and the subjects in each (two in a mix, none in a prior image)."""
+    """Encoded pictures, the prompt of each, and the subjects in each (two in a mix, none in a prior image).
+
+    `masks` (N, 1, h, w) from 0 to 1 weight the loss of each picture in the latents' positions; None: all of it counts.
+    """
 
     latents: LatentImages
     prompts: list[str]
     shown: list[tuple[Shown, ...]]
+    masks: Tensor | None = None
 
     @classmethod
     def alike(cls, latents: LatentImages, prompt: str, *shown: Shown) -> Examples:
@@ -123,6 +127,7 @@ class Batch(NamedTuple):
     prompts: list[str]
     shown: list[tuple[Shown, ...]]
     instances: int
+    masks: Tensor | None = None
 
     def take(self, rows: list[int]) -> Batch:
         """Some rows, in order."""
@@ -133,6 +138,7 @@ class Batch(NamedTuple):
             [self.prompts[row] for row in rows],
             [self.shown[row] for row in rows],
             sum(row < self.instances for row in rows),
+            None if self.masks is None else self.masks[rows],
         )
 
 
@@ -142,9 +148,15 @@ def draw_batch(dataset: Dataset, number: int, size: int, random: torch.Generator
     chosen: list[tuple[Examples, list[int]]] = [(dataset.instance, [instance for instance, _ in places])]
     if dataset.prior is not None:
         chosen.append((dataset.prior, [prior for _, prior in places]))
+    latents = torch.cat([examples.latents.draw(indices, random) for examples, indices in chosen])
+    masks = None
+    if dataset.instance.masks is not None:
+        masks = torch.ones_like(latents[:, :1])
+        masks[:size] = dataset.instance.masks[chosen[0][1]].to(masks)
     return Batch(
-        torch.cat([examples.latents.draw(indices, random) for examples, indices in chosen]),
+        latents,
         [examples.prompts[i] for examples, indices in chosen for i in indices],
         [examples.shown[i] for examples, indices in chosen for i in indices],
         size,
+        masks,
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from PIL import ImageOps
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from svdiff.catalogue import Entry
 from svdiff.config import Config, TrainConfig
 from svdiff.data.check import gated_pictures
-from svdiff.data.concepts import ConceptImage, concept_folder, jittered, load_picture, to_square
+from svdiff.data.concepts import ConceptImage, concept_folder, jittered, load_picture, mask_to_square, to_square
 from svdiff.data.cutmix import choose
 from svdiff.data.mixes import load_mixes, mix_folder
 from svdiff.data.prior import load_prior_images, prior_folder
@@ -19,9 +21,6 @@ from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file, sha256_tree
 from svdiff.models import Family
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 JITTERS = 3  # variations in other light of each picture
 VALIDATION_MIXES = 4  # mixes among the pictures of the fixed-noise loss
@@ -47,7 +46,7 @@ def read_training_data(config: Config, entry: Entry, settings: TrainConfig) -> T
 def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     """The concept's pictures under one prompt, and the prior images of its class."""
     [(name, concept)] = entry.concepts.items()
-    pictures = gated_pictures(config, name, settings.fit)
+    pictures = gated_pictures(config, name, settings.fit, masks=settings.masks == "loss")
     if settings.holdout >= len(pictures):
         raise SvdiffError(
             f"train.holdout is {settings.holdout}, and {concept_folder(name)} has {len(pictures)} pictures: none is left to "
@@ -59,10 +58,12 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
         shown = Shown(concept.token, concept.class_word)
         trained = len(pictures) - settings.holdout
         shots = [shot for picture in pictures[:trained] for shot in _shots(picture, settings)] + pictures[trained:]
+        latents = _encoded(family, [shot.image for shot in shots], settings.fit)
         instance = Examples(
-            _encoded(family, [shot.image for shot in shots], settings.fit),
+            latents,
             [(shot.caption or settings.prompt).format(subject=concept.subject) for shot in shots],
             [(shown,)] * len(shots),
+            _masks(shots, settings, family.image_size, latents.mean.shape[-1]),
         )
         prior = None
         if priors:
@@ -80,10 +81,27 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
 
 def _shots(picture: ConceptImage, settings: TrainConfig) -> list[ConceptImage]:
     """A picture and its variations: mirrored, and in other light."""
-    shots = [picture.image, *([ImageOps.mirror(picture.image)] if settings.flip else [])]
+    shots = [picture]
+    if settings.flip:
+        mask = None if picture.mask is None else ImageOps.mirror(picture.mask)
+        shots.append(replace(picture, image=ImageOps.mirror(picture.image), mask=mask))
     if settings.jitter:
-        shots += [jittered(picture.image, settings.jitter, settings.seed, picture.path.name, n) for n in range(JITTERS)]
-    return [replace(picture, image=image) for image in shots]
+        keys = [(settings.seed, picture.path.name, number) for number in range(JITTERS)]
+        shots += [replace(picture, image=jittered(picture.image, settings.jitter, *key)) for key in keys]
+    return shots
+
+
+def _masks(shots: list[ConceptImage], settings: TrainConfig, size: int, side: int) -> Tensor | None:
+    """The masks of pictures of `size` pixels, averaged over the areas of `side` × `side` latents: (N, 1, side, side).
+
+    A picture without one counts whole. None where no mask is used.
+    """
+    if settings.masks == "ignore" or not any(shot.mask for shot in shots):
+        return None
+    whole = Image.new("L", (size, size), "white")
+    squares = [mask_to_square(shot.mask, size, settings.fit) if shot.mask else whole for shot in shots]
+    pixels = torch.stack([torch.from_numpy(np.array(square)).float() / 255 for square in squares])
+    return torch.nn.functional.adaptive_avg_pool2d(pixels[:, None], side)
 
 
 def _in_turn(seed: int, pictures: int, priors: int) -> Callable[[int], tuple[int, int]]:
@@ -171,6 +189,6 @@ def _edit(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     return TrainingData(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt}, [edit.prompt])
 
 
-def _encoded(family: Family, images: list[Image], fit: str = "crop") -> LatentImages:
+def _encoded(family: Family, images: list[Image.Image], fit: str = "crop") -> LatentImages:
     size = family.image_size
     return LatentImages.encode(family, [to_square(image, size, fit) for image in images])

@@ -160,7 +160,7 @@ class Trainer:
             objective = self.family.objective
             signal_and_noise = objective.signal_and_noise(timesteps)
             weights = min_snr_weights(*signal_and_noise, config.min_snr_gamma, objective.prediction)
-        loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight, weights)
+        loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight, weights, batch.masks)
         return self.attention_losses.add_to(loss, batch, whole)
 
     def _predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -189,13 +189,14 @@ class Trainer:
         """
         instance, validation = self.dataset.instance, self.dataset.validation
         mean, prompts = instance.latents.mean[validation], [instance.prompts[i] for i in validation]
+        masks = None if instance.masks is None else instance.masks[validation].to(mean.device)
         losses = []
         for level in range(VALIDATION_LEVELS):
             noise = torch.randn(mean.shape, generator=generator("fixed noise", level)).to(mean.device)
             timestep = self.family.objective.level((level + 0.5) / VALIDATION_LEVELS)
             timesteps = torch.full((len(mean),), timestep, device=mean.device)
             predicted, target = self._predict(mean, noise, timesteps, prompts)
-            losses.append(denoising_loss(predicted, target))
+            losses.append(denoising_loss(predicted, target, masks=masks))
         loss = float(torch.stack(losses).mean())
         self._check_finite("loss at fixed noise before", loss)
         return loss

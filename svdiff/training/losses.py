@@ -23,15 +23,25 @@ class Loss(NamedTuple):
     extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
 
 
-def denoising_loss(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+def denoising_loss(
+    predicted: Tensor, target: Tensor, weights: Tensor | None = None, masks: Tensor | None = None
+) -> Tensor:
     """Eq. 1: mean over batch and elements of ‖ε̂ − ε‖², each sample times its weight (B,) where given.
 
-    Both (B, C, H, W); computed in float32.
+    Both (B, C, H, W); computed in float32. With `masks` (B, 1, H, W) the mean over a sample's elements is weighted by
+    them, so that a small subject counts as much as a large one.
     """
-    if weights is None:
+    if weights is None and masks is None:
         return torch.nn.functional.mse_loss(predicted.float(), target.float())
     errors = torch.nn.functional.mse_loss(predicted.float(), target.float(), reduction="none")
-    return (errors.flatten(1).mean(1) * weights).mean()
+    samples = errors.flatten(1).mean(1) if masks is None else masked_means(errors, masks)
+    return (samples if weights is None else samples * weights).mean()
+
+
+def masked_means(errors: Tensor, masks: Tensor) -> Tensor:
+    """Σ M ⊙ e / Σ M over the elements of each sample, (B,), of errors (B, C, H, W) and masks (B, 1, H, W) from 0 to 1."""
+    masks = masks.expand_as(errors)
+    return (masks * errors).flatten(1).sum(1) / masks.flatten(1).sum(1).clamp_min(1e-12)
 
 
 def min_snr_weights(signal: Tensor, noise: Tensor, gamma: float, prediction: str) -> Tensor:
@@ -49,7 +59,12 @@ def min_snr_weights(signal: Tensor, noise: Tensor, gamma: float, prediction: str
 
 
 def prior_preservation_loss(
-    predicted: Tensor, target: Tensor, instances: int, weight: float, weights: Tensor | None = None
+    predicted: Tensor,
+    target: Tensor,
+    instances: int,
+    weight: float,
+    weights: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> Loss:
     """Eq. 3: the loss on the first `instances` samples plus λ times the loss on the rest, the prior samples.
 
@@ -58,9 +73,11 @@ def prior_preservation_loss(
         instances: how many of the B samples show the concept.
         weight: λ.
         weights: of each sample, (B,); None: 1.
+        masks: of the elements of each sample, (B, 1, H, W), for instance samples alone; None: 1.
     """
     first, rest = (None, None) if weights is None else (weights[:instances], weights[instances:])
-    instance = denoising_loss(predicted[:instances], target[:instances], first)
+    masks = None if masks is None else masks[:instances]
+    instance = denoising_loss(predicted[:instances], target[:instances], first, masks)
     if instances == len(predicted):
         return Loss(instance, instance, torch.zeros_like(instance))
     prior = denoising_loss(predicted[instances:], target[instances:], rest)

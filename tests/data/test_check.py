@@ -166,11 +166,97 @@ def test_portraits_and_panoramas_with_captions_masks_and_litter(tmp_path: Path) 
         "  burst.png and square.png are nearly the same picture: one of them is enough",
         "  note: @eaDir is left alone: thumbnails of a network drive",
         "  note: IMG_1.AAE is left alone: edits of Apple Photos",
-        "  note: portrait-mask.png is left alone: a mask, which training does not use",
+        "  note: portrait-mask.png is left alone: a mask, which training uses with `train.masks: loss`",
         "  note: portrait.png.json is left alone: metadata of an export",
         "  note: square.png:Zone.Identifier is left alone: Windows' mark of a download",
         "  note: burst.png, panorama.png: no caption, so `train.prompt` describes them",
     ]
+
+
+def masked(folder: Path, fit: str = "crop") -> Verdict:
+    return check_folder(folder, 512, fit, masks=True)
+
+
+def half_white(width: int = 600, height: int = 600) -> Image.Image:
+    """A mask of the left half."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, width // 2, height))
+    return mask
+
+
+def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    picture = picture.copy()
+    picture.putalpha(mask)
+    return picture
+
+
+def test_masks_are_files_beside_pictures_or_alpha_channels_and_pictures_without_are_named(good: Path) -> None:
+    half_white().save(good / "DOG-0-Mask.png")
+    cut_out(scene(1), half_white()).save(good / "dog-1.png")
+    pictures = load_concept_images(good, masks=True)
+    assert [p.mask and np.asarray(p.mask).mean(0)[[0, 299, 300, 599]].tolist() for p in pictures] == [
+        [255, 255, 0, 0],
+        [255, 255, 0, 0],
+        None,
+    ]
+    assert masked(good) == Verdict("go", notes=["dog-2.png: no mask, so that all of it counts"])
+    assert said(good).notes == [
+        "DOG-0-Mask.png is left alone: a mask, which training uses with `train.masks: loss`",
+        "dog-1.png: transparent in part, which is trained on as white; see `train.masks`",
+    ]
+
+
+def test_a_mask_of_white_on_nothing_marks_the_white(good: Path) -> None:
+    cut_out(Image.new("RGB", (600, 600), "white"), half_white()).save(good / "dog-0-mask.png")
+    [mask, *_] = [picture.mask for picture in load_concept_images(good, masks=True)]
+    assert mask is not None
+    assert np.array_equal(np.asarray(mask), np.asarray(half_white()))
+
+
+def test_a_mask_turns_as_its_picture_does_and_is_reduced_as_it_is(good: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene(5, 2400, 2100).save(good / "phone.jpg", exif=exif)
+    half_white(2400, 2100).save(good / "phone-mask.png", exif=exif)
+    phone = load_concept_images(good, masks=True)[-1]
+    assert phone.mask is not None
+    assert phone.mask.size == phone.image.size == (1050, 1200)
+    assert np.asarray(phone.mask).mean(1)[[0, -1]].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said_of_it"),
+    [
+        (half_white(300, 300), "found the mask dog-0-mask.png of 300 × 300; expected the picture's own 600 × 600"),
+        (Image.new("L", (600, 600)), "found the mask dog-0-mask.png that marks nothing"),
+        (None, "found the mask dog-0-mask.png, of which: found a text file"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_stops(good: Path, content: Image.Image | None, said_of_it: str) -> None:
+    if content is None:
+        (good / "dog-0-mask.png").write_text("anything")
+    else:
+        content.save(good / "dog-0-mask.png")
+    verdict = masked(good)
+    assert verdict.word == "stop"
+    assert any(said_of_it in reason for reason in verdict.reasons)
+    assert said(good).word == "go"
+
+
+def test_a_mask_of_what_the_crop_loses_stops_and_padding_keeps_it(good: Path) -> None:
+    mask = Image.new("L", (2400, 600))
+    mask.paste(255, (0, 0, 300, 600))
+    scene(6, 2400, 600).save(good / "edge.png")
+    mask.save(good / "edge-mask.png")
+    verdict = masked(good)
+    assert verdict.word == "stop"
+    assert verdict.reasons[0].startswith("edge.png: what the mask marks lies outside the square crop")
+    assert masked(good, "pad").word != "stop"
+
+
+def test_a_mask_without_its_picture_is_named(good: Path) -> None:
+    half_white().save(good / "cat-mask.png")
+    assert any("cat-mask.png: named as a mask" in reason for reason in said(good).reasons)
 
 
 def test_padding_keeps_the_whole_picture() -> None:

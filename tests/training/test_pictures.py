@@ -1,0 +1,130 @@
+"""Pictures as people have them, through a real training on the tiny base: what the batches hold, and what is learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from svdiff.config import Config
+from svdiff.models import family_of, load_pipeline
+from svdiff.training import train
+from svdiff.training.batches import Batch, Dataset
+from svdiff.training.datasets import read_training_data
+from svdiff.training.loop import Trainer
+
+NAMES = ("a", "b", "c")
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def pet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a concept with three pictures, in a checkout with prior images of its class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))
+    folder = tmp_path / "data/concepts/pet"
+    folder.mkdir(parents=True)
+    (tmp_path / "out/prior/dog").mkdir(parents=True)
+    for seed, name in enumerate(NAMES):
+        picture(seed).save(folder / f"{name}.png")
+        picture(9 + seed).save(tmp_path / f"out/prior/dog/{seed:03d}.png")
+    return folder
+
+
+def config(base: Path, **settings: object) -> Config:
+    defaults = {"steps": 2, "batch_size": 2, "validate_every": 2, "validation_seeds": [0], "lr": 1e-2, "lr_1d": 1e-3}
+    return Config.model_validate(
+        {
+            "base": {"model": str(base)},
+            "classes": ["dog"],
+            "concepts": {"pet": {"class_word": "dog"}},
+            "train": defaults | settings,
+            "sample": {"prompts": ["a {subject}"], "steps": 2},
+            "tracking": {"live": "none"},
+        }
+    )
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, params: Config) -> tuple[Dataset, list[Batch]]:
+    """Two steps of the stage `train`: what it trained on, and every batch that the network saw."""
+    datasets: list[Dataset] = []
+    batches: list[Batch] = []
+    draw: Any = Trainer._loss.__globals__["draw_batch"]
+
+    def seen(dataset: Dataset, *rest: Any) -> Batch:
+        datasets.append(dataset)
+        batches.append(draw(dataset, *rest))
+        return batches[-1]
+
+    monkeypatch.setattr("svdiff.training.loop.draw_batch", seen)
+    assert train(params, "pet").is_file()
+    assert len(batches) == 2
+    return datasets[0], batches
+
+
+def gradient_of(base: Path, params: Config, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Where the loss of a batch depends on what the network predicts for its instance samples: (B, C, h, w) of booleans."""
+    from accelerate import Accelerator
+
+    from svdiff.training.methods import apply_method
+
+    pipe, settings = load_pipeline(params.base), params.train_config("pet")
+    dataset = read_training_data(params, params.entry("pet"), settings).encode(family_of(pipe))
+    trainer = Trainer(pipe, apply_method(pipe, settings, ["sks"]), settings, dataset, Accelerator(cpu=True))
+    predictions = []
+    predict = trainer._predict
+
+    def seen(*arguments: Any) -> tuple[Tensor, Tensor]:
+        predicted, target = predict(*arguments)
+        predicted.retain_grad()
+        predictions.append(predicted)
+        return predicted, target
+
+    monkeypatch.setattr(trainer, "_predict", seen)
+    trainer._loss(0).total.backward()
+    return predictions[0].grad != 0
+
+
+def left_half(size: int = 32) -> Image.Image:
+    mask = Image.new("L", (size, size))
+    mask.paste(255, (0, 0, size // 2, size))
+    return mask
+
+
+def test_nothing_is_learned_outside_the_mask(pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        left_half().save(pet / f"{name}-mask.png")
+    reached = gradient_of(tiny_base, config(tiny_base, masks="loss"), monkeypatch)
+    instance, prior = reached[:2], reached[2:]
+    assert instance[..., :4].all()
+    assert not instance[..., 4:].any()
+    assert prior.all()
+    assert gradient_of(tiny_base, config(tiny_base), monkeypatch).all()
+
+
+def test_masks_are_averaged_over_the_areas_of_the_latents(
+    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 6, 32))  # one and a half of eight columns
+    for name in NAMES:
+        mask.save(pet / f"{name}-mask.png")
+    dataset, batches = trained(monkeypatch, config(tiny_base, masks="loss", flip=True))
+    masks = dataset.instance.masks
+    assert masks is not None
+    assert masks.shape == (6, 1, 8, 8)
+    columns = masks.mean(dim=(1, 2))
+    assert torch.allclose(columns[0], torch.tensor([1, 0.5, *[0] * 6]), atol=0.01)
+    assert torch.allclose(columns[1], columns[0].flip(0), atol=0.01)
+    for batch in batches:
+        assert batch.masks is not None
+        assert (batch.masks[2:] == 1).all()
+        assert (batch.masks[:2].mean(dim=(1, 2, 3)) < 0.25).all()
