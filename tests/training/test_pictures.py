@@ -14,8 +14,8 @@ from torch import Tensor
 from svdiff.config import Config
 from svdiff.models import family_of, load_pipeline
 from svdiff.training import train
-from svdiff.training.batches import Batch, Dataset
-from svdiff.training.datasets import read_training_data
+from svdiff.training.batches import Batch, Dataset, LatentImages
+from svdiff.training.datasets import JITTERS, read_training_data
 from svdiff.training.loop import Trainer
 
 NAMES = ("a", "b", "c")
@@ -128,3 +128,45 @@ def test_masks_are_averaged_over_the_areas_of_the_latents(
         assert batch.masks is not None
         assert (batch.masks[2:] == 1).all()
         assert (batch.masks[:2].mean(dim=(1, 2, 3)) < 0.25).all()
+
+
+def test_captions_reach_the_network_in_the_words_of_the_concept(
+    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pet / "a.txt").write_text("a photo of {subject} on the left")
+    (pet / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "{subject} sitting"}\n')
+    dataset, batches = trained(monkeypatch, config(tiny_base, batch_size=3))
+    assert dataset.instance.prompts == ["a photo of sks dog on the left", "sks dog sitting", "a sks dog"]
+    for batch in batches:  # each holds every picture once
+        assert sorted(batch.prompts[:3]) == sorted(dataset.instance.prompts)
+        assert batch.prompts[3:] == ["a dog"] * 3
+        for row, prompt in enumerate(batch.prompts[:3]):
+            own = dataset.instance.prompts.index(prompt)
+            latents = dataset.instance.latents
+            assert ((batch.latents[row] - latents.mean[own]).abs() <= 6 * latents.deviation[own]).all()
+
+
+def test_variations_of_a_picture_are_trained_on_with_its_caption(
+    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pet / "a.txt").write_text("{subject} sitting")
+    seen: list[np.ndarray] = []
+    encode = LatentImages.encode.__func__
+
+    def encoded(cls: Any, family: Any, images: list[Image.Image]) -> LatentImages:
+        seen.append(np.stack([np.asarray(image, dtype=int) for image in images]))
+        return encode(cls, family, images)
+
+    monkeypatch.setattr(LatentImages, "encode", classmethod(encoded))
+    each = 2 + JITTERS
+    dataset, batches = trained(monkeypatch, config(tiny_base, batch_size=3 * each, flip=True, jitter=0.3))
+    pictures = seen[0]
+    assert len(pictures) == len(dataset.instance.prompts) == 3 * each
+    assert dataset.instance.prompts == ["sks dog sitting"] * each + ["a sks dog"] * 2 * each
+    for first in range(0, len(pictures), each):
+        picture, mirrored, *lit = pictures[first : first + each]
+        assert np.abs(mirrored - picture[:, ::-1]).max() <= 1
+        assert all(np.abs(light - picture).max() > 1 for light in lit)
+        assert len({light.tobytes() for light in lit}) == JITTERS
+    for batch in batches:  # each holds every variation once
+        assert sorted(batch.prompts[: 3 * each]) == sorted(dataset.instance.prompts)
