@@ -56,6 +56,7 @@ def shorten(values: dict[str, Any]) -> None:
     values["train"] |= {"steps": 12, "validate_every": 6, "save_every": 1, "validation_seeds": [0]}
     values["sample"] |= {"prompts": values["sample"]["prompts"][:2], "seeds": [0], "steps": 2}
     values["mix"] |= {"mixes": 4, "prompts": values["mix"]["prompts"][:1]}
+    values["mix"]["train"] |= {"steps": 12}
     values["score"] |= {"bootstrap": 200}
     values["edit"] |= {"train": {"steps": 4, "validate_every": 4}, "seeds": [0], "steps": 2}
     values["rank"] |= {"concepts": list(values["concepts"])[:1], "ranks": [1], "steps": 2, "seeds": [0]}
