@@ -152,15 +152,15 @@ class Family:
 
     def check_tokens(self, tokens: Sequence[str]) -> None:
         """Raise SvdiffError for special tokens that are one and the same to the tokenizer."""
-        seen: dict[str, str] = {}
+        seen: dict[tuple[str, ...], str] = {}
         for token in tokens:
             self.check_token(token)
-            [piece] = self.tokenizer.tokenize(token)
-            if piece in seen:
+            pieces = tuple(self.tokenizer.tokenize(token))
+            if pieces in seen:
                 raise SvdiffError(
-                    f"tokens '{seen[piece]}' and '{token}' are one to the base's tokenizer: change `token` of one concept"
+                    f"tokens '{seen[pieces]}' and '{token}' are one to the base's tokenizer: change `token` of one concept"
                 )
-            seen[piece] = token
+            seen[pieces] = token
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """What prompts mean to the network, with gradients where a text encoder is trained."""
