@@ -1,4 +1,4 @@
-"""Several pictures as one."""
+"""Grids: several pictures pasted side by side into one, for validation and contact sheets."""
 
 from __future__ import annotations
 
