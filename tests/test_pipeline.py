@@ -54,7 +54,7 @@ def shorten(values: dict[str, Any]) -> None:
     values["classes"] = list(dict.fromkeys(concept["class_word"] for concept in values["concepts"].values()))
     values["prior"] |= {"images": 4, "steps": 2}
     values["train"] |= {"steps": 12, "validate_every": 6, "save_every": 1, "validation_seeds": [0]}
-    values["sample"] |= {"prompts": values["sample"]["prompts"][:2], "seeds": [0], "steps": 2}
+    values["sample"] |= {"prompts": values["sample"]["prompts"][:2], "seeds": [0], "steps": 2, "drift_pictures": 2}
     values["mix"] |= {"mixes": 4, "prompts": values["mix"]["prompts"][:1]}
     values["mix"]["train"] |= {"steps": 12}
     values["score"] |= {"bootstrap": 200}
@@ -86,7 +86,9 @@ def test_everything_is_there_and_a_second_run_does_nothing(checkout: Checkout) -
     for name in names:
         assert checkout.delta(name).is_file()
         assert (checkout.root / "out/register" / f"{name}.json").is_file()
-        assert len(list((checkout.root / "out/sample" / name).rglob("*.png"))) == 4
+        for folder in ("", "drift"):
+            for model in ("trained", "base"):
+                assert len(list((checkout.root / "out/sample" / name / folder / model).glob("*.png"))) == 2
     for name in yaml.safe_load((checkout.root / "params.yaml").read_text())["edits"]:
         assert (checkout.root / "out/edit" / name / "sheet.png").is_file()
     page = (checkout.root / "out/report/index.html").read_text()

@@ -7,6 +7,8 @@ times in all. What it had finished is up to date by then, and registering twice 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from prefect.states import StateType
 
 from flows.orchestration.gpus import visible
@@ -28,6 +30,13 @@ ALIVE = "prefect.flow-run.heartbeat"
 ENDED = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancelled", "Crashed")}
 ANY_RUN = "prefect.flow-run.*"
 OF_DEPLOYMENT = {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"}
+
+
+@contextmanager
+def asking(url: str) -> Iterator[None]:
+    """Let Prefect's client in this process ask the server at `url`, whatever profile is active."""
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
 
 
 def automations() -> list[Automation]:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,7 +61,7 @@ def up(root: Path, worker_limit: int = 4, gpus: int | None = None, mlflow_ui: bo
 
     from flows.orchestration import automations, schedules
 
-    with _asking(url):
+    with automations.asking(url):
         yield from automations.install(gpus)
         values, kept = schedules.as_they_are(yaml.safe_load((root / "prefect.yaml").read_text()))
     file = root / ".prefect" / "prefect.yaml"
@@ -99,7 +98,7 @@ def down(root: Path, remove: bool = False) -> Iterator[str]:
         url = environment["PREFECT_API_URL"]
         if not _is_ours(url, Supervisor(root)):
             raise SvdiffError(f"no Prefect server of this checkout answers at {url}; `python -m flows up` starts it")
-        with _asking(url):
+        with automations.asking(url):
             yield from automations.remove()
         for name in yaml.safe_load((root / "prefect.yaml").read_text())["deployments"]:
             gone = _prefect(environment, root, "deployment", "delete", f"{name['name']}/{name['name']}")
@@ -191,15 +190,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _asking(url: str) -> Iterator[None]:
-    """Let Prefect's client in this process ask the server at `url`, whatever profile is active."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    with temporary_settings({PREFECT_API_URL: url}):
-        yield
 
 
 def _prefect(environment: dict[str, str], root: Path, *command: str) -> subprocess.CompletedProcess[str]:
