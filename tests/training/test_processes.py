@@ -21,6 +21,8 @@ from tests.training.test_stage import checkout, write_params  # noqa: F401 (a fi
 
 SETTINGS: dict[str, Any] = {"steps": 4, "save_every": 1, "schedule": "cosine", "single_subject_weight": 0.5}
 
+pytestmark = pytest.mark.slow
+
 
 def work(rank: int, port: int, home: str, output: str, settings: dict[str, Any], dies_at: int | None) -> None:
     """One of two processes, as `torchrun --nproc_per_node 2` and `accelerate launch` on GPUs start them."""
@@ -47,7 +49,7 @@ def in_two_processes(home: str, output: str, dies_at: int | None = None, **setti
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # autograd that ran before a fork may refuse to run after it
     both = [
         context.Process(target=work, args=(rank, port, home, output, SETTINGS | settings, dies_at)) for rank in (0, 1)
     ]
