@@ -10,11 +10,12 @@ from flows.monitoring import commands as monitoring
 from flows.pipeline import commands as pipeline
 from flows.registry import commands as registry
 from flows.services import commands as services
+from flows.serving import commands as serving
 from svdiff.errors import SvdiffError
 from svdiff.secrets import show_exception
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for part in (registry, monitoring, services, pipeline):
+for part in (registry, monitoring, serving, services, pipeline):
     app.registered_commands += part.app.registered_commands
 
 

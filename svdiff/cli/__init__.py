@@ -53,6 +53,7 @@ COMMANDS = {
     "edit-curves": Place("svdiff.cli.experiments", "Edit score against reconstruction, for methods and lengths of training."),
     "registry": Place("flows.registry.commands", "Registered versions: list, lineage, promote, rollback, retire, reproduce, prune."),
     "reevaluate": Place("flows.monitoring.commands", "Sample and score registered champions again: unchanged, drifted or broken."),
+    "serve": Place("flows.serving.commands", "Draw registered concepts over HTTP, in OpenAI's image form, with a page to try it."),
     "up": Place("flows.services.commands", "Start what is missing of the workflow: Prefect server, deployments, worker."),
     "worker": Place("flows.services.commands", "Work for a team's server in this clone."),
     "down": Place("flows.services.commands", "Stop what `up` started here; the history stays."),
@@ -68,6 +69,7 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("open_clip", "lpips", "torchvision", "scipy", "matplotlib", "jinja2"), "evaluation"),
     **dict.fromkeys(("mlflow", "prefect", "dvc", "sqlalchemy", "psutil"), "workflow"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "resvg_py": "world",
 }
 
