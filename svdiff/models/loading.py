@@ -10,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from svdiff.config import BaseModelConfig
 from svdiff.errors import SvdiffError
 from svdiff.models.family import Family, family_class, family_of
 
 if TYPE_CHECKING:
     import torch
+
+    from svdiff.config import BaseModelConfig
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from svdiff.config import BaseModelConfig
 from svdiff.errors import SvdiffError
 from svdiff.models.family import FAMILIES, Family, family_class
 from svdiff.models.loading import family_at
@@ -26,23 +25,26 @@ def known_sizes() -> dict[str, type[Family]]:
 
 def family_named(base: str) -> type[Family]:
     """The family of a well-known base, a diffusers folder or a Hub id. Raises SvdiffError if it is none."""
+    from svdiff.config import BaseModelConfig
+
     known = known_sizes()
     return known[base] if base in known else family_at(BaseModelConfig(model=base))
 
 
-def build(base: str, part: str | None = None, device: str = "meta") -> nn.Module:
+def build(base: str, part: str | None = None, device: str = "meta", **changes: Any) -> nn.Module:
     """A network of a base (`part`, else the denoising one): with no weights on the meta device, else random ones.
 
-    Raises SvdiffError for a base that is not there, or one without that part.
+    `changes` are entries of a well-known base's configuration that are to be others. Raises SvdiffError for a base that
+    is not there, or one without that part.
     """
-    family = family_named(base)
-    part = part or family.network_name
     known = known_sizes()
+    family = known[base] if base in known else family_named(base)
+    part = part or family.network_name
     if base in known:
         if part not in family.sizes[base]:
             raise SvdiffError(f"no size of '{part}' is known for {base}; known: {', '.join(family.sizes[base])}")
         kind, settings = family.sizes[base][part]
-        return _made(kind, dict(settings), device)
+        return _made(kind, dict(settings) | changes, device)
     return _made(*_configured(base, part), device)
 
 
