@@ -6,22 +6,31 @@ before its command runs, so what the command itself refuses would be refused too
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from svdiff.config import Config
 from svdiff.data.cutmix import mix_prompts, prior_mix_prompts
 from svdiff.errors import SvdiffError
+from svdiff.evaluation.evaluators import describe_evaluators
 from svdiff.files import write_atomic
 from svdiff.models import load_words
-from svdiff.sections import BaseModelConfig
+from svdiff.sections import BaseModelConfig, EvaluatorsConfig
+from svdiff.words import is_folder
 
 OUTPUT = Path("out/check.txt")  # the same whatever params.yaml says, so that a change of it reruns nothing else
+EVALUATORS = Path("out/evaluators.json")  # changes with what scores, so that other evaluators rerun what scores
 
 
 def check(config: Config) -> Path:
-    """Write out/check.txt. Raises SvdiffError for a base that DVC cannot follow, or words that the base cannot read."""
+    """Write out/check.txt and out/evaluators.json.
+
+    Raises SvdiffError for a base or evaluators that DVC cannot follow or that are not there, or words that the base cannot read.
+    """
     _check_base(config.base)
+    _check_places(config.evaluators)
     family = load_words(config.base)
     for name, concept in config.concepts.items():
         try:
@@ -35,22 +44,28 @@ def check(config: Config) -> Path:
             family.check_prompt(prompt)
         except SvdiffError as error:
             raise SvdiffError(f"{place}: {error}") from None
+    write_atomic(EVALUATORS, json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
     write_atomic(OUTPUT, "params.yaml can be worked with\n")
     return OUTPUT
 
 
 def _check_base(base: BaseModelConfig) -> None:
     """DVC follows the base by its files."""
-    if (
-        not Path(base.model).exists()
-        and not base.model.startswith((".", "/", "models/"))
-        and base.model.count("/") <= 1
-    ):
+    if not Path(base.model).exists() and not is_folder(base.model):
         folder = f"models/{base.model.rpartition('/')[2]}"
         raise SvdiffError(
             f"base.model is '{base.model}', a Hub id, and the pipeline follows a base by its files: bring it into a folder, "
             f"`hf download {base.model} --local-dir {folder}`, and set base.model: {folder}"
         )
+
+
+def _check_places(evaluators: EvaluatorsConfig) -> None:
+    """The stage of this command depends on models/, whole."""
+    for key, path in evaluators.local.items():
+        if not Path(os.path.normpath(path)).is_relative_to("models"):
+            raise SvdiffError(
+                f"evaluators.{key} is '{path}', and the pipeline follows evaluators by the files in models/: copy it there"
+            )
 
 
 def _prompts(config: Config) -> Iterator[tuple[str, str]]:

@@ -91,11 +91,7 @@ def _checkout(params: Path) -> list[Finding]:
         except SvdiffError as error:
             findings.append(Finding(False, edit.image, f"{error} (or `svdiff sync`)"))
     local = [config.base.model] if config.base.model.startswith("models/") else []
-    if config.evaluators.clip_model.startswith("local-dir:"):
-        local.append(config.evaluators.clip_model.removeprefix("local-dir:"))
-    if config.evaluators.lpips_weights:
-        local.append(config.evaluators.lpips_weights)
-    for path in local:
+    for path in (*local, *config.evaluators.local.values()):
         findings.append(Finding(Path(path).exists(), path, f"dvc pull {path}"))
     if config.base.model in local and Path(config.base.model).exists():
         try:

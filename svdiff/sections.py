@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from svdiff.errors import SvdiffError
-from svdiff.words import check_class_word, check_name, check_template, check_token, did_you_mean
+from svdiff.words import check_class_word, check_name, check_template, check_token, did_you_mean, is_folder
 
 Method = Literal["svdiff", "full", "lora", "custom-diffusion"]
 # What trains where params.yaml gives a method no rates of its own: the paper's (supplement A, E), and Custom Diffusion's.
@@ -92,7 +92,7 @@ class BaseModelConfig(Section):
 
     @model_validator(mode="after")
     def _of_the_hub(self) -> Self:
-        if self.revision is not None and (self.model.startswith((".", "/", "models/")) or self.model.count("/") > 1):
+        if self.revision is not None and is_folder(self.model):
             raise ValueError(f"revision '{self.revision}' is given, and model '{self.model}' is a folder: leave it out")
         return self
 
@@ -100,8 +100,13 @@ class BaseModelConfig(Section):
 class EvaluatorsConfig(Section):
     """Who scores the pictures."""
 
-    clip_model: str = Field("local-dir:models/clip", description="open_clip model name, or local-dir:<folder>")
-    clip_pretrained: str | None = Field(None, description="open_clip weights tag, e.g. laion2b_s34b_b79k")
+    clip_model: str = Field(
+        "models/clip",
+        description="folder as open_clip writes it, open_clip's name of a model, or hf-hub:<owner>/<name>",
+    )
+    clip_pretrained: str | None = Field(
+        None, description="with open_clip's name: the tag of its weights, e.g. laion2b_s34b_b79k"
+    )
     lpips_net: Literal["alex", "vgg", "squeeze"] = Field("alex", description="backbone of the LPIPS distance")
     lpips_weights: str | None = Field(
         "models/lpips/backbone.safetensors",
@@ -113,12 +118,28 @@ class EvaluatorsConfig(Section):
         "facebook/dinov2-base; null: CLIP's image encoder",
     )
 
+    @property
+    def local(self) -> dict[str, str]:
+        """Files and folders that it names, by key; names of the Hub are none."""
+        named = {
+            "clip_model": self.clip_model,
+            "lpips_weights": self.lpips_weights,
+            "identity_model": self.identity_model,
+        }
+        return {key: name for key, name in named.items() if name and (key == "lpips_weights" or is_folder(name))}
+
     @model_validator(mode="after")
     def _of_open_clip(self) -> Self:
-        if self.clip_pretrained is not None and self.clip_model.startswith("local-dir:"):
+        brings_weights = is_folder(self.clip_model) or self.clip_model.startswith("hf-hub:")
+        if self.clip_pretrained is not None and brings_weights:
             raise ValueError(
-                f"clip_pretrained '{self.clip_pretrained}' is given, and clip_model '{self.clip_model}' is a folder: "
-                "leave it out"
+                f"clip_pretrained '{self.clip_pretrained}' is given, and clip_model '{self.clip_model}' brings its weights "
+                "along: leave it out"
+            )
+        if self.clip_pretrained is None and not brings_weights:  # open_clip would draw random weights
+            raise ValueError(
+                f"clip_model '{self.clip_model}' is no folder here: as open_clip's name of a model it needs the tag of its "
+                "weights, clip_pretrained, e.g. laion2b_s34b_b79k"
             )
         return self
 

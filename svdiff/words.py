@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from svdiff.errors import SvdiffError
 
@@ -57,6 +58,11 @@ def check_template(template: str, allowed: Iterable[str] = (), needed: Iterable[
         if f"{{{name}}}" not in template:
             raise ValueError(f"prompt '{template}' lacks {{{name}}}")
     return template
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model's name means a folder, here or missing, and not a name of the Hub such as owner/name."""
+    return Path(model).is_dir() or model.startswith((".", "/", "models/")) or model.count("/") > 1
 
 
 def fill(template: str, **words: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from svdiff.check import OUTPUT, check
+from svdiff.check import EVALUATORS, OUTPUT, check
 from svdiff.config import load_config
 from svdiff.errors import SvdiffError
 from svdiff.models.stable_diffusion import StableDiffusion
@@ -27,6 +27,7 @@ LONG = "a red dog and a red dog and a red dog and a red dog"  # the tiny base re
 def params(base: Path | str, **sections: Any) -> dict[str, Any]:
     return {
         "base": {"model": str(base)},
+        "evaluators": {"clip_model": "ViT-B-32", "clip_pretrained": "openai", "lpips_weights": None},
         "classes": ["dog", "cat"],
         "concepts": {"one": {"class_word": "dog", "token": "sks"}, "two": {"class_word": "cat", "token": "zwx"}},
         "sample": {"prompts": ["a {subject} on a red background"]},
@@ -88,6 +89,54 @@ def test_a_hub_id_is_refused_with_the_command_that_brings_it() -> None:
     fix = r"hf download some/model --local-dir models/model`, and set base\.model: models/model"
     with pytest.raises(SvdiffError, match=fix):
         checked("some/model")
+
+
+def test_other_evaluators_are_another_file_and_the_same_ones_are_not(tiny_base: Path) -> None:
+    hub = {"clip_model": "ViT-B-32", "clip_pretrained": "openai"}
+    checked(tiny_base)
+    published = EVALUATORS.read_bytes()
+    Path("models/lpips").mkdir(parents=True)
+    Path("models/lpips/backbone.safetensors").write_bytes(b"one")
+    own = {"evaluators": hub | {"lpips_weights": "models/lpips/backbone.safetensors"}}
+    checked(tiny_base, **own)
+    first = EVALUATORS.read_bytes()
+    checked(tiny_base, **own, train={"steps": 3})
+    assert published != first == EVALUATORS.read_bytes()
+    Path("models/lpips/backbone.safetensors").write_bytes(b"another")
+    checked(tiny_base, **own)
+    assert EVALUATORS.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("clip_model", "models/clip", "models/clip holds no open_clip_config.json"),
+        ("lpips_weights", "models/lpips/backbone.safetensors", "backbone.safetensors does not exist"),
+        ("identity_model", "models/identity", "'models/identity' is not a folder here"),
+        ("clip_model", "./clip", "follows evaluators by the files in models/"),
+        ("lpips_weights", "models/../other.safetensors", "follows evaluators by the files in models/"),
+        ("identity_model", "/somewhere/else", "follows evaluators by the files in models/"),
+    ],
+)
+def test_evaluators_that_are_not_here_are_refused_before_anything_is_trained(
+    tiny_base: Path, key: str, value: str, words: str
+) -> None:
+    evaluators = {"clip_model": "ViT-B-32", "clip_pretrained": "openai", "lpips_weights": None} | {key: value}
+    if key == "clip_model":
+        del evaluators["clip_pretrained"]
+    with pytest.raises(SvdiffError, match=words):
+        checked(tiny_base, evaluators=evaluators)
+    assert not OUTPUT.exists()
+
+
+def test_evaluators_change_the_stages_that_score_and_no_others() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    bodies = {name: stage.get("do", stage) for name, stage in stages.items()}
+    scoring = {"score", "score-pair", "edit", "rank"}
+    assert {name for name, body in bodies.items() if str(EVALUATORS) in body.get("deps", [])} == scoring
+    assert {name for name, body in bodies.items() if "evaluators" in body.get("params", [])} == scoring
+    followed = {name for name, body in bodies.items() if {"models/clip", "models/lpips"} & set(body.get("deps", []))}
+    assert not followed, "an evaluator that params.yaml does not name is none"
 
 
 def test_a_base_that_is_not_here_is_refused() -> None:
@@ -167,7 +216,10 @@ def test_stages_that_params_names_folders_of_are_behind_the_check() -> None:
     ],
 )
 def test_dvc_removes_nothing_that_a_name_in_params_points_at(tiny_base: Path, tmp_path: Path, change: dict) -> None:
-    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    pipeline = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+    pipeline["stages"] = {name: stage for name, stage in pipeline["stages"].items() if "frozen" not in stage}
+    Path("dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    Path("models").mkdir()
     shutil.copytree(ROOT / "svdiff", "svdiff", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(tiny_base, "base")
     values = yaml.safe_load((ROOT / "params.yaml").read_text()) | params("base") | {"pairs": {}, "edits": {}}

@@ -129,6 +129,8 @@ def test_a_word_of_an_edits_prompt_is_no_token_either(tmp_path: Path) -> None:
         ("train: {step: 3}", "did you mean 'steps'"),
         ("base: {model: models/base, revision: main}", "leave it out"),
         ("evaluators: {clip_pretrained: openai}", "leave it out"),
+        ("evaluators: {clip_model: 'hf-hub:some/model', clip_pretrained: openai}", "leave it out"),
+        ("evaluators: {clip_model: ViT-B-32}", "needs the tag of its weights, clip_pretrained"),
     ],
 )
 def test_sections_that_are_refused(tmp_path: Path, section: str, words: str) -> None:

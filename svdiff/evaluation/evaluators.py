@@ -18,6 +18,7 @@ from PIL import Image
 from svdiff.config import EvaluatorsConfig
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file
+from svdiff.words import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     EncodeTexts = Callable[[list[str]], torch.Tensor]
     Distance = Callable[[list[Image.Image], list[Image.Image]], torch.Tensor]
 
-LOCAL = "local-dir:"
 BATCH = 64  # pictures, or pairs of them, at a time
 CLIP_WEIGHTS = {".safetensors", ".bin", ".pt"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of transformers; the first that is there is loaded
@@ -55,23 +55,17 @@ def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
 def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:
     """CLIP's two encoders: pictures (RGB, any size) and texts to N×d unit vectors.
 
-    `clip_model` is `local-dir:<folder>` (relative to the working directory) or an open_clip model name with
-    `clip_pretrained` beside it. Raises SvdiffError if a local folder holds no model.
+    `clip_model` is a folder (relative to the working directory), or an open_clip model name with `clip_pretrained` beside
+    it. Raises SvdiffError if a folder holds no model.
     """
     import open_clip
     import torch
 
     name = config.clip_model
-    if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        if not (folder / "open_clip_config.json").is_file():
-            raise SvdiffError(
-                f"evaluators.clip_model: {folder} holds no open_clip_config.json; run `dvc pull`, "
-                "or `svdiff base train clip` to make it"
-            )
-        model, _, preprocess = open_clip.create_model_and_transforms(name)
-    else:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=config.clip_pretrained)
+    if is_folder(name):
+        _check_clip(Path(name))
+        name = f"local-dir:{name}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=config.clip_pretrained)
     tokenize = open_clip.get_tokenizer(name)
     device = _device()
     model = model.float().eval().requires_grad_(False).to(device)
@@ -84,6 +78,15 @@ def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:
         return model.encode_text(tokenize(words).to(device), normalize=True)
 
     return partial(_in_batches, images), partial(_in_batches, texts)
+
+
+def _check_clip(folder: Path) -> None:
+    """Raise SvdiffError for a folder that is not there or holds no model."""
+    if not (folder / "open_clip_config.json").is_file():
+        raise SvdiffError(
+            f"evaluators.clip_model: {folder} holds no open_clip_config.json (looked from {Path.cwd()}); run `dvc pull`, "
+            "or `svdiff base train clip` to make it"
+        )
 
 
 def load_identity(name: str) -> EncodeImages:
@@ -127,7 +130,7 @@ def _check_identity(name: str) -> None:
                 f"evaluators.identity_model: {folder} holds no {missing[0]}; expected what transformers' "
                 "`save_pretrained` writes for a model and its image processor. For the embedded one run `dvc pull`"
             )
-    elif name.startswith((".", "/", "models/")) or name.count("/") > 1:
+    elif is_folder(name):
         raise SvdiffError(
             f"evaluators.identity_model '{name}' is not a folder here (looked from {Path.cwd()}); run `dvc pull` for the "
             "embedded one, or name a folder or a Hub id such as facebook/dinov2-base"
@@ -157,14 +160,7 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
         from safetensors.torch import load_file
 
         path = Path(config.lpips_weights)
-        if not path.is_file():
-            raise SvdiffError(
-                f"evaluators.lpips_weights: {path} does not exist; run `dvc pull`, "
-                "or `svdiff base train lpips` to make it"
-            )
-        trained_for = path.with_name("config.json")
-        if trained_for.is_file() and (net := json.loads(trained_for.read_text())["net"]) != config.lpips_net:
-            raise SvdiffError(f"evaluators.lpips_net is {config.lpips_net!r}, but {path} is of {net!r}: say {net!r}")
+        _check_lpips(path, config.lpips_net)
         network = lpips.LPIPS(net=config.lpips_net, lpips=False, pnet_rand=True, pretrained=False, verbose=False)
         network.net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     device = _device()
@@ -190,6 +186,17 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
     return distance
 
 
+def _check_lpips(path: Path, net: str) -> None:
+    """Raise SvdiffError for a backbone that is not there, or of another architecture than `net`."""
+    if not path.is_file():
+        raise SvdiffError(
+            f"evaluators.lpips_weights: {path} does not exist; run `dvc pull`, or `svdiff base train lpips` to make it"
+        )
+    trained_for = path.with_name("config.json")
+    if trained_for.is_file() and (of := json.loads(trained_for.read_text())["net"]) != net:
+        raise SvdiffError(f"evaluators.lpips_net is {net!r}, but {path} is of {of!r}: say {of!r}")
+
+
 def _device() -> torch.device:
     import torch
 
@@ -206,10 +213,14 @@ def _in_batches(function: Callable[[Any], torch.Tensor], items: Any) -> torch.Te
 
 
 def describe_evaluators(config: EvaluatorsConfig) -> dict[str, dict[str, Any]]:
-    """What must be equal for two scores to be comparable: networks, weights (hash, or the hub's tag), transforms, scale."""
+    """What must be equal for two scores to be comparable: networks, weights (hash, or the hub's tag), transforms, scale.
+
+    Raises SvdiffError if weights are not there.
+    """
     clip: dict[str, Any] = {"score": "cosine, not scaled"}
-    folder = Path(config.clip_model.removeprefix(LOCAL))
-    if folder.is_dir():
+    if is_folder(config.clip_model):
+        folder = Path(config.clip_model)
+        _check_clip(folder)
         described = json.loads((folder / "open_clip_config.json").read_text())
         clip |= {
             "model": described.get("model_cfg"),
@@ -224,6 +235,7 @@ def describe_evaluators(config: EvaluatorsConfig) -> dict[str, dict[str, Any]]:
         }
     lpips: dict[str, Any] = {"score": "1 − distance, mean over the training pictures", "net": config.lpips_net}
     if config.lpips_weights:
+        _check_lpips(Path(config.lpips_weights), config.lpips_net)
         lpips |= {"weights_sha256": sha256_file(config.lpips_weights), "heads": "none: 1 − cosine, mean over layers"}
     else:
         lpips |= {"weights": "of the lpips package", "heads": "learned"}
@@ -241,7 +253,10 @@ def _describe_identity(name: str | None) -> dict[str, Any]:
     _check_identity(name)
 
     def stored(file: str) -> Path | None:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        try:
+            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise SvdiffError(f"evaluators.identity_model '{name}' cannot be loaded: {error}") from error
         return Path(found) if found else None
 
     described, transform = stored("config.json"), stored("preprocessor_config.json")

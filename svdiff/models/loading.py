@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdiff.errors import SvdiffError
 from svdiff.models.family import Family, family_class, family_of
+from svdiff.words import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +60,7 @@ def _configured(base: BaseModelConfig) -> str:
                 "diffusers folder or Hub id with the same configuration"
             )
         return base.config
-    looks_local = base.model.startswith((".", "/", "models/")) or base.model.count("/") > 1
-    if looks_local and not Path(base.model).is_dir():
+    if is_folder(base.model) and not Path(base.model).is_dir():
         raise SvdiffError(
             f"base.model '{base.model}' is not a folder here (looked from {Path.cwd()}); "
             "run `dvc pull models/base` for the embedded base, or name a folder or Hub id"

@@ -32,7 +32,7 @@ def evaluators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_file(clip.state_dict(), folder / "clip/open_clip_model.safetensors")
     save_file(backbone.state_dict(), folder / "backbone.safetensors")
     return {
-        "clip_model": f"local-dir:{folder / 'clip'}",
+        "clip_model": str(folder / "clip"),
         "lpips_net": "alex",
         "lpips_weights": str(folder / "backbone.safetensors"),
     }

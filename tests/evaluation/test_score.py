@@ -134,7 +134,7 @@ def test_evaluators_are_described_by_weights_and_transform(tmp_path: Path) -> No
     )
     (clip / "open_clip_model.safetensors").write_bytes(b"weights")
     lpips.write_bytes(b"backbone")
-    config = EvaluatorsConfig(clip_model=f"local-dir:{clip}", lpips_weights=str(lpips))
+    config = EvaluatorsConfig(clip_model=f"{clip}", lpips_weights=str(lpips))
     described = describe_evaluators(config)
     assert described["clip"]["transform"] == transform
     assert described["clip"]["weights_sha256"] == {
@@ -158,7 +158,7 @@ def test_models_on_disk_give_the_same_scores_as_in_memory(
     save_file(lpips.net.net.state_dict(), checkout / "models/backbone.safetensors")
     write_tiny_identity(checkout / "models/identity")
     evaluators = EvaluatorsConfig(
-        clip_model="local-dir:models/clip",
+        clip_model="models/clip",
         lpips_weights="models/backbone.safetensors",
         identity_model="models/identity",
     )

@@ -105,7 +105,7 @@ def write_evaluators(root: Path, seed: int) -> dict[str, str]:
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     save_file(backbone.state_dict(), root / "models" / "backbone.safetensors")
     return {
-        "clip_model": "local-dir:models/clip",
+        "clip_model": "models/clip",
         "lpips_net": "squeeze",
         "lpips_weights": "models/backbone.safetensors",
     }
