@@ -173,8 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15", help="sd15, tiny, or a diffusers folder")
     parser.add_argument("--latents", type=int, help="side of the latents [default: 32; the model's own]")
-    parser.add_argument("--rounds", type=int, help="times that each is timed [default: 3; 10 for small models]")
-    parser.add_argument("--steps", type=int, help="denoising steps of a picture [default: 1; 4 for small models]")
+    parser.add_argument("--rounds", type=int, help="times that each is timed [default: 3; 5 for small models]")
+    parser.add_argument("--steps", type=int, help="denoising steps of a picture [default: 1; 25 for small models]")
     parser.add_argument("--batch", type=int, help="training pictures a concept [default: 1; 4 for small models]")
     parser.add_argument("--resident", type=int, default=1000, help="concepts in memory while switching")
     parser.add_argument("--only", nargs="+", choices=["draw", "switch", "train"], default=["draw", "switch", "train"])
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     large = options.model == "sd15"
-    rounds, batch = options.rounds or (3 if large else 10), options.batch or (1 if large else 4)
+    rounds, batch = options.rounds or (3 if large else 5), options.batch or (1 if large else 4)
 
     unet: Any = make_unet(options.model).eval()
     latents = options.latents or (32 if large else unet.config.sample_size)
@@ -197,7 +197,7 @@ def main() -> None:
 
     result: dict[str, Any] = {"model": options.model, "latents": latents, "concepts": CONCEPTS}
     if "draw" in options.only:
-        result |= draw(personal, names, latents, rounds, options.steps or (1 if large else 4))
+        result |= draw(personal, names, latents, rounds, options.steps or (1 if large else 25))
     if "train" in options.only:
         result |= train(personal, latents, batch, rounds)
     if "switch" in options.only:

@@ -16,12 +16,15 @@ class Batch:
 
     `index` has an entry for each picture that is drawn or trained. `rows` is that of the present call of the model,
     whose batch may repeat the pictures as a whole, as for guidance, or be shorter: one of prompts of which each has
-    several pictures.
+    several pictures. `seen` and `made` are the layers' own, until the next batch is assigned: the tokens that a layer
+    was given, and what it made for all steps of the batch.
     """
 
     def __init__(self) -> None:
         self.index: Tensor | None = None
         self.rows: Tensor | None = None
+        self.seen: dict[object, int] = {}
+        self.made: dict[object, tuple[object, Any]] = {}
 
     def assign(self, index: Sequence[int] | Tensor | None, concepts: int) -> None:
         """Set the row of each picture, of so many concepts; None forgets it."""
@@ -31,6 +34,8 @@ class Batch:
                 f"the index of the pictures is {index}; expected a list of numbers from 0 to {concepts - 1}"
             )
         self.index = self.rows = rows
+        self.seen.clear()
+        self.made.clear()
 
     def follow(self, module: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Before a call of the model: find the row of each member of its batch, by its first batched argument."""

@@ -12,7 +12,8 @@ applies W_δ is in `functions`. Two kinds of it stand in one class:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ from svdiff.spectral.batch import Batch
 from svdiff.spectral.cpu import Geometry, batched_product, mix_channels, product
 from svdiff.spectral.decompose import as_matrix, from_matrix
 from svdiff.spectral.functions import FactoredConv, FactoredLinear, SpectralWeight, materialising_is_cheaper
+
+T = TypeVar("T")
+# Numbers of the pictures' weights that a layer holds while a batch of several concepts is drawn: 8 MB.
+_HELD = 1 << 21
 
 
 class SpectralLayer(nn.Module):
@@ -72,6 +77,7 @@ class SpectralLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralLayer:
         super()._apply(fn, recurse)
+        self.batch.made.pop(self, None)
         for name in self._float32:
             constant: Tensor = getattr(self, name)
             moved = constant.data.to(fn(constant.data).device)
@@ -96,6 +102,22 @@ class SpectralLayer(nn.Module):
         if len(x) != len(rows):
             raise SvdiffError(f"a layer is called with a batch of {len(x)} in a batch of {len(rows)} pictures")
         return x, rows.to(x.device)
+
+    @property
+    def _holds(self) -> bool:
+        """Whether what is made of the shifts may stay for the next step of a batch: where nobody asks for gradients."""
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.delta.is_inference())
+
+    def _for_pictures(self, rows: Tensor, dtype: torch.dtype, make: Callable[[], T]) -> T:
+        """What `make` makes of the shifts for the pictures of `rows`; made anew where those or the shifts are others."""
+        if not self._holds:
+            return make()
+        key = (len(rows), dtype, self.delta._version)
+        known = self.batch.made.get(self)
+        if known is None or known[0] != key:
+            known = self.batch.made[self] = (key, make())
+        made: T = known[1]
+        return made
 
     @property
     def weight(self) -> Tensor:
@@ -191,23 +213,29 @@ class SpectralNorm(SpectralLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` as the original layer does, each picture with its own weight."""
         x, rows = self._pictures(x)
-        weight, norm = self.weight, self.original
+        norm = self.original
         if rows is None:
+            weight = self.weight
             if type(norm) is nn.LayerNorm:
                 return F.layer_norm(x, self.shape, weight, self.bias, norm.eps)
             if type(norm) is nn.GroupNorm:
                 return F.group_norm(x, norm.num_groups, weight, self.bias, norm.eps)
             return self._as_original(weight, x)
-        weight = weight.view(-1, *self.shape)[rows]
+        weight, bias = self._for_pictures(rows, x.dtype, lambda: self._of_pictures(rows))
         if type(norm) is nn.LayerNorm:
             y = F.layer_norm(x, self.shape, eps=norm.eps)
-            y = y * weight.to(y.dtype).view(len(x), *[1] * (x.ndim - 1 - len(self.shape)), *self.shape)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            weight = weight.to(y.dtype).view(len(x), *[1] * (x.ndim - 1 - len(self.shape)), *self.shape)
+            return y * weight if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, weight)
         if type(norm) is nn.GroupNorm:
             # The pictures side by side as channels of one: each of their groups is normalised on its own anyway.
-            side_by_side, bias = x.reshape(1, -1, *x.shape[2:]), None if self.bias is None else self.bias.repeat(len(x))
+            side_by_side = x.reshape(1, -1, *x.shape[2:])
             return F.group_norm(side_by_side, len(x) * norm.num_groups, weight.flatten(), bias, norm.eps).view(x.shape)
         return torch.vmap(lambda w, one: self._as_original(w, one[None])[0])(weight, x)
+
+    def _of_pictures(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights `(B, *shape)`, and the bias as often, one after the other."""
+        bias = None if self.bias is None else self.bias.flatten().repeat(len(rows))
+        return self.weight.view(-1, *self.shape)[rows], bias
 
     def _as_original(self, weight: Tensor, x: Tensor) -> Tensor:
         tensors = {"weight": weight} | ({} if self.bias is None else {"bias": self.bias})
@@ -307,9 +335,28 @@ class SpectralMatrix(SpectralLayer):
         if self.keeps_weight or self.contraction != "auto":
             return not self.keeps_weight and self.contraction == "materialised"
         m, n = len(self.u), self.vh[0].numel()
+        if self._held(len(x), tokens):  # built once, for the steps so far and those to come
+            tokens = self.batch.seen[self] = self.batch.seen.get(self, 0) + tokens
         grad = torch.is_grad_enabled() and self.delta.requires_grad
         concepts = 1 if self.delta.ndim == 1 else len(self.delta)
         return materialising_is_cheaper(tokens, m, n, grad=grad, input_grad=x.requires_grad, concepts=concepts)
+
+    def _held(self, pictures: int, tokens: int) -> bool:
+        """Whether the weights of all pictures, once they are built, stay in memory for the next step.
+
+        Only those that are smaller than what they are multiplied with: reading larger ones takes longer than factors.
+        """
+        m, n = len(self.u), self.vh[0].numel()
+        several = self.delta.ndim > 1 and self._holds
+        return several and pictures * m * n <= min(_HELD, tokens * (m + n))
+
+    def _weights(self, rows: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor:
+        """W_δ `(*shape)`, or that of each picture `(B, *shape)`."""
+        if rows is None:
+            return self._built(dtype)
+        if not self._held(len(rows), tokens):
+            return self._built(dtype)[rows]
+        return self._for_pictures(rows, dtype, lambda: self._built(dtype)[rows])
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the dtype of this call: autocast's, or that of the layer."""
@@ -368,11 +415,12 @@ class SpectralLinear(SpectralMatrix):
         x, rows = self._pictures(x)
         base = self.original(x) if self.keeps_weight else None
         x, bias = self._compute(x)
-        if self._materialise(x, x.numel() // x.shape[-1]):
-            weight = self._built(x.dtype)
+        tokens = x.numel() // x.shape[-1]
+        if self._materialise(x, tokens):
+            weight = self._weights(rows, x.dtype, tokens)
             if rows is None:
                 return product(x.reshape(-1, x.shape[-1]), weight.T, bias).view(*x.shape[:-1], len(weight))
-            y = batched_product(x.reshape(len(rows), -1, x.shape[-1]), weight[rows].mT, bias)
+            y = batched_product(x.reshape(len(rows), -1, x.shape[-1]), weight.mT, bias)
             return y.view(*x.shape[:-1], len(self.u))
         u, vh = self._factors(x.dtype)
         delta, sigma = self._shift(x.device)
@@ -424,10 +472,11 @@ class SpectralConv(SpectralMatrix):
         if self.pad:
             x = F.pad(x, self.pad, mode=self.pad_mode)
         pointwise = self.geometry.pointwise and self.shape[2:].numel() == 1
-        if grouped or self._materialise(x, x.numel() // x.shape[1] if pointwise else 0):
+        tokens = x.numel() // x.shape[1] if pointwise else 0
+        if grouped or self._materialise(x, tokens):
             if grouped and self.keeps_weight and self.bias is not None:
                 bias = self.bias.to(x.dtype)
-            return self._convolve(x, self._built(x.dtype), bias, rows, pointwise)
+            return self._convolve(x, self._weights(rows, x.dtype, tokens), bias, rows, pointwise)
         u, vh = self._factors(x.dtype)
         delta, sigma = self._shift(x.device)
         save = torch.is_grad_enabled()
@@ -436,7 +485,6 @@ class SpectralConv(SpectralMatrix):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, pointwise: bool) -> Tensor:
         """With W_δ, one or one a picture."""
-        weight = weight if rows is None else weight[rows]
         if pointwise:
             return mix_channels(x, weight.flatten(-len(self.shape) + 1), bias)
         if rows is None:

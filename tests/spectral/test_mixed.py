@@ -58,6 +58,40 @@ def test_each_picture_has_its_own_shifts(
         assert far(layer(x), y.detach().double()) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("original", "shape"),
+    [(nn.Linear(16, 16), (4, 9, 16)), (nn.Conv2d(16, 16, 1), (4, 16, 3, 3)), (nn.GroupNorm(2, 16), (4, 16, 3, 3))],
+)
+def test_what_a_layer_makes_of_the_shifts_stays_for_the_steps_of_a_batch_and_no_longer(
+    original: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, shifts = several(original)
+    x = torch.randn(shape)
+
+    def right() -> bool:
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(SpectralMatrix, "contraction", "factored")
+            layer.batch.made, held = {}, layer.batch.made
+            wanted = layer(x)
+            layer.batch.made = held
+        return torch.allclose(layer(x), wanted, atol=1e-5)
+
+    with torch.no_grad():
+        steps = [right() for _ in range(4)]
+        (made,) = layer.batch.made.values()
+        assert all(steps)
+        assert right()
+        assert next(iter(layer.batch.made.values())) is made, "made again although nothing has changed"
+        layer.delta.add_(0.1 * torch.randn_like(shifts))
+        assert right()
+        assert right()
+    assert layer(x).requires_grad  # a training step on the same batch takes none of it
+    layer.batch.assign(INDEX.flip(0), 3)
+    assert not layer.batch.made
+    with torch.no_grad():
+        assert all(right() for _ in range(4))
+
+
 @pytest.mark.usefixtures("by_onednn")
 @pytest.mark.parametrize("name", ["linear wide", "conv", "conv 1x1", "conv few tokens"])
 def test_each_picture_has_its_own_shifts_by_onednn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
