@@ -7,8 +7,8 @@ import base64
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -32,13 +32,17 @@ KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 5
 
 
 class Backend(Protocol):
-    """What draws: a `Replica`."""
+    """What draws: a `Replica` in this process, or several in others."""
 
     facts: Facts
 
     @property
     def models(self) -> Models:
         """What can be asked for now."""
+        ...
+
+    async def start(self) -> None:
+        """Get ready; `facts` and `models` are there afterwards."""
         ...
 
     async def draw(self, picture: Picture) -> Drawn:
@@ -162,7 +166,12 @@ def pictures_of(wanted: ImagesRequest, mix: Mix, facts: Facts, max_steps: int) -
 def make_app(backend: Backend, settings: Settings) -> FastAPI:
     """The application before `backend`."""
 
-    app = FastAPI(title="SVDiff", description="Registered concepts, drawn in common batches.")
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await backend.start()
+        yield
+
+    app = FastAPI(title="SVDiff", description="Registered concepts, drawn in common batches.", lifespan=lifespan)
     metrics = Metrics()
     queue = Queue(settings.queue, metrics.waiting)
     _add_errors(app)

@@ -241,10 +241,17 @@ class Replica:
         self._watch = Watch(lambda: read_models(tracking, base_hash), settings.poll, self._bring)
         self._drawer.warm(self._in_use(self.models))
 
+    async def start(self) -> None:
+        """Nothing is left to do."""
+
     @property
     def models(self) -> Models:
         """What can be asked for now."""
         return self._watch.models
+
+    async def describe(self) -> Facts:
+        """`facts`, for a caller in another process."""
+        return self.facts
 
     async def draw(self, picture: Picture) -> Drawn:
         """Draw it in company. Raises Refusal for a prompt that is too long or a version that is broken."""

@@ -69,7 +69,7 @@ COMMANDS = {
 EXTRAS = {
     **dict.fromkeys(("open_clip", "lpips", "torchvision", "scipy", "matplotlib", "jinja2"), "evaluation"),
     **dict.fromkeys(("mlflow", "prefect", "dvc", "sqlalchemy", "psutil"), "workflow"),
-    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
+    **dict.fromkeys(("ray", "fastapi", "uvicorn", "prometheus_client"), "serve"),
     "resvg_py": "world",
 }
 

@@ -1,4 +1,4 @@
-"""`svdiff serve` as people use it: OpenAI's client, a browser, Prometheus."""
+"""`svdiff serve` as people use it: OpenAI's client, a browser, Prometheus; in one process and on Ray's replicas."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from playwright.sync_api import sync_playwright
 from served import Served, make_served, same
@@ -141,3 +142,29 @@ def look_at_the_page(url: str) -> None:
         page.wait_for_function("document.getElementById('error').textContent.includes('tokens long')")
         assert not wrong
         browser.close()
+
+
+def test_replicas_of_ray_draw_the_same_and_one_that_is_killed_loses_no_request(served: Served) -> None:
+    server, url = start(served, "--replicas", "2")
+    try:
+        with pytest.raises(openai.BadRequestError, match="tokens long"):
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none").images.generate(model="dog", prompt="dog " * 30)
+        wanted = served.drawn("a dog", 4, {"dog@1": 1.0})
+        with Clients(url, 6) as clients:
+            until(lambda: len(clients.pictures) > 12)
+            replicas = replicas_of(server)
+            assert len(replicas) == 2
+            replicas[0].kill()
+            seen = len(clients.pictures)
+            until(lambda: len(clients.pictures) > seen + 24)
+            until(lambda: len(replicas_of(server)) == 2, what="the killed replica does not come back")
+        assert not clients.failures
+        assert same(ask(url, "dog@1", 4), wanted)
+        server.stop()
+    finally:
+        server.kill() if server.alive else None
+
+
+def replicas_of(server: Process) -> list[psutil.Process]:
+    """Processes that draw."""
+    return [process for process in server.tree() if "ServeReplica:svdiff:Replica" in "".join(process.cmdline())]
