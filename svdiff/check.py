@@ -31,6 +31,12 @@ def check(config: Config) -> Path:
     """
     _check_base(config.base)
     _check_places(config.evaluators)
+    for word, folder in config.regularisation.items():
+        if not Path(folder).is_dir():
+            raise SvdiffError(
+                f"regularisation.{word} is '{folder}', which is no folder here (looked from {Path.cwd()}); expected one with "
+                "pictures of the class, or leave it out and name the class under `classes`"
+            )
     family = load_words(config.base)
     for name, concept in config.concepts.items():
         try:

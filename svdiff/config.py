@@ -74,7 +74,10 @@ class Config(Section):
 
     base: BaseModelConfig = BaseModelConfig()
     evaluators: EvaluatorsConfig = EvaluatorsConfig()
-    classes: list[ClassWord] = Field(description="class words in use; each gets prior images")
+    classes: list[ClassWord] = Field(description="class words in use; each gets prior images drawn by the base")
+    regularisation: dict[ClassWord, str] = Field(
+        {}, description="class words in use whose prior images are own pictures, each with their folder"
+    )
     concepts: dict[Name, ConceptConfig] = Field({}, description="the concepts, by name")
     pairs: dict[Name, PairConfig] = Field({}, description="concepts learned together, by the pair's name")
     edits: dict[Name, EditConfig] = Field({}, description="edits of single pictures, by name")
@@ -116,6 +119,11 @@ class Config(Section):
                     )
         return self
 
+    @property
+    def class_words(self) -> list[str]:
+        """All class words in use, whoever their prior images are from."""
+        return [*self.classes, *self.regularisation]
+
     def _section(self, kind: Kind) -> dict[str, Any]:
         """The entries of one kind by name."""
         found: dict[str, Any] = getattr(self, SECTIONS[kind])
@@ -133,21 +141,22 @@ class Config(Section):
                     )
 
     def _check_classes(self) -> None:
-        folded = [word.casefold() for word in self.classes]
+        folded = [word.casefold() for word in self.class_words]
         if len(set(folded)) < len(folded):
             raise ValueError(
-                f"classes names one class twice: {', '.join(self.classes)}; each word once, in one spelling"
+                f"classes and regularisation name one class twice: {', '.join(self.class_words)}; each word once, in one "
+                "spelling: under classes the base draws its prior images, under regularisation they are your own"
             )
         for name, concept in self.concepts.items():
-            if concept.class_word not in self.classes:
+            if concept.class_word not in self.class_words:
                 raise ValueError(
                     f"concepts.{name}.class_word is '{concept.class_word}', which is not in classes "
-                    f"({', '.join(self.classes)}); add it there, so that its prior images are made"
+                    f"({', '.join(self.class_words)}); add it there, so that its prior images are made"
                 )
 
     def _check_tokens(self) -> None:
         """A special token that prompts or classes have as a word would be trained away from its meaning."""
-        texts = [*self.classes, self.train.prompt, self.prior.prompt, *self.train.validation_prompts]
+        texts = [*self.class_words, self.train.prompt, self.prior.prompt, *self.train.validation_prompts]
         texts += [*self.sample.prompts, *self.mix.prompts, *self.mix.validation_prompts, *self.rank.prompts.values()]
         texts += [text for edit in self.edits.values() for text in (edit.prompt, *edit.targets)]
         words = {word for text in texts for word in re.findall(r"\w+", text.casefold())}

@@ -15,7 +15,7 @@ OWN: dict[Kind, list[str]] = {
 def shared_stages(config: Config, name: str) -> list[str]:
     """The check of params.yaml and the prior images of the classes that a name needs; an edit needs none of those."""
     words = dict.fromkeys(concept.class_word for concept in config.entry(name).concepts.values())
-    return ["check", *(f"prior@{word}" for word in words)]
+    return ["check", *(f"{'own-prior' if word in config.regularisation else 'prior'}@{word}" for word in words)]
 
 
 def own_stages(config: Config, name: str) -> list[str]:

@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 COMMANDS = {
-    "prior": Place("svdiff.cli.stages", "Stage: prior images of a class word, from the base."),
+    "prior": Place("svdiff.cli.stages", "Stage: prior images of a class word, from the base or your own."),
     "mix": Place("svdiff.cli.stages", "Stage: the Cut-Mix-Unmix dataset of a pair (Sec. 3.3), and a contact sheet of it."),
     "train": Place("svdiff.cli.stages", "Stage: train a concept, a pair or an edit; resumes by itself."),
     "sample": Place("svdiff.cli.stages", "Stage: the evaluation pictures of a concept or a pair. With --prompt: pictures of your own."),

@@ -47,7 +47,7 @@ Name = Annotated[str, named("concepts pairs edits", "a concept, pair or edit of 
 Entry = Annotated[str, named("concepts pairs", "a concept or pair of params.yaml")]
 Concept = Annotated[str, named("concepts", "a concept of params.yaml")]
 Pair = Annotated[str, named("pairs", "a pair of params.yaml")]
-ClassWord = Annotated[str, named("classes", "one of `classes:` in params.yaml, such as dog")]
+ClassWord = Annotated[str, named("class_words", "a class word of params.yaml, such as dog")]
 Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
 AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,12 @@ app.add_typer(delta_app, name="delta")
 
 Base = Annotated[str, typer.Option("--base", help="diffusers folder, Hub id, or a size: sd15, sdxl, flux, …")]
 Half = Annotated[bool, typer.Option("--half", help="store float16 instead of float32")]
+Precision = Annotated[
+    Literal["fp32", "bf16", "fp16"],
+    typer.Option(
+        "--precision", help="numbers that the base is loaded in: those that it was trained on, base.precision"
+    ),
+]
 EMBEDDED = "models/base"
 
 
@@ -168,13 +174,14 @@ def import_file(
     file: Path,
     output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
     base: Base = EMBEDDED,
+    precision: Precision = "fp32",
     part: Annotated[str, typer.Option(help="unet or text_encoder")] = "unet",
 ) -> None:
     """Read `spectral_shifts.safetensors` of svdiff-pytorch 0.2."""
     from svdiff.spectral.cache import load_basis
     from svdiff.spectral.legacy import import_spectral_shifts
 
-    module = getattr(_pipeline(base), part)
+    module = getattr(_pipeline(base, precision), part)
     import_spectral_shifts(file, module, load_basis(module, _cache_folder()), prefix=part).save(output)
     wrote(output)
 
@@ -186,6 +193,7 @@ def export(
         Path, typer.Option("--output", "-o", help="a folder for plain weights, a .safetensors file for LoRA")
     ],
     base: Base = EMBEDDED,
+    precision: Precision = "fp32",
     lora: Annotated[bool, typer.Option("--lora", help="LoRA instead of plain diffusers weights")] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="of the LoRA [default: full, exact but for norms]")] = None,
     kohya: Annotated[bool, typer.Option("--kohya", help="kohya's names, which some tools want")] = False,
@@ -206,7 +214,7 @@ def export(
     from svdiff.spectral.tokens import export_tokens
 
     delta, dtype = _load(file), torch.float16 if half else torch.float32
-    concepts = SpectralPipeline(_pipeline(base), cache=_cache_folder())
+    concepts = SpectralPipeline(_pipeline(base, precision), cache=_cache_folder())
     if lora:
         modules = {prefix: getattr(concepts.pipe, prefix) for prefix in delta.prefixes()}
         bases = {p: concepts.basis(p, delta.part(p), rank=delta.directions(p)) for p in modules}
@@ -223,11 +231,11 @@ def export(
     wrote(output)
 
 
-def _pipeline(base: str) -> Any:
+def _pipeline(base: str, precision: Literal["fp32", "bf16", "fp16"]) -> Any:
     from svdiff.config import BaseModelConfig
     from svdiff.models import load_pipeline
 
-    return load_pipeline(BaseModelConfig(model=base))
+    return load_pipeline(BaseModelConfig(model=base, precision=precision))
 
 
 def _load(path: Path) -> SpectralDelta:

@@ -29,7 +29,7 @@ app = typer.Typer()
 
 @app.command()
 def prior(name: ClassWord, params: Params = PARAMS) -> None:
-    """Stage: prior images of a class word, from the base."""
+    """Stage: prior images of a class word, from the base or from your own pictures."""
     from svdiff.sampling.prior import make_prior_images
 
     wrote(make_prior_images(read(params), name))

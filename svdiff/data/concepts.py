@@ -97,6 +97,7 @@ def load_concept_images(
     maximum: int = MAX_PICTURES,
     min_side: int = MIN_SIDE,
     masks: bool = False,
+    captions: bool = True,
 ) -> list[ConceptImage]:
     """Load every picture of a concept folder, sorted by file name.
 
@@ -106,6 +107,7 @@ def load_concept_images(
         maximum: most pictures accepted, against pointing at the wrong folder.
         min_side: fewest pixels along the shorter side.
         masks: read masks beside pictures as well, and refuse those that cannot be used.
+        captions: read captions beside pictures, and refuse those that name no subject.
 
     Returns:
         Upright 8-bit RGB pictures. Very large ones are reduced by a whole factor, their shorter side staying
@@ -127,10 +129,11 @@ def load_concept_images(
             )
         )
     pictures, problems = [], []
-    captions, mask_files = _captions(folder, files), _mask_files(folder.iterdir()) if masks else {}
+    texts = _captions(folder, files) if captions else {}
+    mask_files = _mask_files(folder.iterdir()) if masks else {}
     for path in files:
         try:
-            picture = replace(_load(path, min_side), caption=captions.get(path))
+            picture = replace(_load(path, min_side), caption=texts.get(path))
             pictures.append(_with_mask(picture, mask_files.get(path)) if masks else picture)
         except _Refused as refusal:
             problems.append(f"  {path.name}: {refusal}")

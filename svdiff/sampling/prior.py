@@ -1,4 +1,4 @@
-"""Stage `prior`: the base draws the prior images of a class word (Sec. 3.2)."""
+"""Stages `prior` and `own-prior`: prior images of a class word (Sec. 3.2), drawn by the base or brought by the user."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from pathlib import Path
 import pandas as pd
 
 from svdiff.config import Config
+from svdiff.data.concepts import load_concept_images, to_square
 from svdiff.data.prior import prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, atomic_file
-from svdiff.models import family_of, load_pipeline, scratch
+from svdiff.models import family_of, load_pipeline, native_size, scratch
 from svdiff.sampling.images import Job, sample_images
 from svdiff.spectral import weights_hash
 from svdiff.words import did_you_mean, fill
 
 CHUNK = 8  # pictures between two savings
+MOST_OWN = 10_000  # pictures of a folder under `regularisation`
 
 
 def make_prior_images(config: Config, class_word: str) -> Path:
-    """Stage `prior`: sample `prior.images` pictures of the class prompt from the base into out/prior/<class>/.
+    """Write the prior images of a class to out/prior/<class>/, as NNN.png and prompts.csv (file, prompt, seed or source).
 
-    Pictures already made with the same base and settings are kept through a kill, and reused when only more are asked for.
-    Writes NNN.png and prompts.csv (file, prompt, seed). Raises SvdiffError for a class word that is not in use.
+    They are `prior.images` pictures of the class prompt by the base, or those of the class's folder under
+    `regularisation`. Pictures already made with the same base and settings are kept through a kill, and reused when only
+    more are asked for. Raises SvdiffError for a class word that is not in use.
     """
-    if class_word not in config.classes:
+    if class_word not in config.class_words:
         raise SvdiffError(
-            f"class word '{class_word}' is not in classes ({', '.join(config.classes)}) of params.yaml"
-            + did_you_mean(class_word, config.classes)
+            f"class word '{class_word}' is not in classes ({', '.join(config.class_words)}) of params.yaml"
+            + did_you_mean(class_word, config.class_words)
         )
     settings = config.prior
     prompt = fill(settings.prompt, subject=class_word)
+    if class_word in config.regularisation:
+        return _own_images(config, class_word, prompt)
     pipe = load_pipeline(config.base)
     store = scratch() / "prior" / _key(config, prompt, pipe)
     missing = [i for i in range(settings.images) if not (store / f"{i:05d}.png").is_file()]
@@ -55,6 +60,20 @@ def make_prior_images(config: Config, class_word: str) -> Path:
             file = f"{i:03d}.png"
             (folder / file).write_bytes((store / f"{i:05d}.png").read_bytes())
             rows.append({"file": file, "prompt": prompt, "seed": settings.seed + i})
+        pd.DataFrame(rows).to_csv(folder / "prompts.csv", index=False)
+    return prior_folder(class_word)
+
+
+def _own_images(config: Config, class_word: str, prompt: str) -> Path:
+    """The user's pictures of a class, as squares of the base's size."""
+    pictures = load_concept_images(config.regularisation[class_word], maximum=MOST_OWN, captions=False)
+    size = native_size(config.base)
+    with atomic_dir(prior_folder(class_word)) as folder:
+        rows = []
+        for i, picture in enumerate(pictures):
+            file = f"{i:05d}.png"
+            to_square(picture.image, size).save(folder / file)
+            rows.append({"file": file, "prompt": prompt, "source": picture.path.name})
         pd.DataFrame(rows).to_csv(folder / "prompts.csv", index=False)
     return prior_folder(class_word)
 

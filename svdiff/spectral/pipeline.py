@@ -167,8 +167,10 @@ class SpectralPipeline:
     def basis(self, prefix: str, names: Iterable[str] | None = None, *, rank: int | None = None) -> Basis:
         """The decomposition of one part of the pipeline, or of `names` at least: computed or read when asked for.
 
-        `rank` finds the leading directions alone, where no others are here yet.
+        `rank` finds the leading directions alone, where no more of them are here yet.
         """
+        if (known := self._bases.get(prefix)) and known.rank is not None and (rank is None or rank > known.rank):
+            self._deepen(prefix, rank)
         module, known = self._module(prefix), self._bases.get(prefix)
         asked = None if names is None else set(names)
         missing = {
@@ -210,18 +212,40 @@ class SpectralPipeline:
         missing = sorted(set(names) - set(wanted))
         if missing:
             raise SvdiffError(f"the delta shifts {missing[0]!r}, which the pipeline's {prefix} does not have")
-        before = {} if attached is None else dict(attached.sizes)
+        self._attach(prefix, wanted, self._release(prefix))
+
+    def _deepen(self, prefix: str, rank: int | None) -> None:
+        """In the place of a basis of leading directions one of `rank`, or of all; what is loaded stays so."""
+        loaded = self._release(prefix)
+        known = self._bases.pop(prefix)
+        self.basis(prefix, known, rank=rank)
+        if loaded:
+            self._attach(prefix, list(loaded), loaded)
+
+    def _release(self, prefix: str) -> dict[str, int]:
+        """Give a part of the pipeline its own layers back; returns how many shifts each weight had."""
+        attached = self._shifts.pop(prefix, None)
+        sizes = {} if attached is None else dict(attached.sizes)
         if attached:
             attached.detach()
-        basis = self.basis(prefix, wanted)
+            self._tokens.follow()
+        return sizes
+
+    def _attach(self, prefix: str, wanted: list[str], before: Mapping[str, int]) -> None:
+        """Attach weights, and lay the rows of loaded deltas out for them; `before` are the sizes that these have now."""
+        module, basis = self._module(prefix), self.basis(prefix, wanted, rank=self._rank_of(prefix))
         shifts = SpectralShifts(module, basis, names=wanted, rank=self._rank or basis.rank, prefix=prefix)
         self._shifts[prefix] = shifts
         self._tokens.follow()
         self._attention[prefix] = [layer for layer in module.modules() if hasattr(layer, "fused_projections")]
         for rows in self._rows.values():
             if prefix in rows:
-                parts = rows[prefix].split(list(before.values()))
-                rows[prefix] = shifts.pack(dict(zip(before, parts, strict=True)))
+                parts = zip(before, rows[prefix].split(list(before.values())), strict=True)
+                rows[prefix] = shifts.pack({name: _padded(part, shifts, name) for name, part in parts})
+
+    def _rank_of(self, prefix: str) -> int | None:
+        """How many leading directions the basis has; None for all, or where there is none yet."""
+        return self._bases[prefix].rank if prefix in self._bases else None
 
     def _mixed(self, prefix: str, mixes: Sequence[Mapping[str, float]]) -> Tensor:
         """`Σ wᵢ δᵢ` of each mix, a row each."""
@@ -255,6 +279,11 @@ class SpectralPipeline:
                     f"the projections of the pipeline's {prefix} are fused, which holds the present shifts fast: "
                     f"unfuse_qkv_projections() before {action}"
                 )
+
+
+def _padded(part: Tensor, shifts: SpectralShifts, name: str) -> Tensor:
+    """The shifts of one weight, with zeros for the singular values that they do not reach."""
+    return nn.functional.pad(part, (0, shifts.layers[name].full_size - len(part)))
 
 
 def _computes_fused(attention: Any) -> bool:

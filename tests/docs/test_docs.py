@@ -167,7 +167,8 @@ def test_every_stage_is_in_the_picture_of_the_pipeline() -> None:
     picture = unescape((ROOT / "docs/pictures/pipeline.svg").read_text())
     drawn = set(re.findall(r"<title>([\w-]+)</title>", picture))
     params, stages = (yaml.safe_load((ROOT / name).read_text()) for name in ("params.yaml", "dvc.yaml"))
-    empty = {"second-run"} if not params["correlate"]["second_runs"] else set()
+    asked = {"second-run": params["correlate"]["second_runs"], "own-prior": params.get("regularisation")}
+    empty = {stage for stage, entries in asked.items() if not entries}
     assert drawn == set(stages["stages"]) - empty, "draw it again: make dag"
 
 

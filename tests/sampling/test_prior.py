@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
+from svdiff.check import check
 from svdiff.config import Config
 from svdiff.data.prior import load_prior_images, prior_folder
 from svdiff.errors import SvdiffError
@@ -71,3 +73,35 @@ def test_a_class_that_is_not_in_use_is_refused(tiny_base: Path) -> None:
     with pytest.raises(SvdiffError, match="svdiff prior cat"):
         load_prior_images("cat")
     assert not Path("out").exists()
+
+
+def with_own(tiny_base: Path, folder: str, **others: object) -> Config:
+    values = configured(tiny_base).model_dump(exclude_unset=True) | {"classes": [], "regularisation": {"dog": folder}}
+    return Config.model_validate(values | others)
+
+
+def test_own_regularisation_images_are_the_prior_images_of_their_class(tiny_base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "dogs"
+    own.mkdir()
+    Image.new("RGB", (64, 40), "red").save(own / "a.jpg")
+    Image.new("RGB", (40, 40), "blue").save(own / "b.png")
+    (own / "a.txt").write_text("a dog on a sofa")  # a caption of somebody else's tool
+    config = with_own(tiny_base, str(own))
+    assert make_prior_images(config, "dog") == prior_folder("dog")
+    red, blue = load_prior_images("dog")
+    assert red.size == blue.size == (load_pipeline(config.base).unet.config.sample_size * 2,) * 2
+    assert red.getpixel((0, 0))[0] > 200
+    assert blue.getpixel((0, 0)) == (0, 0, 255)
+    table = pd.read_csv(prior_folder("dog") / "prompts.csv")
+    assert table.source.tolist() == ["a.jpg", "b.png"]
+    assert set(table.prompt) == {"a dog"}
+    assert not stored(), "the base draws nothing"
+
+
+def test_a_class_is_drawn_by_the_base_or_brought_and_not_both(tiny_base: Path) -> None:
+    with pytest.raises(ValueError, match="classes and regularisation name one class twice"):
+        with_own(tiny_base, "dogs", classes=["Dog"])
+    with pytest.raises(SvdiffError, match="found nothing there; expected a folder of pictures"):
+        make_prior_images(with_own(tiny_base, "dogs"), "dog")
+    with pytest.raises(SvdiffError, match=r"regularisation\.dog is 'dogs', which is no folder here"):
+        check(with_own(tiny_base, "dogs"))

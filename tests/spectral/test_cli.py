@@ -10,8 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 from svdiff.cli import app
+from svdiff.config import BaseModelConfig
 from svdiff.errors import SvdiffError
-from svdiff.spectral import SUBSETS, SpectralDelta
+from svdiff.models import load_pipeline
+from svdiff.spectral import SUBSETS, SpectralDelta, attach, load_basis
+from tests.spectral.conftest import perturb
 from tests.spectral.test_pipeline import draw, make_delta
 
 
@@ -93,3 +96,20 @@ def test_export(tiny_pipe, tiny_base: Path, deltas: list[Path], tmp_path: Path, 
     assert "no decompositions" in run("cache")
     with pytest.raises(SvdiffError, match="add --lora"):
         run("export", deltas[0], "--base", tiny_base, "--rank", 2, "-o", tmp_path / "x")
+
+
+def test_a_delta_of_a_half_precision_base_is_exported_from_that_base(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "home"))
+    pipe = load_pipeline(BaseModelConfig(model=str(tiny_base), precision="bf16"))
+    shifts = attach(pipe.unet, load_basis(pipe.unet, None, progress=False))
+    perturb(shifts)
+    shifts.delta().save(tmp_path / "half.safetensors")
+    with pytest.raises(SvdiffError, match="in the same precision"):
+        run("export", tmp_path / "half.safetensors", "--base", tiny_base, "-o", tmp_path / "plain")
+    run("export", tmp_path / "half.safetensors", "--base", tiny_base, "--precision", "bf16", "-o", tmp_path / "plain")
+    fused = load_pipeline(BaseModelConfig(model=str(tmp_path / "plain"))).unet.state_dict()
+    shifts.fuse()
+    for name, weight in pipe.unet.state_dict().items():
+        assert torch.equal(fused[name], weight.float()), name

@@ -139,7 +139,7 @@ def test_a_pipeline_leaves_the_weights_where_a_delta_has_leading_directions_only
 ) -> None:
     tiny_pipe.set_progress_bar_config(disable=True)
     unet = tiny_pipe.unet
-    base, whole = draw(tiny_pipe), make_delta(tiny_pipe, bases, 1)
+    base = draw(tiny_pipe)
     weight = unet.conv_in.weight
     shifts = attach(unet, load_basis(unet, tmp_path, rank=4, progress=False), rank=4)
     perturb(shifts)
@@ -149,10 +149,28 @@ def test_a_pipeline_leaves_the_weights_where_a_delta_has_leading_directions_only
     personal.load_delta(delta, "a")
     assert torch.allclose(draw(tiny_pipe), wanted, atol=1e-5)
     assert unet.conv_in.original.weight is weight
-    with pytest.raises(SvdiffError, match="another decomposition"):
-        personal.load_delta(whole, "whole")
     personal.unload()
     assert torch.equal(draw(tiny_pipe), base)
+
+
+def test_a_pipeline_deepens_its_basis_for_a_delta_of_more_directions(tiny_pipe, bases: Path, tmp_path: Path) -> None:
+    tiny_pipe.set_progress_bar_config(disable=True)
+    unet, base, wanted, deltas = tiny_pipe.unet, draw(tiny_pipe), {}, {}
+    for rank in (4, 6, None):
+        shifts = attach(unet, load_basis(unet, tmp_path, rank=rank, progress=False), rank=rank)
+        perturb(shifts)
+        wanted[rank], deltas[rank] = draw(tiny_pipe), shifts.delta()
+        shifts.detach()
+    for order in ((4, 6, None), (None, 4, 6), (6, 4, None)):
+        personal = SpectralPipeline(tiny_pipe, cache=tmp_path, progress=False)
+        for rank in order:
+            personal.load_delta(deltas[rank], str(rank))
+        assert personal.active == {str(order[0]): 1.0}
+        for rank in order:
+            personal.set_deltas(str(rank))
+            assert torch.allclose(draw(tiny_pipe), wanted[rank], atol=1e-5)
+        personal.unload()
+        assert torch.equal(draw(tiny_pipe), base)
 
 
 @pytest.mark.parametrize("rank", [2, 8])

@@ -19,7 +19,7 @@ from svdiff.sampling.weights_delta import (
     load_weights_deltas,
     read_weights_delta,
 )
-from svdiff.spectral import SpectralDelta, select
+from svdiff.spectral import SpectralDelta, SpectralPipeline, select
 from svdiff.training.methods import Method, apply_method
 
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
@@ -351,3 +351,23 @@ def test_custom_diffusion_refuses_what_it_cannot_do(tiny_pipe) -> None:
         apply_method(tiny_pipe, TrainConfig(method="custom-diffusion", text_encoder=True), ["sks"])
     with pytest.raises(SvdiffError, match="not one token"):
         apply_method(tiny_pipe, TrainConfig(method="custom-diffusion"), ["xyzzy"])
+
+
+def test_training_at_a_limited_rank_decomposes_no_more_directions(
+    tiny_pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path))
+    method = apply_method(tiny_pipe, TrainConfig(rank=3, subset="UNet-2D"), ["sks"])
+    stored = [path.name for path in (tmp_path / "bases").rglob("*.safetensors")]
+    assert stored
+    assert all(name.endswith(".weight.leading-3.safetensors") for name in stored)
+    take_steps(tiny_pipe, method)
+    prediction = noise_prediction(tiny_pipe)
+    method.save(tmp_path / "delta.safetensors", {})
+    method.detach()
+    delta = SpectralDelta.load(tmp_path / "delta.safetensors")
+    assert delta.directions("unet") == 3
+    personal = SpectralPipeline(tiny_pipe, cache=tmp_path / "bases", progress=False)
+    personal.load_delta(delta, "a")
+    torch.testing.assert_close(noise_prediction(tiny_pipe), prediction, rtol=1e-4, atol=1e-5)
+    personal.unload()

@@ -24,7 +24,7 @@ class SpectralMethod:
         self.shifts: dict[str, SpectralShifts] = {}
         for name, subset in parts.items():
             module = getattr(pipe, name)
-            basis = load_basis(module, scratch() / "bases", names=select(module, subset))
+            basis = load_basis(module, scratch() / "bases", names=select(module, subset), rank=config.rank)
             self.shifts[name] = attach(module, basis, subset=subset, rank=config.rank, prefix=name)
 
     @property
