@@ -337,8 +337,11 @@ METHODS: dict[str, Callable[[Any, int | None], list[Tensor]]] = {
 """As the trainer does it: what is trained is float32, the rest bfloat16, LoRA of rank 1 by PEFT."""
 
 
-def training(machine: Machine, base: str, method: str) -> dict[str, Any]:
-    """Seconds and GiB of a training step at batch 1 with AdamW, without and with gradient checkpointing."""
+def training(machine: Machine, base: str, method: str, compiled: bool = False) -> dict[str, Any]:
+    """Seconds and GiB of a training step at batch 1 with AdamW, without and with gradient checkpointing.
+
+    With `compiled`, by torch.compile and without checkpointing alone.
+    """
     rank = BASES[base].rank
     network = machine.network(base, torch.bfloat16)
     predicted = training_memory(network, "all", rank, itemsize=2).total / GIB if method == "spectral" else None
@@ -357,6 +360,11 @@ def training(machine: Machine, base: str, method: str) -> dict[str, Any]:
         optimizer.step()
 
     network.train()
+    if compiled:
+        network.compile()
+        started = machine.now()
+        step()
+        return {"compiling_s": machine.now() - started, "step_s": machine.timed(step), "peak_gib": machine.peak()}
     network.enable_gradient_checkpointing()
     result: dict[str, Any] = {
         "rank": rank if method == "spectral" else None,
@@ -469,6 +477,8 @@ def cases() -> Iterator[tuple[str, Callable[[Machine], dict[str, Any]]]]:
         yield f"decomposition {m} x {n}", of(decomposition, m, n)
     for base in ("sdxl", "sd3.5-medium", "flux"):
         yield f"training {base} full", of(training, base, "full")
+    yield "compiled sd15 spectral", of(training, "sd15", "spectral", True)
+    yield "compiled sd15 lora", of(training, "sd15", "lora", True)
 
 
 def attempted(machine: Machine, case: Callable[[Machine], dict[str, Any]]) -> dict[str, Any]:

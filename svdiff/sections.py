@@ -202,6 +202,10 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; shifts stay fp32")
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    compile: bool = Field(
+        False,
+        description="torch.compile the network for training steps: minutes before the first, then less time a step",
+    )
     seed: Seed = Field(0, description="everything random in the training follows from it")
     save_every: int = Field(50, ge=1, description="steps between resume states; never changes the result")
     validate_every: int = Field(100, ge=1, description="steps between validation pictures; step 0 is the base")

@@ -1,10 +1,18 @@
-"""Trainings that a family of base models cannot do, refused before any work."""
+"""Trainings that a family of base models or a machine cannot do, refused before any work."""
 
 from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import TYPE_CHECKING
 
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import Family
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_family(family: Family, settings: TrainConfig) -> None:
@@ -38,3 +46,28 @@ def check_family(family: Family, settings: TrainConfig) -> None:
             f"base.precision is fp16 and train.precision {settings.precision}: gradients in fp16 vanish without the "
             "scaling of train.precision fp16; set that, or base.precision to bf16"
         )
+
+
+def check_compile(settings: TrainConfig, device: torch.device) -> None:
+    """Raise SvdiffError for train.compile where it does not work."""
+    if not settings.compile:
+        return
+    recorded = [name for name in ("unmix_weight", "single_subject_weight") if getattr(settings, name) > 0]
+    if recorded:
+        raise SvdiffError(
+            f"train.compile is true and train.{recorded[0]} {getattr(settings, recorded[0])}: attention maps are recorded "
+            "by exchanging parts of the network at every step, which a compiled one does not see; set "
+            "compile to false, or the weight to 0"
+        )
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise SvdiffError(
+            f"train.compile is true, and torch.compile needs a C++ compiler on a CPU; none of {', '.join(compilers)} is on "
+            "PATH: install one, or set it to false"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise SvdiffError(
+            "train.compile is true, and torch.compile needs the package triton on a GPU: install it, or set it to false"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise SvdiffError(f"train.compile is true, and is not tried on {device.type}: set it to false")

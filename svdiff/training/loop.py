@@ -67,10 +67,11 @@ class Trainer:
         # Asked of the result: spectral shifts are not among a text encoder's own parameters.
         encoded = self.family.encode([dataset.instance.prompts[0]])
         self._text_encoder_trains = any(condition.requires_grad for condition in encoded.values())
+        network: Any = self.family.network
         if config.gradient_checkpointing:
-            network: Any = self.family.network
             network.enable_gradient_checkpointing()
             network.train()  # diffusers checkpoints in training mode only
+        self._compiled = torch.compile(network._call_impl) if config.compile else None
 
     def state(self) -> dict[str, object]:
         """What a resumed run needs."""
@@ -154,7 +155,8 @@ class Trainer:
         timesteps = self.family.objective.drawn(len(noise), random).to(noise.device)
         rows = own_rows(whole, self.accelerator.process_index, processes)
         batch, noise, timesteps = whole.take(rows), noise[rows], timesteps[rows]
-        predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
+        with self._compiling():
+            predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
         weights = None
         if config.min_snr_gamma is not None:
             objective = self.family.objective
@@ -162,6 +164,17 @@ class Trainer:
             weights = min_snr_weights(*signal_and_noise, config.min_snr_gamma, objective.prediction)
         loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight, weights, batch.masks)
         return self.attention_losses.add_to(loss, batch, whole)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Passes of the network are compiled, where the configuration asks for it; those of validations are not, which have
+        other shapes."""
+        network: Any = self.family.network
+        try:
+            network._compiled_call_impl = self._compiled
+            yield
+        finally:
+            network._compiled_call_impl = None
 
     def _predict(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         objective = self.family.objective

@@ -26,7 +26,7 @@ from svdiff.files import atomic_dir, sha256_file
 from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling.images import check_prompts
 from svdiff.spectral import weights_hash
-from svdiff.training.compatibility import check_family
+from svdiff.training.compatibility import check_compile, check_family
 from svdiff.training.datasets import TrainingData, read_training_data
 from svdiff.training.loop import Trainer
 from svdiff.training.methods import Method, apply_method
@@ -65,6 +65,7 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     data = read_training_data(config, entry, settings)
 
     accelerator = _accelerator(config, settings)
+    check_compile(settings, accelerator.device)
     pipe = load_pipeline(config.base, accelerator.device)
     family = family_of(pipe)
     check_family(family, settings)

@@ -16,7 +16,7 @@ from svdiff.data.cutmix import Region
 from svdiff.errors import SvdiffError
 from svdiff.models import family_of, load_pipeline
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown
-from svdiff.training.compatibility import check_family
+from svdiff.training.compatibility import check_compile, check_family
 from svdiff.training.loop import Trainer
 from svdiff.training.methods import apply_method
 from tests.models.tiny import base_settings, make_tiny
@@ -124,6 +124,48 @@ def test_every_setting_trains_with_all_others_on(tiny_pipe: Any, method: str, ex
         end = made.method.state()
     assert all(value.isfinite().all() for value in end.values())
     assert all(not torch.equal(start[name], value) for name, value in end.items())
+
+
+def test_compiling_is_for_training_passes_alone(tiny_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+
+    def compile(call: Any) -> Any:
+        return lambda latents, *args, **kwargs: passes.append(len(latents)) or call(latents, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    plain = [row["loss"] for row in trainer(copy.deepcopy(tiny_pipe)).run()]
+    assert not passes
+    made = trainer(tiny_pipe, compile=True)
+    made.fixed_noise_loss()
+    assert not passes
+    assert [row["loss"] for row in made.run()] == plain
+    assert passes == [4, 4]  # two pictures and two prior images, two steps
+    made.fixed_noise_loss()
+    assert len(passes) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_training_learns_the_same(tiny_pipe: Any, checkpointing: bool) -> None:
+    plain = trainer(copy.deepcopy(tiny_pipe), gradient_checkpointing=checkpointing)
+    compiled = trainer(tiny_pipe, gradient_checkpointing=checkpointing, compile=True)
+    for a, b in zip(plain.run(), compiled.run(), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for name, value in plain.method.state().items():
+        torch.testing.assert_close(compiled.method.state()[name], value, rtol=1e-2, atol=1e-5)
+
+
+def test_compiling_is_refused_where_it_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(device: str, match: str, **settings: Any) -> None:
+        with pytest.raises(SvdiffError, match=match):
+            check_compile(TrainConfig(compile=True, **settings), torch.device(device))
+
+    refused("cpu", "attention maps are recorded", unmix_weight=1.0)
+    refused("mps", "not tried on mps")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused("cpu", "needs a C.. compiler on a CPU; none of no-such-compiler is on PATH")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused("cuda", "needs the package triton")
 
 
 FAMILIES = ("sdxl", "sd3", "flux", "flux2-klein")
