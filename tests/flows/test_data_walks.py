@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from datawork import Catalogue, Clone, some_pictures
+from datawork import Catalogue, Clone, Pictures, some_pictures
 
 STEPS = 14
 
@@ -96,6 +96,7 @@ class Walk:
         )
         if clone.pull():
             merged = {name: merge(base.get(name), ours.get(name), theirs.get(name)) for name in [*base, *ours, *theirs]}
+            merged |= follow_renames(base, ours, theirs) | follow_renames(base, theirs, ours)
             self.holds[who] = {name: pictures for name, pictures in merged.items() if pictures is not None}
             self.commits[clone.git("rev-parse", "HEAD").stdout.strip()] = dict(self.holds[who])
             if self.chance.random() < 0.3:
@@ -141,6 +142,16 @@ class Walk:
 def merge(base: object, ours: object, theirs: object) -> object:
     """What a merge without conflict leaves of one concept."""
     return theirs if ours == base else ours
+
+
+def follow_renames(base: Catalogue, side: Catalogue, other: Catalogue) -> dict[str, Pictures | None]:
+    """What git's merge makes of concepts that one side renamed and the other replaced: the new name, the new pictures."""
+    followed: dict[str, Pictures | None] = {}
+    for old in base.keys() - side.keys():
+        new = next((name for name in side.keys() - base.keys() if side[name] == base[old]), None)
+        if new and old in other and other[old] != base[old]:
+            followed |= {old: None, new: other[old]}
+    return followed
 
 
 def walk(folder: Path, seed: int, store: bytes | None = None) -> None:
