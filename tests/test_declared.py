@@ -24,6 +24,7 @@ PARAMS = """
 base: {model: models/base}
 evaluators: {clip_model: models/clip, lpips_net: squeeze, lpips_weights: models/lpips/backbone.safetensors, identity_model: models/identity}
 classes: [dog, cat]
+regularisation: {panda: data/panda}
 concepts:
   one: {class_word: dog, token: sks}
   two: {class_word: cat, token: zwx}
@@ -47,7 +48,7 @@ NEUTRAL = r"tracking\..*|sample\.batch_size|train\.methods"
 #: What is read in vain, or comes in another way: an edit has no class; pictures and mixes stand in the key of each training.
 ANOTHER_WAY = {"train-edit": ["prior.prompt"], "report": ["data/concepts", "out/mix"]}
 #: Who is asked for: the entry that a stage is named after stands in the sections of entries, with all others.
-NAMES = {"classes", "concepts", "pairs", "edits"}
+NAMES = {"classes", "regularisation", "concepts", "pairs", "edits"}
 #: The section of each class of settings.
 OF_CLASS = {field.annotation: name for name, field in Config.model_fields.items() if name not in NAMES}
 
@@ -127,13 +128,13 @@ def project(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (root / "models/base").symlink_to(tiny_base)
     (root / "params.yaml").write_text(PARAMS)
     write_evaluators(root / "models")
-    for concept in ("one", "two"):
-        (root / "data/concepts" / concept).mkdir(parents=True)
+    for folder in ("concepts/one", "concepts/two", "panda"):
+        (root / "data" / folder).mkdir(parents=True)
         for number in range(3):
             picture = Image.effect_noise((40, 40), 40 + number).convert("RGB")
-            if concept == "two":  # unlike the other
+            if folder == "concepts/two":  # unlike the other
                 picture = Image.new("RGB", (40, 40), (200, 30, 40 * number))
-            picture.save(root / f"data/concepts/{concept}/{number}.png")
+            picture.save(root / f"data/{folder}/{number}.png")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(root)
         patched.setenv("SVDIFF_HOME", str(root / ".svdiff"))
@@ -160,7 +161,9 @@ def run_stage(stage: str, config: Config, name: str) -> None:
     from svdiff.training import train
 
     own: dict[str, Any] = {
-        "prior": lambda config, _: [make_prior_images(config, word) for word in config.classes],
+        "prior": lambda config, name: [
+            make_prior_images(config, word) for word in (config.classes if name == "dog" else [name])
+        ],
         "mix": make_mixes,
         "train": train,
         "sample": sample_entry,
@@ -173,13 +176,14 @@ def run_stage(stage: str, config: Config, name: str) -> None:
     if stage in shared:
         shared[stage](config)
     else:
-        own[stage.removesuffix("-pair").removesuffix("-edit")](config, name)
+        own[stage.removesuffix("-pair").removesuffix("-edit").removeprefix("own-")](config, name)
 
 
 #: Every stage but `register`, with the name that it is for; in this order, as each reads what others have made.
 ORDER = {
     "check": "",
     "prior": "dog",
+    "own-prior": "panda",
     "mix": "both",
     "train": "one",
     "train-pair": "both",
@@ -204,7 +208,7 @@ def body(stage: str) -> dict[str, Any]:
 def declared(stage: str, kind: str) -> list[str]:
     """Paths or parameters of a stage as dvc.yaml names them, filled in."""
     written = {"base.model": "models/base", "item.class_word": "dog", "key": ORDER[stage], "item": ORDER[stage]}
-    written |= {"item.image": "data/concepts/one/0.png"}
+    written |= {"item.image": "data/concepts/one/0.png"} | ({"item": "data/panda"} if stage == "own-prior" else {})
     written |= {f"item.concepts[{place}]": name for place, name in (("0", "one"), ("1", "two"), ("-1", "two"))}
     paths = []
     for entry in body(stage).get(kind, []):

@@ -21,6 +21,7 @@ BODIES: dict[str, Any] = {name: stage.get("do", stage) for name, stage in STAGES
 #: The module whose function a stage's command calls.
 ENTRY = {
     "prior": "svdiff.sampling.prior",
+    "own-prior": "svdiff.sampling.prior",
     "mix": "svdiff.data.mixes",
     "train": "svdiff.training.stage",
     "train-pair": "svdiff.training.stage",
@@ -38,7 +39,8 @@ NEUTRAL = (
 )
 #: What a stage imports and does not use: the baselines' file format comes with what puts it on a pipeline, and so on.
 UNUSED = {
-    "prior": r"svdiff\.spectral.*",  # the hash of the base's weights names a cache
+    "prior": r"svdiff\.spectral.*|svdiff\.data\.concepts",  # the hash of the base's weights names a cache; own pictures
+    "own-prior": r"svdiff\.spectral.*|svdiff\.sampling\.(images|noise|guidance|inversion)",  # draws nothing
     "sample": r"svdiff\.data\.cutmix",  # prompts of mixes are negatives of pairs
     "correlate": r"svdiff\.(data|models|sampling|training)(\..*)?",  # `second-run` trains
     "edit": r"svdiff\.(data|training)(\..*)?",  # trains nothing: `train-edit` has
