@@ -220,8 +220,10 @@ class TrainConfig(Section):
     patience: int | None = Field(
         None, ge=1, description="stop after so many validations without a lower fixed-noise loss; null: never"
     )
-    fit: Literal["crop", "pad"] = Field(
-        "crop", description="concepts: crop takes the centred square of a picture, pad the whole picture, on white"
+    fit: Literal["crop", "pad", "bucket"] = Field(
+        "crop",
+        description="concepts: crop takes the centred square of a picture, pad the whole picture, on white; bucket trains "
+        "pictures of up to 2 : 1 in shapes near their own, with as many pixels as the square",
     )
     masks: Literal["ignore", "loss"] = Field(
         "ignore",

@@ -29,12 +29,12 @@ def check(
         config.concept(name)
     from svdiff.data.check import check_folder
     from svdiff.data.concepts import concept_folder
-    from svdiff.models import native_size
+    from svdiff.models import native_size, picture_grid
 
-    size, stopped = native_size(config.base), False
+    size, grid, stopped = native_size(config.base), picture_grid(config.base), False
     for name in names or config.concepts:
         settings = config.train_config(name)
-        verdict = check_folder(concept_folder(name), size, settings.fit, masks=settings.masks == "loss")
+        verdict = check_folder(concept_folder(name), size, settings.fit, masks=settings.masks == "loss", grid=grid)
         stopped |= verdict.word == "stop"
         typer.echo("\n".join(verdict.lines(name)))
     if stopped:

@@ -22,8 +22,10 @@ from svdiff.data.concepts import (
     left_alone,
     load_concept_images,
     looks_like_a_mask,
-    mask_to_square,
+    mask_to_shape,
+    to_shape,
     to_square,
+    training_shape,
 )
 from svdiff.errors import SvdiffError
 
@@ -61,11 +63,12 @@ def gated_pictures(config: Config, name: str, fit: str, *, masks: bool = False) 
 
     `masks`: with those that the loss is weighted by. Raises SvdiffError where it says *stop*.
     """
-    from svdiff.models import native_size
+    from svdiff.models import native_size, picture_grid
 
     folder = concept_folder(name)
     pictures = load_concept_images(folder, masks=masks)
-    verdict = judge(pictures, native_size(config.base), fit, left_alone(folder, masks=masks), masks=masks)
+    size, grid = native_size(config.base), picture_grid(config.base)
+    verdict = judge(pictures, size, fit, left_alone(folder, masks=masks), masks=masks, grid=grid)
     if verdict.word == "stop":
         raise SvdiffError("\n".join(verdict.lines(str(folder))))
     for line in [*verdict.reasons, *verdict.notes]:
@@ -73,7 +76,7 @@ def gated_pictures(config: Config, name: str, fit: str, *, masks: bool = False) 
     return pictures
 
 
-def check_folder(folder: Path, size: int | None, fit: str = "crop", *, masks: bool = False) -> Verdict:
+def check_folder(folder: Path, size: int | None, fit: str = "crop", *, masks: bool = False, grid: int = 1) -> Verdict:
     """Judge a concept folder.
 
     Args:
@@ -81,17 +84,24 @@ def check_folder(folder: Path, size: int | None, fit: str = "crop", *, masks: bo
         size: side of the pictures that the base is trained on; None: not known, and size and blur are not judged.
         fit: how pictures are made square, as `train.fit`.
         masks: whether the loss is weighted by masks, as `train.masks: loss` does.
+        grid: pixels that sides of the base's pictures are multiples of.
     """
     try:
         pictures = load_concept_images(folder, masks=masks)
     except SvdiffError as error:
         return Verdict("stop", str(error).splitlines())
-    verdict = judge(pictures, size, fit, left_alone(folder, masks=masks), masks=masks)
+    verdict = judge(pictures, size, fit, left_alone(folder, masks=masks), masks=masks, grid=grid)
     return replace(verdict, notes=[f"{p.path.name} {note}" for p in pictures for note in p.notes] + verdict.notes)
 
 
 def judge(
-    pictures: list[ConceptImage], size: int | None, fit: str, beside: list[str], *, masks: bool = False
+    pictures: list[ConceptImage],
+    size: int | None,
+    fit: str,
+    beside: list[str],
+    *,
+    masks: bool = False,
+    grid: int = 1,
 ) -> Verdict:
     """The verdict on pictures that could be read; `beside` is what was left alone."""
     reasons = []
@@ -100,14 +110,14 @@ def judge(
             f"{len(pictures)} of at least {FEWEST} pictures: the background will be learned with the subject"
         )
     for picture in pictures:
-        reasons += [f"{picture.path.name}: {problem}" for problem in _problems(picture.image, size, fit)]
+        reasons += [f"{picture.path.name}: {problem}" for problem in _problems(picture.image, size, fit, grid)]
     thumbnails = [np.asarray(to_square(p.image, THUMBNAIL, "pad"), np.float32) for p in pictures]
     reasons += [
         f"{one.path.name} and {other.path.name} are nearly the same picture: one of them is enough"
         for (one, a), (other, b) in combinations(zip(pictures, thumbnails, strict=True), 2)
         if one.image.size == other.image.size and np.abs(a - b).mean() < NEAR
     ]
-    notes = [*beside]
+    notes = [*beside, *_notes_on_shapes(pictures, size, fit, grid)]
     without = [picture.path.name for picture in pictures if picture.caption is None]
     if 0 < len(without) < len(pictures):
         notes.append(f"{', '.join(without)}: no caption, so `train.prompt` describes them")
@@ -116,9 +126,9 @@ def judge(
         for picture in pictures
         if looks_like_a_mask(picture)
     ]
-    unseen = [p.path.name for p in pictures if masks and p.mask and is_black(mask_to_square(p.mask, THUMBNAIL, fit))]
+    unseen = [p.path.name for p in pictures if masks and p.mask and _is_unseen(p.mask, fit)]
     if unseen:
-        stop = f"{', '.join(unseen)}: what the mask marks lies outside the square crop. Crop round it, or set `train.fit: pad`"
+        stop = f"{', '.join(unseen)}: what the mask marks lies outside the {'square ' * (fit == 'crop')}crop. Crop round it, or set `train.fit: pad`"
         return Verdict("stop", [stop, *reasons], notes)
     return Verdict("fix first" if reasons else "go", reasons, notes + _notes_on_masks(pictures, masks))
 
@@ -132,24 +142,42 @@ def _notes_on_masks(pictures: list[ConceptImage], masks: bool) -> list[str]:
     return [f"{without}: no mask, so that all of it counts"] if without else []
 
 
+def _notes_on_shapes(pictures: list[ConceptImage], size: int | None, fit: str, grid: int) -> list[str]:
+    """Which pictures are trained in which shapes other than the square, and what of them is cropped."""
+    if fit != "bucket" or size is None:
+        return []
+    shapes = [(picture, training_shape(picture.image, size, fit, grid)) for picture in pictures]
+    return [
+        f"{picture.path.name} is trained as {width} × {height}, {crop_loss(picture.image, (width, height)):.0%} of it cropped"
+        for picture, (width, height) in shapes
+    ]
+
+
+def _is_unseen(mask: Image.Image, fit: str) -> bool:
+    """Whether what a mask marks is cropped away."""
+    return is_black(mask_to_shape(mask, training_shape(mask, THUMBNAIL, fit), fit))
+
+
 def is_black(image: Image.Image) -> bool:
     """Whether every pixel of a grey picture is black."""
     return image.getextrema() == (0, 0)
 
 
-def _problems(image: Image.Image, size: int | None, fit: str) -> list[str]:
+def _problems(image: Image.Image, size: int | None, fit: str, grid: int) -> list[str]:
     """What is wrong with one picture."""
     found = []
     width, height = image.size
-    if fit == "crop" and (lost := crop_loss(image)) > MOST_CROPPED:
+    shape = training_shape(image, size or THUMBNAIL, fit, grid if size else 1)
+    if fit != "pad" and (lost := crop_loss(image, shape)) > MOST_CROPPED:
+        crop, others = ("square crop", "bucket` or `pad") if fit == "crop" else ("crop to 2 : 1", "pad")
         found.append(
-            f"{width} × {height}: the square crop loses {lost:.0%} of it. Crop it round the subject, or set `train.fit: pad`"
+            f"{width} × {height}: the {crop} loses {lost:.0%} of it. Crop it round the subject, or set `train.fit: {others}`"
         )
     if size is not None:
-        side = max(image.size) if fit == "pad" else min(image.size)
-        if side < size:
+        enlarged = max(image.size) < size if fit == "pad" else width < shape[0] or height < shape[1]
+        if enlarged:
             found.append(f"{width} × {height}: enlarged to the base's {size}, so it stays soft. Use the original")
-        elif (measure := blur(to_square(image, size, fit))) > MOST_BLURRED:
+        elif (measure := blur(to_shape(image, shape, fit))) > MOST_BLURRED:
             found.append(f"blurred (measure {measure:.2f}, at most {MOST_BLURRED}). Use a sharp one")
     return found
 

@@ -34,6 +34,7 @@ CONCEPTS = Path("data/concepts")
 MAX_PICTURES = 100
 MAX_PIXELS = 120_000_000  # the largest phone sensors in common use make 108 megapixels
 MIN_SIDE = 32
+MOST_OBLONG = 2  # longer side over the shorter, of pictures that are trained in shapes near their own
 KEPT_SIDE = 1024  # pictures are reduced while the short side stays at or above this
 
 # What operating systems and notebooks leave behind, beside everything whose name starts with a dot: not worth a word.
@@ -190,18 +191,39 @@ def to_square(image: Image.Image, size: int, fit: str = "crop") -> Image.Image:
     `crop` takes the centred square of the shorter side, so what lies outside it is never seen (`crop_loss`); `pad` keeps
     the whole picture, on white.
     """
-    return _squared(image, size, fit, Image.Resampling.LANCZOS, "white")
+    return to_shape(image, (size, size), fit)
 
 
-def mask_to_square(mask: Image.Image, size: int, fit: str = "crop") -> Image.Image:
-    """A mask as `to_square` makes its picture, in averages over areas: Lanczos rings beyond the edge; on black."""
-    return _squared(mask, size, fit, Image.Resampling.BOX, "black")
+def to_shape(image: Image.Image, shape: tuple[int, int], fit: str = "crop") -> Image.Image:
+    """A picture as one of width and height `shape`, as `to_square` makes squares."""
+    return _shaped(image, shape, fit, Image.Resampling.LANCZOS, "white")
 
 
-def _squared(image: Image.Image, size: int, fit: str, method: Image.Resampling, background: str) -> Image.Image:
+def mask_to_shape(mask: Image.Image, shape: tuple[int, int], fit: str = "crop") -> Image.Image:
+    """A mask as `to_shape` makes its picture, in averages over areas: Lanczos rings beyond the edge; on black."""
+    return _shaped(mask, shape, fit, Image.Resampling.BOX, "black")
+
+
+def _shaped(
+    image: Image.Image, shape: tuple[int, int], fit: str, method: Image.Resampling, background: str
+) -> Image.Image:
     if fit == "pad":
-        return ImageOps.pad(image, (size, size), method=method, color=background)
-    return ImageOps.fit(image, (size, size), method=method, centering=(0.5, 0.5))
+        return ImageOps.pad(image, shape, method=method, color=background)
+    return ImageOps.fit(image, shape, method=method, centering=(0.5, 0.5))
+
+
+def training_shape(image: Image.Image, size: int, fit: str, grid: int = 1) -> tuple[int, int]:
+    """Width and height that a picture is trained in: a square of `size`, or for `bucket` one of `buckets`."""
+    if fit != "bucket":
+        return size, size
+    shapes = buckets(size, grid) or [(size, size)]
+    return min(shapes, key=lambda shape: (round(crop_loss(image, shape), 9), -shape[0] * shape[1]))
+
+
+def buckets(size: int, grid: int) -> list[tuple[int, int]]:
+    """Shapes of at most size² pixels and about 2 : 1, whose sides are multiples of `grid`: of each width the highest."""
+    shapes = [(width, size * size // width // grid * grid) for width in range(grid, MOST_OBLONG * size, grid)]
+    return [shape for shape in shapes if max(shape) <= MOST_OBLONG * min(shape)]
 
 
 def jittered(image: Image.Image, strength: float, *key: object) -> Image.Image:
@@ -212,9 +234,10 @@ def jittered(image: Image.Image, strength: float, *key: object) -> Image.Image:
     return image
 
 
-def crop_loss(image: Image.Image) -> float:
-    """Share of a picture that its centred square leaves out."""
-    return 1 - min(image.size) / max(image.size)
+def crop_loss(image: Image.Image, shape: tuple[int, int] = (1, 1)) -> float:
+    """Share of a picture that a crop of another shape leaves out, by default a square."""
+    aspect, other = image.width / image.height, shape[0] / shape[1]
+    return 1 - min(aspect, other) / max(aspect, other)
 
 
 def looks_like_a_mask(picture: ConceptImage) -> bool:

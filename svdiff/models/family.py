@@ -116,6 +116,16 @@ class Family:
         """The native `image_size` by the configurations of the denoising network and of `vae` alone."""
         return int(configs[cls.network_name]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1))
 
+    @classmethod
+    def grid(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Pixels that the sides of pictures are multiples of, by the configurations that `native_size` reads."""
+        return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1) * cls.patch)
+
+    @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """The configurations that `native_size` and `grid` read."""
+        return {self.network_name: self.network.config, "vae": self.pipe.vae.config}  # type: ignore[dict-item]
+
     @property
     def guidance_is_learned(self) -> bool:
         """Whether the network was distilled to read the guidance scale, and knows no negative prompt."""

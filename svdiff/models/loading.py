@@ -175,17 +175,25 @@ def native_size(base: BaseModelConfig) -> int:
 
     Raises SvdiffError for another architecture or a missing folder.
     """
+    family = family_at(base)
+    return family.native_size(_configs(base, family)) if base.resolution is None else base.resolution
+
+
+def picture_grid(base: BaseModelConfig) -> int:
+    """Pixels that the sides of a base's pictures are multiples of; as `native_size`."""
+    family = family_at(base)
+    return family.grid(_configs(base, family))
+
+
+def _configs(base: BaseModelConfig, family: type[Family]) -> dict[str, Any]:
     from diffusers import AutoencoderKL
 
-    family, model = family_at(base), _configured(base)
-    if base.resolution is not None:
-        return base.resolution
+    model = _configured(base)
     with _readable(model):
-        configs = {
+        return {
             name: AutoencoderKL.load_config(model, subfolder=name, revision=base.revision, local_files_only=offline())
             for name in (family.network_name, "vae")
         }
-    return family.native_size(configs)
 
 
 def scratch() -> Path:

@@ -60,17 +60,15 @@ class StableDiffusionXL(StableDiffusion):
         if self.pipe.config.force_zeros_for_empty_prompt:
             written = torch.tensor([prompt != "" for prompt in prompts], device=embedded.device).to(embedded)
             embedded, pooled = embedded * written[:, None, None], pooled * written[:, None]
-        # Original size, corner of the crop, target size.
-        sizes = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size])
-        return {
-            "encoder_hidden_states": embedded,
-            "text_embeds": pooled,
-            "time_ids": sizes.to(pooled).expand(len(prompts), -1),
-        }
+        return {"encoder_hidden_states": embedded, "text_embeds": pooled}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions, *, guidance: float = 1.0) -> Tensor:
         """See `Family`."""
         cast = {name: condition.to(self.dtype) for name, condition in conditions.items()}
+        height, width = (side * self.pipe.vae_scale_factor for side in noisy.shape[2:])
+        # Original size, corner of the crop, target size.
+        sizes = torch.tensor([height, width, 0, 0, height, width]).to(noisy.device, self.dtype)
+        cast["time_ids"] = sizes.expand(len(noisy), -1)
         predicted: Tensor = self.network(
             noisy.to(self.dtype),
             timesteps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -48,6 +48,11 @@ class StableDiffusion(Family):
     sizes = {  # noqa: RUF012
         "sd15": {"unet": ("UNet2DConditionModel", UNET), "text_encoder": ("CLIPTextModel", CLIP_L)}
     }
+
+    @classmethod
+    def grid(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """See `Family`: the network halves latents between its blocks."""
+        return super().grid(configs) * 2 ** (len(configs["unet"]["block_out_channels"]) - 1)
 
     @classmethod
     def prepare(cls, pipe: Any) -> None:

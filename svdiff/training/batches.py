@@ -47,15 +47,25 @@ def images_to_tensor(images: Sequence[Image]) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentImages:
-    """Pictures encoded once: mean and deviation of the autoencoder's posterior, each (N, C, h, w), already scaled."""
+    """Pictures encoded once: mean and deviation of the autoencoder's posterior, each (N, C, h, w), already scaled.
 
-    mean: Tensor
-    deviation: Tensor
+    Pictures of several shapes are lists of N tensors (C, h, w).
+    """
+
+    mean: Tensor | list[Tensor]
+    deviation: Tensor | list[Tensor]
 
     @classmethod
     @torch.no_grad()
     def encode(cls, family: Family, images: Sequence[Image], batch_size: int = 8) -> LatentImages:
-        """Encode pictures of one size."""
+        """Encode pictures, those of one shape together."""
+        shapes = list(dict.fromkeys(image.size for image in images))
+        if len(shapes) > 1:
+            places = [[i for i, image in enumerate(images) if image.size == shape] for shape in shapes]
+            groups = [cls.encode(family, [images[i] for i in group], batch_size) for group in places]
+            order = {i: (group, row) for group, rows in zip(groups, places, strict=True) for row, i in enumerate(rows)}
+            found = [order[i] for i in range(len(images))]
+            return cls([group.mean[row] for group, row in found], [group.deviation[row] for group, row in found])
         parts = [
             family.to_latents(images_to_tensor(images[start : start + batch_size]))
             for start in range(0, len(images), batch_size)
@@ -67,9 +77,22 @@ class LatentImages:
         return len(self.mean)
 
     def draw(self, indices: list[int], random: torch.Generator) -> Tensor:
-        """Latents z ~ q(z|x) of the pictures at `indices`: (len(indices), C, h, w)."""
-        noise = torch.randn(len(indices), *self.mean.shape[1:], generator=random).to(self.mean.device)
-        return self.mean[indices] + self.deviation[indices] * noise
+        """Latents z ~ q(z|x) of the pictures at `indices`, which have one shape: (len(indices), C, h, w)."""
+        mean = stacked(self.mean, indices)
+        noise = torch.randn(mean.shape, generator=random).to(mean.device)
+        return mean + stacked(self.deviation, indices) * noise
+
+    def by_shape(self, indices: Sequence[int]) -> list[list[int]]:
+        """Pictures in groups of one shape."""
+        groups: dict[torch.Size, list[int]] = {}
+        for index in indices:
+            groups.setdefault(self.mean[index].shape, []).append(index)
+        return list(groups.values())
+
+
+def stacked(tensors: Tensor | list[Tensor], indices: Sequence[int]) -> Tensor:
+    """Some of the pictures' tensors, which have one shape, as one."""
+    return tensors[list(indices)] if isinstance(tensors, Tensor) else torch.stack([tensors[i] for i in indices])
 
 
 WHOLE = Region(0.0, 0.0, 1.0, 1.0)
@@ -93,7 +116,7 @@ class Examples:
     latents: LatentImages
     prompts: list[str]
     shown: list[tuple[Shown, ...]]
-    masks: Tensor | None = None
+    masks: Tensor | list[Tensor] | None = None
 
     @classmethod
     def alike(cls, latents: LatentImages, prompt: str, *shown: Shown) -> Examples:
@@ -106,13 +129,15 @@ class Dataset:
     """What a training is shown: concepts, pairs and edits differ in nothing else.
 
     `order(n)` says which instance picture and which prior picture sample n shows; it is a pure function, so that a batch
-    can be asked for again. `validation` are the instance pictures of the loss at fixed noise.
+    can be asked for again. `validation` are the instance pictures of the loss at fixed noise. Where pictures have several
+    shapes, `together(number, size)` are the instance pictures of a batch, which have one shape.
     """
 
     instance: Examples
     prior: Examples | None
     order: Callable[[int], tuple[int, int]]
     validation: list[int]
+    together: Callable[[int, int], list[int]] | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -129,6 +154,12 @@ class Batch(NamedTuple):
     instances: int
     masks: Tensor | None = None
 
+    def joined(self, prior: Batch) -> Batch:
+        """With prior samples after the instance samples; all of those count."""
+        masks = None if self.masks is None else torch.cat([self.masks, torch.ones_like(self.masks)])
+        prompts, shown = self.prompts + prior.prompts, self.shown + prior.shown
+        return Batch(torch.cat([self.latents, prior.latents]), prompts, shown, self.instances, masks)
+
     def take(self, rows: list[int]) -> Batch:
         """Some rows, in order."""
         if len(rows) == len(self.prompts):
@@ -142,21 +173,36 @@ class Batch(NamedTuple):
         )
 
 
-def draw_batch(dataset: Dataset, number: int, size: int, random: torch.Generator) -> Batch:
-    """Batch `number`: `size` instance samples, and as many prior samples where the dataset has any."""
+def draw_batch(dataset: Dataset, number: int, size: int, random: torch.Generator) -> list[Batch]:
+    """Batch `number`: `size` instance samples, and as many prior samples where the dataset has any.
+
+    It is one pass of the network; where prior samples have another shape, two.
+    """
     places = [dataset.order(position) for position in range(number * size, (number + 1) * size)]
-    chosen: list[tuple[Examples, list[int]]] = [(dataset.instance, [instance for instance, _ in places])]
-    if dataset.prior is not None:
-        chosen.append((dataset.prior, [prior for _, prior in places]))
-    latents = torch.cat([examples.latents.draw(indices, random) for examples, indices in chosen])
-    masks = None
-    if dataset.instance.masks is not None:
-        masks = torch.ones_like(latents[:, :1])
-        masks[:size] = dataset.instance.masks[chosen[0][1]].to(masks)
-    return Batch(
-        latents,
-        [examples.prompts[i] for examples, indices in chosen for i in indices],
-        [examples.shown[i] for examples, indices in chosen for i in indices],
-        size,
-        masks,
-    )
+    instances = [instance for instance, _ in places] if dataset.together is None else dataset.together(number, size)
+    passes = [_batch(dataset.instance, instances, random)]
+    if dataset.prior is None:
+        return passes
+    prior = _batch(dataset.prior, [prior for _, prior in places], random)
+    return [passes[0].joined(prior)] if prior.latents.shape == passes[0].latents.shape else [*passes, prior]
+
+
+def _batch(examples: Examples, indices: list[int], random: torch.Generator) -> Batch:
+    latents = examples.latents.draw(indices, random)
+    masks = None if examples.masks is None else stacked(examples.masks, indices).to(latents.device)
+    prompts, shown = [examples.prompts[i] for i in indices], [examples.shown[i] for i in indices]
+    return Batch(latents, prompts, shown, len(indices), masks)
+
+
+def in_buckets(groups: Sequence[Sequence[int]], number: int, size: int, *key: object) -> list[int]:
+    """The pictures of batch `number`, all of one group; each picture about as often as any other.
+
+    In an epoch every group has as many batches as its pictures fill, in an order of the epoch's own.
+    """
+    turns = [group for group, pictures in enumerate(groups) for _ in range(-(-len(pictures) // size))]
+    epoch = number // len(turns)
+    order = [turns[i] for i in draw_indices(len(turns), epoch * len(turns), len(turns), *key, "buckets")]
+    group = order[number % len(turns)]
+    earlier = epoch * turns.count(group) + order[: number % len(turns)].count(group)
+    pictures = groups[group]
+    return [pictures[i] for i in draw_indices(len(pictures), earlier * size, size, *key, "bucket", group)]

@@ -25,6 +25,11 @@ def check_family(family: Family, settings: TrainConfig) -> None:
     weighed = [name for name in ("unmix_weight", "single_subject_weight") if getattr(settings, name) > 0]
     if family.attention != "cross" and weighed:
         raise SvdiffError(f"train.{weighed[0]} is a loss on cross-attention maps, and {joint}: set it to 0")
+    if settings.fit == "bucket" and weighed:
+        raise SvdiffError(
+            f"train.{weighed[0]} is a loss on attention maps, which are square, and train.fit is bucket: set fit to crop or "
+            "pad, or the weight to 0"
+        )
     asked = [name for name in ("text_encoder", "train_token") if getattr(settings, name)]
     if asked and not family.encoder_names:
         raise SvdiffError(

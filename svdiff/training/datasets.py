@@ -13,14 +13,22 @@ from torch import Tensor
 from svdiff.catalogue import Entry
 from svdiff.config import Config, TrainConfig
 from svdiff.data.check import gated_pictures
-from svdiff.data.concepts import ConceptImage, concept_folder, jittered, load_picture, mask_to_square, to_square
+from svdiff.data.concepts import (
+    ConceptImage,
+    concept_folder,
+    jittered,
+    load_picture,
+    mask_to_shape,
+    to_shape,
+    training_shape,
+)
 from svdiff.data.cutmix import choose
 from svdiff.data.mixes import load_mixes, mix_folder
 from svdiff.data.prior import load_prior_images, prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file, sha256_tree
 from svdiff.models import Family
-from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices
+from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices, in_buckets
 
 JITTERS = 3  # variations in other light of each picture
 VALIDATION_MIXES = 4  # mixes among the pictures of the fixed-noise loss
@@ -63,14 +71,16 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
             latents,
             [(shot.caption or settings.prompt).format(subject=concept.subject) for shot in shots],
             [(shown,)] * len(shots),
-            _masks(shots, settings, family.image_size, latents.mean.shape[-1]),
+            _masks(shots, settings, family, latents),
         )
         prior = None
         if priors:
             prior = Examples.alike(_encoded(family, priors), config.prior.prompt.format(subject=concept.class_word))
         varied = len(shots) - settings.holdout
         held_out = list(range(varied if settings.holdout else 0, len(shots)))
-        return Dataset(instance, prior, _in_turn(settings.seed, varied, len(priors)), held_out)
+        groups = latents.by_shape(range(varied))
+        together = (lambda number, size: in_buckets(groups, number, size, settings.seed)) if len(groups) > 1 else None
+        return Dataset(instance, prior, _in_turn(settings.seed, varied, len(priors)), held_out, together)
 
     reads: dict[str, object] = {
         "pictures": sha256_tree(concept_folder(name)),
@@ -91,17 +101,28 @@ def _shots(picture: ConceptImage, settings: TrainConfig) -> list[ConceptImage]:
     return shots
 
 
-def _masks(shots: list[ConceptImage], settings: TrainConfig, size: int, side: int) -> Tensor | None:
-    """The masks of pictures of `size` pixels, averaged over the areas of `side` × `side` latents: (N, 1, side, side).
+def _masks(
+    shots: list[ConceptImage], settings: TrainConfig, family: Family, latents: LatentImages
+) -> Tensor | list[Tensor] | None:
+    """The mask of each picture, averaged over the areas of its latents, (1, h, w), as latents are kept; None where no mask
+    is used.
 
-    A picture without one counts whole. None where no mask is used.
+    A picture without one counts whole.
     """
     if settings.masks == "ignore" or not any(shot.mask for shot in shots):
         return None
-    whole = Image.new("L", (size, size), "white")
-    squares = [mask_to_square(shot.mask, size, settings.fit) if shot.mask else whole for shot in shots]
-    pixels = torch.stack([torch.from_numpy(np.array(square)).float() / 255 for square in squares])
-    return torch.nn.functional.adaptive_avg_pool2d(pixels[:, None], side)
+    found = []
+    for shot, mean in zip(shots, latents.mean, strict=True):
+        mask = shot.mask or Image.new("L", shot.image.size, "white")
+        shape = _shape(shot.image, family, settings.fit)
+        fitted = mask_to_shape(mask, shape, settings.fit if shot.mask else "crop")
+        pixels = torch.from_numpy(np.array(fitted)).float() / 255
+        found.append(torch.nn.functional.adaptive_avg_pool2d(pixels[None], tuple(mean.shape[-2:])))
+    return torch.stack(found) if isinstance(latents.mean, Tensor) else found
+
+
+def _shape(image: Image.Image, family: Family, fit: str) -> tuple[int, int]:
+    return training_shape(image, family.image_size, fit, family.grid(family.configs))
 
 
 def _in_turn(seed: int, pictures: int, priors: int) -> Callable[[int], tuple[int, int]]:
@@ -190,5 +211,4 @@ def _edit(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
 
 
 def _encoded(family: Family, images: list[Image.Image], fit: str = "crop") -> LatentImages:
-    size = family.image_size
-    return LatentImages.encode(family, [to_square(image, size, fit) for image in images])
+    return LatentImages.encode(family, [to_shape(image, _shape(image, family, fit), fit) for image in images])

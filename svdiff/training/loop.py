@@ -18,7 +18,7 @@ from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
 from svdiff.training.attention_losses import AttentionLosses
-from svdiff.training.batches import Batch, Dataset, draw_batch, generator
+from svdiff.training.batches import Batch, Dataset, draw_batch, generator, stacked
 from svdiff.training.losses import Loss, denoising_loss, min_snr_weights, prior_preservation_loss
 from svdiff.training.methods import Method
 from svdiff.training.optimizers import make_optimizer
@@ -148,9 +148,18 @@ class Trainer:
 
     def _loss(self, number: int) -> Loss:
         """Eq. 3 on batch `number`, with attention losses where asked."""
+        processes = self.accelerator.num_processes
+        random = generator(self.config.seed, "batch", number)
+        passes = draw_batch(self.dataset, number, self.config.batch_size * processes, random)
+        loss, *of_prior = (self._loss_of_pass(whole, random) for whole in passes)
+        if not of_prior:
+            return loss
+        [prior] = of_prior
+        return Loss(loss.total + self.config.prior_weight * prior.total, loss.instance, prior.total)
+
+    def _loss_of_pass(self, whole: Batch, random: torch.Generator) -> Loss:
+        """Eq. 3 on the samples of one pass of the network."""
         config, processes = self.config, self.accelerator.num_processes
-        random = generator(config.seed, "batch", number)
-        whole = draw_batch(self.dataset, number, config.batch_size * processes, random)
         noise = draw_noise(whole.latents, config.noise_offset, random)
         timesteps = self.family.objective.drawn(len(noise), random).to(noise.device)
         rows = own_rows(whole, self.accelerator.process_index, processes)
@@ -201,16 +210,17 @@ class Trainer:
         The training loss jumps with its random timesteps; this one can be compared from step to step.
         """
         instance, validation = self.dataset.instance, self.dataset.validation
-        mean, prompts = instance.latents.mean[validation], [instance.prompts[i] for i in validation]
-        masks = None if instance.masks is None else instance.masks[validation].to(mean.device)
         losses = []
-        for level in range(VALIDATION_LEVELS):
-            noise = torch.randn(mean.shape, generator=generator("fixed noise", level)).to(mean.device)
-            timestep = self.family.objective.level((level + 0.5) / VALIDATION_LEVELS)
-            timesteps = torch.full((len(mean),), timestep, device=mean.device)
-            predicted, target = self._predict(mean, noise, timesteps, prompts)
-            losses.append(denoising_loss(predicted, target, masks=masks))
-        loss = float(torch.stack(losses).mean())
+        for group in instance.latents.by_shape(validation):
+            mean, prompts = stacked(instance.latents.mean, group), [instance.prompts[i] for i in group]
+            masks = None if instance.masks is None else stacked(instance.masks, group).to(mean.device)
+            for level in range(VALIDATION_LEVELS):
+                noise = torch.randn(mean.shape, generator=generator("fixed noise", level)).to(mean.device)
+                timestep = self.family.objective.level((level + 0.5) / VALIDATION_LEVELS)
+                timesteps = torch.full((len(mean),), timestep, device=mean.device)
+                predicted, target = self._predict(mean, noise, timesteps, prompts)
+                losses.append(denoising_loss(predicted, target, masks=masks) * len(group) / len(validation))
+        loss = float(torch.stack(losses).sum()) / VALIDATION_LEVELS
         self._check_finite("loss at fixed noise before", loss)
         return loss
 

@@ -161,8 +161,8 @@ def test_portraits_and_panoramas_with_captions_masks_and_litter(tmp_path: Path) 
     verdict = said(tmp_path)
     assert verdict.lines("dog") == [
         "dog: fix first",
-        "  panorama.png: 1800 × 600: the square crop loses 67% of it. Crop it round the subject, or set `train.fit: pad`",
-        "  portrait.png: 600 × 900: the square crop loses 33% of it. Crop it round the subject, or set `train.fit: pad`",
+        "  panorama.png: 1800 × 600: the square crop loses 67% of it. Crop it round the subject, or set `train.fit: bucket` or `pad`",
+        "  portrait.png: 600 × 900: the square crop loses 33% of it. Crop it round the subject, or set `train.fit: bucket` or `pad`",
         "  burst.png and square.png are nearly the same picture: one of them is enough",
         "  note: @eaDir is left alone: thumbnails of a network drive",
         "  note: IMG_1.AAE is left alone: edits of Apple Photos",
@@ -171,6 +171,13 @@ def test_portraits_and_panoramas_with_captions_masks_and_litter(tmp_path: Path) 
         "  note: square.png:Zone.Identifier is left alone: Windows' mark of a download",
         "  note: burst.png, panorama.png: no caption, so `train.prompt` describes them",
     ]
+    in_buckets = check_folder(tmp_path, 512, "bucket", grid=64).lines("dog")
+    assert in_buckets[1] == (
+        "  panorama.png: 1800 × 600: the crop to 2 : 1 loses 44% of it. Crop it round the subject, or set `train.fit: pad`"
+    )
+    assert not any("portrait.png: 600" in line for line in in_buckets)
+    assert "  note: portrait.png is trained as 384 × 640, 10% of it cropped" in in_buckets
+    assert "  note: square.png is trained as 512 × 512, 0% of it cropped" in in_buckets
 
 
 def masked(folder: Path, fit: str = "crop") -> Verdict:

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 from svdiff.data import concepts
-from svdiff.data.concepts import check_concepts, load_concept_images, load_picture, to_square
+from svdiff.data.concepts import (
+    buckets,
+    check_concepts,
+    load_concept_images,
+    load_picture,
+    to_shape,
+    to_square,
+    training_shape,
+)
 from svdiff.errors import SvdiffError
 
 
@@ -286,3 +294,22 @@ def test_check_concepts_collects_all_folders(tmp_path: Path, monkeypatch: pytest
     assert "bear" in str(caught.value)
     assert "cat" not in str(caught.value)
     check_concepts(config, ["cat"])  # type: ignore[arg-type]
+
+
+def test_buckets_have_at_most_the_pixels_of_the_square_and_sides_on_the_grid() -> None:
+    shapes = buckets(512, 64)
+    assert (512, 512) in shapes
+    assert all(width * height <= 512 * 512 and width % 64 == height % 64 == 0 for width, height in shapes)
+    assert {(height, width) for width, height in shapes} >= {(384, 640), (640, 384)}
+    assert max(max(shape) / min(shape) for shape in shapes) == pytest.approx(5 / 3, abs=0.34)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [((600, 600), (512, 512)), ((600, 1000), (384, 640)), ((1000, 600), (640, 384)), ((4000, 500), (640, 384))],
+)
+def test_a_picture_takes_the_bucket_that_crops_least_of_it(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    image = Image.new("RGB", size)
+    assert training_shape(image, 512, "bucket", 64) == shape
+    assert training_shape(image, 512, "crop", 64) == training_shape(image, 512, "pad", 64) == (512, 512)
+    assert to_shape(image, shape).size == shape

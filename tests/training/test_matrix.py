@@ -216,6 +216,30 @@ def refusal(cell: dict[str, Any]) -> str | None:
     return None
 
 
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_every_family_trains_pictures_of_several_shapes(family_pipe: Any, family_name: str) -> None:
+    pipe = family_pipe(family_name)
+    channels, side, _ = family_of(pipe).latent_shape
+    random = torch.Generator().manual_seed(0)
+    means = [
+        torch.randn(channels, side // 2, side, generator=random),
+        torch.randn(channels, side, side, generator=random),
+    ]
+    latents = LatentImages(means, [torch.full_like(mean, 0.1) for mean in means])
+    square = LatentImages(means[1][None], torch.full_like(means[1], 0.1)[None])
+    shown = Dataset(
+        Examples(latents, ["a sks dog"] * 2, [(Shown("sks", "dog"),)] * 2),
+        Examples(square, ["a dog"], [()]),
+        lambda sample: (sample % 2, 0),
+        [0, 1],
+        lambda number, size: [number % 2] * size,
+    )
+    made = trainer(pipe, shown)
+    before = made.fixed_noise_loss()
+    assert [row["step"] for row in made.run()] == [1, 2]
+    assert 0 < made.fixed_noise_loss() != before
+
+
 def test_pairwise_cells_hold_every_pair_of_values() -> None:
     assert len(FAMILY_FAST) < len(FAMILY_CELLS) / 8
     for a, b in combinations(FAMILY_SETTINGS, 2):

@@ -98,8 +98,8 @@ def test_without_cut_mix_unmix_only_single_subjects_are_shown(checkout: Path) ->
 def test_without_prior_preservation_there_are_no_prior_samples(checkout: Path) -> None:
     dataset = pair_dataset(load_config(), prior_weight=0.0)
     assert dataset.prior is None
-    assert draw_batch(dataset, 3, 2, generator("x")).instances == 2
-    assert len(draw_batch(dataset, 3, 2, generator("x")).latents) == 2
+    assert draw_batch(dataset, 3, 2, generator("x"))[0].instances == 2
+    assert len(draw_batch(dataset, 3, 2, generator("x"))[0].latents) == 2
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_terms_by_hand(checkout: Path, tiny_base: Path) -> None:
     config = load_config()
     pipe = load_pipeline(BaseModelConfig(model=str(tiny_base)))
     dataset = pair_dataset(config)
-    batch = draw_batch(dataset, 0, 6, generator("batch"))
+    [batch] = draw_batch(dataset, 0, 6, generator("batch"))
     settings = TrainConfig(
         unmix_weight=1.0,
         single_subject_weight=1.0,

@@ -14,7 +14,7 @@ from torch import Tensor
 from svdiff.config import Config
 from svdiff.models import family_of, load_pipeline
 from svdiff.training import train
-from svdiff.training.batches import Batch, Dataset, LatentImages
+from svdiff.training.batches import Batch, Dataset, LatentImages, in_buckets
 from svdiff.training.datasets import JITTERS, read_training_data
 from svdiff.training.loop import Trainer
 
@@ -53,20 +53,20 @@ def config(base: Path, **settings: object) -> Config:
     )
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, params: Config) -> tuple[Dataset, list[Batch]]:
+def trained(monkeypatch: pytest.MonkeyPatch, params: Config, passes: int = 2) -> tuple[Dataset, list[Batch]]:
     """Two steps of the stage `train`: what it trained on, and every batch that the network saw."""
     datasets: list[Dataset] = []
     batches: list[Batch] = []
     draw: Any = Trainer._loss.__globals__["draw_batch"]
 
-    def seen(dataset: Dataset, *rest: Any) -> Batch:
+    def seen(dataset: Dataset, *rest: Any) -> list[Batch]:
         datasets.append(dataset)
-        batches.append(draw(dataset, *rest))
-        return batches[-1]
+        batches.extend(drawn := draw(dataset, *rest))
+        return drawn
 
     monkeypatch.setattr("svdiff.training.loop.draw_batch", seen)
     assert train(params, "pet").is_file()
-    assert len(batches) == 2
+    assert len(batches) == passes
     return datasets[0], batches
 
 
@@ -170,3 +170,83 @@ def test_variations_of_a_picture_are_trained_on_with_its_caption(
         assert len({light.tobytes() for light in lit}) == JITTERS
     for batch in batches:  # each holds every variation once
         assert sorted(batch.prompts[: 3 * each]) == sorted(dataset.instance.prompts)
+
+
+def oblong(pet: Path, base: Path, **settings: object) -> Config:
+    """Two portraits with masks, a panorama and a square, trained in shapes near their own."""
+    for name, size in {"a": (48, 72), "b": (52, 80), "c": (128, 64), "d": (64, 64)}.items():
+        noise = np.random.default_rng(len(name)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(pet / f"{name}.png")
+    for name in ("a", "b"):
+        mask = Image.new("L", Image.open(pet / f"{name}.png").size)
+        mask.paste(255, (0, 0, mask.width, mask.height // 2))
+        mask.save(pet / f"{name}-mask.png")
+    return config(base, fit="bucket", masks="loss", **settings)
+
+
+def test_oblong_pictures_are_trained_in_shapes_near_their_own(
+    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = oblong(pet, tiny_base, steps=6, validate_every=6)
+    dataset, batches = trained(monkeypatch, params, passes=10)
+    shapes = [tuple(mean.shape[1:]) for mean in dataset.instance.latents.mean]
+    assert shapes == [(10, 6), (10, 6), (6, 10), (8, 8)]
+    assert [tuple(mask.shape[1:]) for mask in dataset.instance.masks or ()] == shapes
+    assert dataset.instance.masks is not None
+    assert (dataset.instance.masks[0][:, :5] == 1).all()
+    assert not dataset.instance.masks[0][:, 5:].any()
+    # An epoch is three batches, one a shape; square prior images need a pass of their own beside those that are not.
+    seen = [(tuple(batch.latents.shape), batch.instances, batch.prompts[0]) for batch in batches]
+    assert seen.count(((2, 4, 10, 6), 2, "a sks dog")) == 2
+    assert seen.count(((2, 4, 6, 10), 2, "a sks dog")) == 2
+    assert seen.count(((4, 4, 8, 8), 2, "a sks dog")) == 2
+    assert seen.count(((2, 4, 8, 8), 2, "a dog")) == 4
+
+
+def test_of_several_shapes_the_loss_is_that_of_both_passes(
+    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+
+    from svdiff.training.methods import apply_method
+
+    params = oblong(pet, tiny_base, prior_weight=0.5)
+    pipe, settings = load_pipeline(params.base), params.train_config("pet")
+    dataset = read_training_data(params, params.entry("pet"), settings).encode(family_of(pipe))
+    trainer = Trainer(pipe, apply_method(pipe, settings, ["sks"]), settings, dataset, Accelerator(cpu=True))
+    predict, parts = trainer._predict, []
+
+    def seen(*arguments: Any) -> tuple[Tensor, Tensor]:
+        predicted, target = predict(*arguments)
+        parts.append((predicted - target).detach().square())
+        return predicted, target
+
+    monkeypatch.setattr(trainer, "_predict", seen)
+    for number in range(3):
+        parts.clear()
+        with torch.no_grad():
+            loss = trainer._loss(number)
+        if len(parts) == 1:
+            continue
+        instance, prior = parts
+        assert float(loss.prior) == pytest.approx(float(prior.mean()), rel=1e-5)
+        assert float(loss.total) == pytest.approx(float(loss.instance + 0.5 * loss.prior), rel=1e-5)
+        counts = instance[:, :, :5] if instance.shape[-2:] == (10, 6) else instance  # the masked half alone
+        assert float(loss.instance) == pytest.approx(float(counts.mean()), rel=1e-5)
+    assert trainer.fixed_noise_loss() > 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_batches_of_buckets_show_every_picture_as_often(size: int) -> None:
+    groups = [[0, 1, 2, 3], [4, 5], [6]]
+    turns = sum(-(-len(group) // size) for group in groups)
+    epochs = 12 // min(size, 4) * 4
+    batches = [in_buckets(groups, number, size, "seed") for number in range(turns * epochs)]
+    assert all(any(set(batch) <= set(group) for group in groups) for batch in batches)
+    shown = [picture for batch in batches for picture in batch]
+    for group in groups:
+        counts = [shown.count(picture) for picture in group]
+        assert max(counts) - min(counts) <= 1
+        assert sum(counts) == epochs * -(-len(group) // size) * size
+    assert in_buckets(groups, 5, size, "seed") == batches[5]
+    assert [in_buckets(groups, n, size, "other") for n in range(20)] != batches[:20]
