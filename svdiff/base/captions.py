@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+from svdiff.base.compose import PICTURE_SIZE
 from svdiff.base.individuals import Individual
 from svdiff.base.styles import BY_NAME, EXPRESSIONS, KINDS, STYLES, feature_words, spoken
 from svdiff.base.words import COLOURS, SPECIAL_WORDS, THINGS, made_up_words
-from svdiff.base.world import BIG, PICTURE_SIZE, SMALL, Placed, Scene
+from svdiff.base.world import BIG, SMALL, Placed, Scene
 
 _BACKGROUNDS = (
     "on a {c} background",

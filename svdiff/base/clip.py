@@ -12,15 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from svdiff.base import loop, tokenizer
 from svdiff.base.captions import caption, full_caption, vocabulary
+from svdiff.base.compose import PICTURE_SIZE, compose
 from svdiff.base.config import BaseTrainingConfig, ClipTraining
 from svdiff.base.text_encoder import load_tokenizer, named_count
-from svdiff.base.world import PICTURE_SIZE, Scene, World
+from svdiff.base.world import Scene, World
 from svdiff.files import atomic_dir
 
 
@@ -105,73 +105,92 @@ def normalised(pictures: torch.Tensor) -> torch.Tensor:
     """uint8 N×H×W×3 as CLIP's preprocessing leaves them, N×3×H×W."""
     import open_clip
 
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
-    deviation = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=pictures.device).view(1, 3, 1, 1)
+    deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=pictures.device).view(1, 3, 1, 1)
     return (pictures.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
 
 
 def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = None) -> bool:
     """Train the evaluator's CLIP and write it to `output` in open_clip's format. Returns whether it ended."""
-    part = config.clip
-    torch.set_num_threads(1)
+    part, where = config.clip, loop.device()
     world = loop.load_world(config)
     tokens = load_tokenizer(config)
     settings = model_config(part, tokens)
     torch.manual_seed(config.seed + 2)
-    model = build(settings).train().to(memory_format=torch.channels_last)
-    heads = WordHeads(part.dimensions, caption_words())
+    model = build(settings).train().to(where, memory_format=torch.channels_last)
+    heads = WordHeads(part.dimensions, caption_words()).to(where)
     learned = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(learned, lr=part.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    table = world.table(where)
 
-    def step_fn(step: int) -> dict[str, float]:
-        for group in optimiser.param_groups:
-            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
-        draw = random.Random(f"clip/{config.seed}/{step}")
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
+        chance = random.Random(f"clip/{config.seed}/{step}")
         numbers = range(step * part.batch_size, (step + 1) * part.batch_size)
         scenes = [world.scene(config.seed + 2, n, named=0.0, strangers=0.15) for n in numbers]
-        lists = [rival_captions(world, scene, draw, part.rivals) for scene in scenes]
+        lists = [rival_captions(world, scene, chance, part.rivals) for scene in scenes]
         texts = [one[0] for one in lists]
         every = [*texts, *(text for one in lists for text in one[1:])]
         ids = tokens(every, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        x = normalised(torch.from_numpy(np.stack([world.array(scene) for scene in scenes])))
-        shift = (draw.randint(-3, 3), draw.randint(-3, 3))
-        x = x * draw.uniform(0.9, 1.1) + draw.uniform(-0.1, 0.1)
-        x = F.pad(x, (3, 3, 3, 3), mode="replicate")[..., 3 + shift[0] : 67 + shift[0], 3 + shift[1] : 67 + shift[1]]
-        if draw.random() < 0.3:  # a generator's pictures are softer than drawings
-            from torchvision.transforms.functional import gaussian_blur
+        # The same text twice in a batch is no distractor.
+        codes = torch.tensor([texts.index(text) for text in texts])
+        same = (codes[:, None] == codes) & ~torch.eye(len(texts), dtype=torch.bool)
+        silent = torch.tensor([[rival == one[0] for rival in one[1:]] for one in lists]).view(len(texts), -1)
+        return *world.layout(scenes), ids, same, silent, heads.labels(scenes)
 
-            x = gaussian_blur(x, 5, draw.uniform(0.4, 1.2))
-        seen = model.encode_image(x.contiguous(memory_format=torch.channels_last)).float()
-        told = model.encode_text(ids).float()
+    def learn(
+        step: int,
+        places: torch.Tensor,
+        backgrounds: torch.Tensor,
+        ids: torch.Tensor,
+        same: torch.Tensor,
+        silent: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        for group in optimiser.param_groups:
+            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
+        chance = random.Random(f"clip/{config.seed}/{step}/light")
+        x = _in_another_light(normalised(compose(table, places, backgrounds)), chance)
+        with loop.autocast(where):
+            seen = model.encode_image(x.contiguous(memory_format=torch.channels_last)).float()
+            told = model.encode_text(ids).float()
         image, text = F.normalize(seen, dim=1), F.normalize(told, dim=1)
         scale = model.logit_scale.exp().clamp(max=100)
-        # The same text twice in a batch is no distractor.
-        same = torch.tensor([[a == b for b in texts] for a in texts]) & ~torch.eye(len(texts), dtype=torch.bool)
-        logits = (scale * image @ text[: len(texts)].T).masked_fill(same, -1e4)
-        silent = torch.tensor([[rival == one[0] for rival in one[1:]] for one in lists]).view(len(texts), -1)
-        rivals = scale * torch.einsum("nd,nkd->nk", image, text[len(texts) :].view(len(texts), part.rivals, -1))
+        logits = (scale * image @ text[: len(image)].T).masked_fill(same, -1e4)
+        rivals = scale * torch.einsum("nd,nkd->nk", image, text[len(image) :].view(len(image), part.rivals, -1))
         hard = torch.cat([logits, rivals.masked_fill(silent, -1e4)], dim=1)
-        target = torch.arange(len(texts))
+        target = torch.arange(len(image), device=where)
         loss = (F.cross_entropy(hard, target) + F.cross_entropy(logits.T, target)) / 2
-        loss = loss + 0.2 * heads(seen, heads.labels(scenes))
+        loss = loss + 0.2 * heads(seen, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        right = (hard.argmax(1) == target).float().mean()
-        return {"loss": loss.item(), "top1": right.item()}
+        return {"loss": loss, "top1": (hard.argmax(1) == target).float().mean()}
 
     return loop.run(
         "clip",
         steps=part.steps,
         state={"model": model, "heads": heads, "optimiser": optimiser},
-        step_fn=step_fn,
-        checkpoint_seconds=config.checkpoint_seconds,
+        draw=draw,
+        learn=learn,
+        config=config,
         # The length may be changed on the way.
         identity=f"{part.model_dump_json(exclude={'steps'})}/{config.world}/{config.seed}/{named_count(config)}",
         on_checkpoint=lambda step: _write(model, settings, output),
         stop_after=stop_after,
     )
+
+
+def _in_another_light(x: torch.Tensor, chance: random.Random) -> torch.Tensor:
+    """The N×3×H×W pictures moved by up to three pixels, brighter or darker, some of them softer, as a generator's are."""
+    left, top = 3 + chance.randint(-3, 3), 3 + chance.randint(-3, 3)
+    x = x * chance.uniform(0.9, 1.1) + chance.uniform(-0.1, 0.1)
+    x = F.pad(x, (3, 3, 3, 3), mode="replicate")[..., left : left + PICTURE_SIZE, top : top + PICTURE_SIZE]
+    if chance.random() < 0.3:
+        from torchvision.transforms.functional import gaussian_blur
+
+        x = gaussian_blur(x, 5, chance.uniform(0.4, 1.2))
+    return x
 
 
 def _write(model: torch.nn.Module, settings: dict[str, Any], output: Path) -> None:
@@ -184,7 +203,8 @@ def _write(model: torch.nn.Module, settings: dict[str, Any], output: Path) -> No
         content = {"model_cfg": settings, "preprocess_cfg": preprocess}
         (target / "open_clip_config.json").write_text(json.dumps(content, indent=1))
         weights = {
-            k: (v.half() if v.is_floating_point() else v).contiguous().clone() for k, v in model.state_dict().items()
+            k: (v.half() if v.is_floating_point() else v).cpu().contiguous().clone()
+            for k, v in model.state_dict().items()
         }
         save_file(weights, target / "open_clip_model.safetensors")
         for path in loop.scratch("tokenizer").iterdir():

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from svdiff.base.compose import PICTURE_SIZE
 from svdiff.base.individuals import HELD_OUT, Individual, population
 from svdiff.base.styles import BY_NAME, STYLES
 from svdiff.base.words import COLOURS
-from svdiff.base.world import GRID, PICTURE_SIZE, Placed, Scene, draw_large
+from svdiff.base.world import GRID, Placed, Scene, draw_large
 from svdiff.files import atomic_dir, write_atomic
 
 CONCEPT_SIZE = 256

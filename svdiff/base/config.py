@@ -18,7 +18,7 @@ class WorldSettings(_Section):
     """The picture world."""
 
     folder: str = Field("data/world", description="folder of the things' drawings")
-    individuals: int = Field(1000, ge=1, description="individuals a style that training may show")
+    individuals: int = Field(2000, ge=1, description="individuals a style that training may show")
     named: int = Field(64, ge=1, description="of these, with a name of their own, a style")
     held_out: int = Field(160, ge=100, description="individuals a style that nothing is trained on")
 
@@ -32,8 +32,8 @@ class _Training(_Section):
 class AutoencoderTraining(_Training):
     """Training of the decoder; the encoder is a linear code that is fitted."""
 
-    steps: int = Field(1800, ge=1, description="optimiser steps of the decoder")
-    batch_size: int = Field(8, ge=2, description="pictures a step")
+    steps: int = Field(12000, ge=1, description="optimiser steps of the decoder")
+    batch_size: int = Field(64, ge=2, description="pictures a step")
     lr: float = Field(1.5e-3, gt=0, description="peak learning rate")
     channels: tuple[int, int, int, int] = Field((16, 48, 112, 112), description="channels of the resolutions")
     latent_channels: int = Field(48, ge=1, description="numbers a latent position")
@@ -43,7 +43,8 @@ class AutoencoderTraining(_Training):
 class TextTraining(_Training):
     """Training of the text encoder on captions alone."""
 
-    steps: int = Field(1600, ge=1, description="optimiser steps")
+    steps: int = Field(8000, ge=1, description="optimiser steps")
+    batch_size: int = Field(256, ge=2, description="captions a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     layers: int = Field(3, ge=1, description="layers of the text encoder")
     width: int = Field(192, ge=8, description="width of the text encoder")
@@ -52,14 +53,15 @@ class TextTraining(_Training):
 class UNetTraining(_Training):
     """Training of the UNet, under the frozen text encoder."""
 
-    steps: int = Field(10000, ge=1, description="optimiser steps; the learning rate decays over the last of them")
-    batch_size: int = Field(32, ge=2, description="pictures a step")
+    steps: int = Field(25000, ge=1, description="optimiser steps; the learning rate decays over the last of them")
+    batch_size: int = Field(512, ge=2, description="pictures a step")
     lr: float = Field(1.0e-3, gt=0, description="peak learning rate")
+    warmup: int = Field(300, ge=0, description="steps over which the rate rises at first")
     decay: float = Field(0.5, ge=0, le=1, description="share of the steps at the end over which the rate falls to zero")
     channels: tuple[int, ...] = Field((128, 256), description="channels of the resolutions")
     heads: int = Field(4, ge=1, description="attention heads")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of captions left empty, for guidance")
-    ema: float = Field(0.999, ge=0, lt=1, description="decay of the moving average of the weights")
+    ema: float = Field(0.9995, ge=0, lt=1, description="decay of the moving average of the weights")
     pairs: float = Field(0.3, ge=0, le=1, description="share of pictures with two in them")
     named: float = Field(0.3, ge=0, le=1, description="share of individuals with names of their own")
 
@@ -67,8 +69,8 @@ class UNetTraining(_Training):
 class ClipTraining(_Training):
     """Training of the evaluator that scores pictures against captions."""
 
-    steps: int = Field(1500, ge=1, description="optimiser steps")
-    batch_size: int = Field(96, ge=2, description="pairs a step")
+    steps: int = Field(8000, ge=1, description="optimiser steps")
+    batch_size: int = Field(256, ge=2, description="pairs a step")
     width: int = Field(24, ge=8, description="width of the ResNet's stem")
     rivals: int = Field(2, ge=0, description="further captions a picture, each wrong in one respect")
     dimensions: int = Field(128, ge=8, description="of the common space")
@@ -77,15 +79,15 @@ class ClipTraining(_Training):
 class LpipsTraining(_Training):
     """Training of the backbone of the perceptual distance."""
 
-    steps: int = Field(400, ge=1, description="optimiser steps")
+    steps: int = Field(2000, ge=1, description="optimiser steps")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
 
 
 class IdentityTraining(_Training):
     """Training of the embedding that tells individuals apart."""
 
-    steps: int = Field(1400, ge=1, description="optimiser steps")
-    batch_size: int = Field(96, ge=2, description="individuals a step, two pictures each")
+    steps: int = Field(10000, ge=1, description="optimiser steps")
+    batch_size: int = Field(192, ge=2, description="individuals a step, two pictures each")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     channels: tuple[int, int, int, int] = Field((32, 64, 128, 256), description="channels of the stages")
 
@@ -94,7 +96,7 @@ class BaseTrainingConfig(_Section):
     """How the embedded base and its evaluators are trained."""
 
     seed: int = Field(0, ge=0, description="decides every picture, caption and noise")
-    processes: int = Field(1, ge=1, le=2, description="processes that share the UNet's batches")
+    workers: int = Field(6, ge=0, description="processes that draw scenes ahead of a GPU; on a CPU there are none")
     checkpoint_seconds: float = Field(120, gt=0, description="how often the resume state is written")
     world: WorldSettings = Field(default_factory=WorldSettings, description="the picture world")
     autoencoder: AutoencoderTraining = Field(default_factory=AutoencoderTraining, description="the autoencoder")

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from svdiff.base import loop
-from svdiff.base.autoencoder import pixels
+from svdiff.base.autoencoder import to_float
+from svdiff.base.compose import PICTURE_SIZE, compose
 from svdiff.base.config import BaseTrainingConfig, IdentityTraining
 from svdiff.base.individuals import Individual, variants
 from svdiff.base.styles import BY_NAME, STYLES
+from svdiff.base.text_encoder import NOT_ASKED
 from svdiff.base.words import COLOURS
-from svdiff.base.world import MEDIUM, PICTURE_SIZE, SIDES, SMALL, Placed, Scene, World
+from svdiff.base.world import MEDIUM, SIDES, SMALL, Placed, Scene, World
 from svdiff.files import atomic_dir
 
 if TYPE_CHECKING:
@@ -80,8 +82,8 @@ def noisy(x: torch.Tensor, draw: random.Random, generator: torch.Generator) -> t
     x = x[..., top : top + PICTURE_SIZE, left : left + PICTURE_SIZE].clone()
     third = len(x) // 3
     x[:third] = gaussian_blur(x[:third], 5, draw.uniform(0.5, 1.3))
-    strength = 0.06 * torch.rand(len(x), 1, 1, 1, generator=generator)
-    return x + strength * torch.randn(x.shape, generator=generator)
+    strength = 0.06 * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+    return x + strength * torch.randn(x.shape, generator=generator, device=x.device)
 
 
 class TraitHeads(torch.nn.Module):
@@ -90,61 +92,76 @@ class TraitHeads(torch.nn.Module):
     def __init__(self, width: int, styles: list[str]) -> None:
         super().__init__()
         self.traits = {(s, t): list(variants(BY_NAME[s], t)) for s in styles for t in BY_NAME[s].traits}
-        self.sizes = [len(values) + 1 for values in self.traits.values()]
-        self.linear = torch.nn.Linear(width, sum(self.sizes))
+        self.linear = torch.nn.Linear(width, sum(len(values) + 1 for values in self.traits.values()))
 
-    def forward(self, vectors: torch.Tensor, who: list[Individual]) -> torch.Tensor:
-        """N×D vectors of N individuals of one style to the mean cross-entropy of its traits."""
-        answers = self.linear(vectors).split(self.sizes, dim=1)
-        losses = []
-        for answer, ((style, trait), values) in zip(answers, self.traits.items(), strict=True):
-            if style == who[0].style:
-                found = [dict(i.traits).get(trait) for i in who]
-                labels = torch.tensor([len(values) if value is None else values.index(value) for value in found])
-                losses.append(F.cross_entropy(answer, labels))
-        return torch.stack(losses).mean()
+    def labels(self, who: list[Individual]) -> torch.Tensor:
+        """N×traits: for each trait of every style which of its values the individual has, NOT_ASKED of other styles."""
+        rows = torch.full((len(who), len(self.traits)), NOT_ASKED)
+        for row, one in zip(rows, who, strict=True):
+            own = dict(one.traits)
+            for block, ((style, trait), values) in enumerate(self.traits.items()):
+                if style == one.style:
+                    row[block] = values.index(own[trait]) if trait in own else len(values)
+        return rows
+
+    def forward(self, vectors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """N×D vectors and their N×traits labels to the mean cross-entropy of what was asked."""
+        answers = self.linear(vectors).split([len(values) + 1 for values in self.traits.values()], dim=1)
+        losses = [
+            F.cross_entropy(answer, label, ignore_index=NOT_ASKED, reduction="sum")
+            for answer, label in zip(answers, labels.T, strict=True)
+        ]
+        return torch.stack(losses).sum() / (labels != NOT_ASKED).sum()
 
 
 def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = None) -> bool:
     """Train the embedding and write it to `output` in transformers' layout; resumes. Returns whether it ended."""
-    part = config.identity
-    torch.set_num_threads(1)
+    part, where = config.identity, loop.device()
     world = loop.load_world(config)
     torch.manual_seed(config.seed + 5)
-    model = build(part).train().to(memory_format=torch.channels_last)
+    model = build(part).train().to(where, memory_format=torch.channels_last)
     # Individuals of held-out styles, too, but for those whose numbers the tests use: a judge may know a style.
     groups = {s.name: world.known[s.name] or world.strangers[s.name] for s in STYLES}
-    heads = TraitHeads(part.channels[-1], list(groups))
+    heads = TraitHeads(part.channels[-1], list(groups)).to(where)
     learned = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(learned, lr=part.lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    scale = 16.0
+    scale, table = 16.0, world.table(where)
 
-    def step_fn(step: int) -> dict[str, float]:
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
+        chance = random.Random(f"identity/{config.seed}/{step}")
+        # All of one style: the hard case.
+        who = chance.sample(groups[chance.choice(list(groups))], part.batch_size)
+        return *world.layout([view(i, chance, world) for _ in range(2) for i in who]), heads.labels([*who, *who])
+
+    def learn(
+        step: int, places: torch.Tensor, backgrounds: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         for group in optimiser.param_groups:
             group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, 0.9)
-        draw = random.Random(f"identity/{config.seed}/{step}")
-        generator = loop.step_generator(config.seed, step, 5)
-        who = draw.sample(groups[draw.choice(list(groups))], part.batch_size)  # all of one style: the hard case
-        x = torch.cat([pixels(world, [view(i, draw, world) for i in who]) for _ in range(2)])
-        x = noisy(x, draw, generator).contiguous(memory_format=torch.channels_last)
-        vectors = model(x).pooler_output.flatten(1)
+        x = to_float(compose(table, places, backgrounds))
+        chance = random.Random(f"identity/{config.seed}/{step}/noise")
+        x = noisy(x, chance, loop.step_generator(config.seed, step, 5, where))
+        with loop.autocast(where):
+            vectors = model(x.contiguous(memory_format=torch.channels_last)).pooler_output.flatten(1)
+        vectors = vectors.float()
         first, second = F.normalize(vectors, dim=1).chunk(2)
         logits = scale * first @ second.T
-        target = torch.arange(len(who))
+        target = torch.arange(len(first), device=where)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        loss = contrast + 0.5 * heads(vectors, [*who, *who])
+        loss = contrast + 0.5 * heads(vectors, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "top1": (logits.argmax(1) == target).float().mean().item()}
+        return {"loss": loss, "top1": (logits.argmax(1) == target).float().mean()}
 
     return loop.run(
         "identity",
         steps=part.steps,
         state={"model": model, "heads": heads, "optimiser": optimiser},
-        step_fn=step_fn,
-        checkpoint_seconds=config.checkpoint_seconds,
+        draw=draw,
+        learn=learn,
+        config=config,
         identity=f"{part.model_dump_json(exclude={'steps'})}/{config.world}/{config.seed}",
         on_checkpoint=lambda step: _write(model, output),
         stop_after=stop_after,
@@ -155,7 +172,7 @@ def _write(model: Any, output: Path) -> None:
     import copy
 
     with atomic_dir(output) as target:
-        copy.deepcopy(model).eval().half().save_pretrained(target)
+        copy.deepcopy(model).cpu().eval().half().save_pretrained(target)
         config = json.loads((target / "config.json").read_text()) | {"dtype": "float32"}
         (target / "config.json").write_text(json.dumps(config, indent=1))
         preprocessing = {

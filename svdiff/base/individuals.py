@@ -25,6 +25,8 @@ from svdiff.files import atomic_file
 #: Sides in pixels at which individuals stand in 64×64 pictures.
 SIDES = (56, 48, 32)
 _RENDERED = 112
+#: Bytes of one drawing at all sides.
+ROW = sum(4 * side * side for side in SIDES)
 #: Individuals with a number from here on are held out of every training.
 HELD_OUT = 100_000
 
@@ -160,45 +162,59 @@ def _frame(name: str) -> tuple[float, float, float]:
     return _FRAMES.get(name, (0.0, 0.0, 1.0))
 
 
-def sprite_sides(picture: Image.Image) -> list[np.ndarray]:
-    """The RGBA picture at each of SIDES as premultiplied uint8 arrays (side, side, 4)."""
+def _drawn(individual: Individual) -> list[np.ndarray]:
+    """A row of the table for each expression: the sides one after the other."""
+    every = (render(individual, expression) for expression in BY_NAME[individual.style].expressions)
+    return [flat_sides(picture) for picture in every]
+
+
+def flat_sides(picture: Image.Image) -> np.ndarray:
+    """The RGBA picture at all SIDES, as one premultiplied uint8 array of ROW values."""
     whole = picture.convert("RGBa")
-    return [np.asarray(whole.resize((side, side), Image.Resampling.LANCZOS)) for side in SIDES]
+    sides = (np.asarray(whole.resize((side, side), Image.Resampling.LANCZOS)) for side in SIDES)
+    return np.concatenate([one.ravel() for one in sides])
 
 
 class Sprites:
-    """The drawings of many individuals with all their expressions, rendered once and mapped from a file."""
+    """The drawings of many individuals with all their expressions, and of things: rendered once, mapped from a file."""
 
-    def __init__(self, individuals: list[Individual], folder: Path) -> None:
-        self.index = {(i.style, i.number): n for n, i in enumerate(individuals)}
-        widest = max(len(style.expressions) for style in STYLES)
-        identity = hashlib.sha256(repr((individuals, SIDES, STYLES)).encode()).hexdigest()[:16]
-        path = folder / f"sprites-{identity}.npy"
-        size = sum(side * side * 4 for side in SIDES)
+    def __init__(self, individuals: list[Individual], things: list[Image.Image], folder: Path) -> None:
+        self._first, rows = {}, 0
+        for one in individuals:
+            self._first[one.style, one.number] = rows
+            rows += len(BY_NAME[one.style].expressions)
+        self._things = rows
+        drawings = [flat_sides(picture) for picture in things]
+        identity = hashlib.sha256(repr((individuals, SIDES, STYLES)).encode())
+        identity.update(b"".join(one.tobytes() for one in drawings))
+        path = folder / f"sprites-{identity.hexdigest()[:16]}.npy"
         if not path.is_file():
-            from tqdm import tqdm
+            self._render(path, individuals, drawings)
+        self.table: np.ndarray = np.load(path, mmap_mode="c")
 
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as temporary:
-                table = np.lib.format.open_memmap(
-                    temporary, mode="w+", dtype=np.uint8, shape=(len(individuals), widest, size)
-                )
-                for n, individual in enumerate(tqdm(individuals, desc="individuals", mininterval=5)):
-                    for e, expression in enumerate(BY_NAME[individual.style].expressions):
-                        table[n, e] = np.concatenate(
-                            [part.ravel() for part in sprite_sides(render(individual, expression))]
-                        )
-                table.flush()
-                del table
-        self.table = np.load(path, mmap_mode="r")
+    def _render(self, path: Path, individuals: list[Individual], drawings: list[np.ndarray]) -> None:
+        import multiprocessing
 
-    def get(self, individual: Individual, expression: str, side: int) -> np.ndarray:
-        """Premultiplied uint8 array (side, side, 4)."""
-        e = list(BY_NAME[individual.style].expressions).index(expression)
-        start = 0
-        for one in SIDES:
-            if one == side:
-                row = self.table[self.index[individual.style, individual.number], e, start : start + side * side * 4]
-                return row.reshape(side, side, 4)
-            start += one * one * 4
-        raise ValueError(f"side {side} is not one of {SIDES}")
+        from tqdm import tqdm
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (self._things + len(drawings), ROW)
+        with atomic_file(path) as temporary, multiprocessing.get_context("fork").Pool() as pool:
+            table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            row = 0
+            found = pool.imap(_drawn, individuals, chunksize=16)
+            for rows in tqdm(found, desc="individuals", total=len(individuals), mininterval=5):
+                table[row : row + len(rows)] = rows
+                row += len(rows)
+            table[self._things :] = drawings
+            table.flush()
+            del table
+
+    def pixel(self, what: Individual | int, expression: str, side: int) -> int:
+        """Where in the table, counted in pixels, the drawing of an individual or of the thing of a number starts."""
+        if isinstance(what, int):
+            row = self._things + what
+        else:
+            row = self._first[what.style, what.number] + list(BY_NAME[what.style].expressions).index(expression)
+        before = SIDES[: SIDES.index(side)]
+        return row * ROW // 4 + sum(one * one for one in before)

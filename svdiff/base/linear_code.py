@@ -106,8 +106,6 @@ def _pass_through(conv: torch.nn.Conv2d, channels: int) -> None:
         conv.weight[k, k, centre, centre] = 1
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+def encode(rows: torch.Tensor, offsets: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     """What `vae.encode(pictures).latent_dist.mean` gives (to 0.3 %), by one matrix product: far cheaper."""
-    rows, offsets = read_encoder(vae)
     return F.conv2d(patches(pictures), rows[:, :, None, None], offsets)

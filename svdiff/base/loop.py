@@ -9,8 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,10 @@ from svdiff.files import atomic_file, write_atomic
 if TYPE_CHECKING:
     from svdiff.base.config import BaseTrainingConfig
     from svdiff.base.world import World
+
+
+#: From a step's number to what it draws: tensors on the CPU.
+Draw = Callable[[int], tuple[torch.Tensor, ...]]
 
 
 def scratch(part: str) -> Path:
@@ -53,89 +56,45 @@ def cosine_rate(step: int, steps: int, warmup: int, decay: float = 1.0) -> float
     return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
-def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+def step_generator(seed: int, step: int, stream: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one step: what a step draws depends on its number alone, so resuming is exact."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 16 + stream)
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; where it does not, that is several times slower than float32."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-
-
-def autocast() -> torch.autocast:
-    """bfloat16 where the machine multiplies it in hardware."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16())
-
-
-def _gradients(loss: torch.nn.Module, batch: list[torch.Tensor]) -> tuple[list[torch.Tensor], dict[str, float]]:
-    parameters = [p for p in loss.parameters() if p.requires_grad]
-    value, numbers = loss(*batch)
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], numbers
-
-
-def _serve(pipe: Connection, loss: torch.nn.Module, shared: list[torch.Tensor]) -> None:
-    """The second process: gradients of the parts of batches that arrive on `pipe`, left in `shared`."""
+def device() -> torch.device:
+    """The GPU where there is one. On a CPU one thread: two would wait for each other after every small operation."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        return torch.device("cuda")
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the first process decides when to end
-    try:
-        while True:
-            gradients, numbers = _gradients(loss, pipe.recv())
-            for place, gradient in zip(shared, gradients, strict=True):
-                place.copy_(gradient)
-            pipe.send(numbers)
-    except EOFError:
-        return
+    return torch.device("cpu")
 
 
-class Gradients:
-    """Gradients of a batch, by one process, or in two halves by two that share the weights, each single-threaded.
+def autocast(where: torch.device) -> torch.autocast:
+    """bfloat16 where the machine multiplies it in hardware; elsewhere it is several times slower than float32."""
+    able = torch.cpu.get_capabilities()
+    fast = where.type == "cuda" or bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return torch.autocast(where.type, torch.bfloat16, enabled=fast)
 
-    Two processes are several times faster than two-threaded kernels, which wait for each other after every one of
-    thousands of small operations. `loss` maps a part of a batch to (scalar, {name: number}).
-    """
 
-    def __init__(self, loss: torch.nn.Module, processes: int = 1) -> None:
-        self.loss = loss
-        self.parameters = [p for p in loss.parameters() if p.requires_grad]
-        self._other: Any = None
-        if processes == 2:
-            self._start()
+class _Draws(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """What each step draws, by its number."""
 
-    def _start(self) -> None:
-        import torch.multiprocessing as processes
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
 
-        self.loss.share_memory()
-        # In the layout of the parameters, which the fused optimiser takes for granted.
-        self._shared = [torch.zeros_like(p).share_memory_() for p in self.parameters]
-        spawn = processes.get_context("spawn")
-        self._pipe, far = spawn.Pipe()
-        self._other = spawn.Process(target=_serve, args=(far, self.loss, self._shared), daemon=True)
-        self._other.start()
-        far.close()
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
+        return self.draw(step)
 
-    def __call__(self, *batch: torch.Tensor) -> dict[str, float]:
-        """Set `.grad` to the mean gradient over the batch; returns the loss's numbers."""
-        if self._other is None:
-            gradients, numbers = _gradients(self.loss, list(batch))
-        else:
-            middle = len(batch[0]) // 2
-            self._pipe.send([item[middle:].clone() for item in batch])
-            gradients, numbers = _gradients(self.loss, [item[:middle] for item in batch])
-            others = self._pipe.recv()
-            gradients = [(a + b).mul_(0.5) for a, b in zip(gradients, self._shared, strict=True)]
-            numbers = {name: (value + others[name]) / 2 for name, value in numbers.items()}
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return numbers
 
-    def close(self) -> None:
-        """End the second process."""
-        if self._other is not None:
-            self._pipe.close()
-            self._other.join(5)
+def _drawn(draw: Draw, steps: range, where: torch.device, workers: int) -> Iterable[Any]:
+    """What the steps draw, in order; by `workers` processes ahead of a GPU."""
+    ahead: dict[str, Any] = {}
+    if workers and where.type == "cuda":
+        # Forked, so that they share the world; they never touch the GPU.
+        ahead = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "fork", "pin_memory": True}
+    return torch.utils.data.DataLoader(_Draws(draw), batch_size=None, sampler=steps, **ahead)
 
 
 class _StopSignal:
@@ -163,14 +122,16 @@ def run(
     *,
     steps: int,
     state: Mapping[str, Any],
-    step_fn: Callable[[int], dict[str, float]],
-    checkpoint_seconds: float,
+    draw: Draw,
+    learn: Callable[..., dict[str, torch.Tensor]],
+    config: BaseTrainingConfig,
     identity: str,
     on_checkpoint: Callable[[int], None] | None = None,
     stop_after: int | None = None,
 ) -> bool:
-    """Run `step_fn(step)` up to `steps`, resuming from the part's checkpoint if its `identity` is the same.
+    """Run `learn(step, *draw(step))` up to `steps`, resuming from the part's checkpoint if its `identity` is the same.
 
+    `draw` makes CPU tensors of a step's number alone; `learn` gets them on the device and returns numbers to log.
     `state` holds everything with state_dict()/load_state_dict() that changes. The curve goes to `curve.csv`.
     Returns whether the end was reached (`stop_after` ends a run early, as a kill would, for tests).
     """
@@ -206,20 +167,22 @@ def run(
 
     stopping = _StopSignal()
     saved_at = time.monotonic()
-    sums: dict[str, float] = {}
+    sums: dict[str, Any] = {}
     count = 0
+    where = device()
     end = steps if stop_after is None else min(steps, stop_after)
-    bar = tqdm(range(first, end), initial=first, total=steps, desc=part, mininterval=5)
-    for step in bar:
-        for name, value in step_fn(step).items():
-            sums[name] = sums.get(name, 0.0) + value
+    draws = _drawn(draw, range(first, end), where, config.workers) if first < end else ()
+    bar = tqdm(draws, initial=first, total=steps, desc=part, mininterval=5)
+    for step, drawn in enumerate(bar, first):
+        for name, value in learn(step, *(item.to(where, non_blocking=True) for item in drawn)).items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
         count += 1
         if (step + 1) % 20 == 0:
-            row = {"step": float(step + 1), **{name: value / count for name, value in sums.items()}}
+            row = {"step": float(step + 1), **{name: float(value) / count for name, value in sums.items()}}
             curve.append(row)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name != "step"})
+            bar.set_postfix({name: f"{value:.4g}" for name, value in row.items() if name != "step"}, refresh=False)
             sums, count = {}, 0
-        if time.monotonic() - saved_at > checkpoint_seconds and step + 1 < end:
+        if time.monotonic() - saved_at > config.checkpoint_seconds and step + 1 < end:
             save(step + 1)
             saved_at = time.monotonic()
         if stopping.asked and step + 1 < end:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from svdiff.base import loop
-from svdiff.base.autoencoder import pixels
+from svdiff.base.autoencoder import to_float
 from svdiff.base.clip import WordHeads, caption_words
+from svdiff.base.compose import compose
 from svdiff.base.config import BaseTrainingConfig
 from svdiff.base.world import Scene
 from svdiff.files import atomic_dir
@@ -80,8 +81,8 @@ def moved(x: torch.Tensor, draw: random.Random, much: float) -> torch.Tensor:
         c, s = zoom * math.cos(angle), zoom * math.sin(angle)
         maps.append([[c, -s, amount() / 8], [s, c, amount() / 8]])
         light.append([1 + 0.1 * amount(), 0.1 * amount()])
-    grid = F.affine_grid(torch.tensor(maps), list(x.shape), align_corners=False)
-    gain, lift = torch.tensor(light).view(-1, 2, 1, 1, 1).unbind(1)
+    grid = F.affine_grid(torch.tensor(maps, device=x.device), list(x.shape), align_corners=False)
+    gain, lift = torch.tensor(light, device=x.device).view(-1, 2, 1, 1, 1).unbind(1)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False) * gain + lift
 
 
@@ -94,46 +95,51 @@ def blurred(x: torch.Tensor, draw: random.Random) -> torch.Tensor:
 
 def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = None) -> bool:
     """Train the backbone and write `backbone.safetensors` and `config.json` to `output`. Returns whether it ended."""
-    part = config.lpips
-    torch.set_num_threads(1)
+    part, where = config.lpips, loop.device()
     world = loop.load_world(config)
     torch.manual_seed(config.seed + 3)
-    model = Trunk()
+    model = Trunk().to(where)
     optimiser = torch.optim.AdamW(model.parameters(), lr=part.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    table = world.table(where)
 
-    def step_fn(step: int) -> dict[str, float]:
-        for group in optimiser.param_groups:
-            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
-        draw = random.Random(f"lpips/{config.seed}/{step}")
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
+        chance = random.Random(f"lpips/{config.seed}/{step}")
         numbers = range(step * part.batch_size, (step + 1) * part.batch_size)
         scenes = [world.scene(config.seed + 3, n, named=0.0, strangers=0.15) for n in numbers]
-        x = pixels(world, scenes)
-        near = moved(x, draw, 1.0)
-        far = moved(pixels(world, [world.altered(scene, draw)[0] for scene in scenes]), draw, 0.3)
-        far[::4] = blurred(x[::4], draw)  # what is left of a drawing out of focus is another drawing, too
+        changed = [world.altered(scene, chance)[0] for scene in scenes]
+        return *world.layout(scenes), *world.layout(changed), model.labels(scenes)
+
+    def learn(step: int, *drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+        for group in optimiser.param_groups:
+            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 50, 0.9)
+        chance = random.Random(f"lpips/{config.seed}/{step}/moves")
+        x, other_scenes = (to_float(compose(table, *drawn[i : i + 2])) for i in (0, 2))
+        near, far = moved(x, chance, 1.0), moved(other_scenes, chance, 0.3)
+        far[::4] = blurred(x[::4], chance)  # what is left of a drawing out of focus is another drawing, too
         depths = model.features(torch.cat([x, near, far]))
         origin, same, other = (list(chunk) for chunk in zip(*(d.chunk(3) for d in depths), strict=True))
         gap = distances(origin, other) - distances(origin, same)
         loss = 20 * F.softplus((_MARGIN - gap) / _MARGIN).mean()
-        loss = loss + model.word_loss(origin, model.labels(scenes))
+        loss = loss + model.word_loss(origin, drawn[4])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "ordered": (gap > 0).float().mean().item()}
+        return {"loss": loss, "ordered": (gap > 0).float().mean()}
 
     ended = loop.run(
         "lpips",
         steps=part.steps,
         state={"model": model, "optimiser": optimiser},
-        step_fn=step_fn,
-        checkpoint_seconds=config.checkpoint_seconds,
+        draw=draw,
+        learn=learn,
+        config=config,
         identity=f"{part.model_dump_json()}/{config.world}/{config.seed}",
         stop_after=stop_after,
     )
     if ended:
         with atomic_dir(output) as target:
-            weights = {k: v.half().contiguous().clone() for k, v in model.trunk.state_dict().items()}
+            weights = {k: v.half().cpu().contiguous().clone() for k, v in model.trunk.state_dict().items()}
             save_file(weights, target / "backbone.safetensors")
             about = {
                 "net": _NET,

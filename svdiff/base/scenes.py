@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from svdiff.base.captions import WHERE, feature_phrase, sides, with_article
+from svdiff.base.compose import PICTURE_SIZE
 from svdiff.base.individuals import Individual
 from svdiff.base.styles import BY_NAME, spoken
 from svdiff.base.words import COLOURS
-from svdiff.base.world import MEDIUM, PICTURE_SIZE, SMALL, Placed, Scene, World, draw_large
+from svdiff.base.world import MEDIUM, SMALL, Placed, Scene, World, draw_large
 from svdiff.errors import SvdiffError
 from svdiff.experiments.edits import KnownEdit
 

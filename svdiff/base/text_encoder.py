@@ -17,11 +17,12 @@ from torch import nn
 
 from svdiff.base import loop, tokenizer
 from svdiff.base.captions import caption
+from svdiff.base.compose import PICTURE_SIZE
 from svdiff.base.config import BaseTrainingConfig, TextTraining
 from svdiff.base.individuals import Individual, variants
 from svdiff.base.styles import BY_NAME, EXPRESSIONS, STYLES
 from svdiff.base.words import COLOURS, SPECIAL_WORDS, THINGS, made_up_words
-from svdiff.base.world import GRID, PICTURE_SIZE, SIDES, Placed, Scene
+from svdiff.base.world import GRID, SIDES, Placed, Scene
 from svdiff.files import atomic_dir
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ class Labels:
 
     def cells(self, scene: Scene) -> tuple[torch.Tensor, torch.Tensor]:
         """For each cell, row by row: what is there (len(whats) for background), and the number of the object (-1)."""
-        what = torch.full((CELLS, CELLS), len(self.whats))
-        number = torch.full((CELLS, CELLS), -1)
+        what, number = torch.full((CELLS, CELLS), len(self.whats)), torch.full((CELLS, CELLS), -1)
         for n, one in enumerate(scene.placed):
             left, top, span = one.left // GRID, one.top // GRID, one.side // GRID
             what[top : top + span, left : left + span] = self.whats.index(one.what.kind)
@@ -107,8 +107,8 @@ class Reader(nn.Module):
 
     def forward(
         self, ids: torch.Tensor, what: torch.Tensor, number: torch.Tensor, traits: torch.Tensor, colour: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Tokens N×L and what they tell (cells N×64, objects' numbers N×64, traits N×2×blocks, colours N), to the loss.
+    ) -> dict[str, torch.Tensor]:
+        """Tokens N×L and what they tell (cells N×64, objects' numbers N×64, traits N×2×blocks, colours N), to `loss`.
 
         `read` is the share of the objects' cells that are told right; captions leave much open, so it stays below 1.
         """
@@ -118,17 +118,14 @@ class Reader(nn.Module):
         logits = self.what(thoughts).flatten(0, 1)
         loss = F.cross_entropy(logits, what.flatten())
         loss = loss + 0.1 * F.cross_entropy(self.colour(thoughts.mean(1)), colour)
-        for n in range(traits.shape[1]):
-            mask = (number == n).float()[..., None]
-            seen = (thoughts * mask).sum(1) / mask.sum(1).clamp(min=1)
-            for block, answer in enumerate(self.traits(seen).split(self.sizes, dim=1)):
-                label = traits[:, n, block]
-                if (label != NOT_ASKED).any():
-                    share = (label != NOT_ASKED).float().mean()
-                    loss = loss + 0.15 * share * F.cross_entropy(answer, label, ignore_index=NOT_ASKED)
+        masks = torch.stack([number == 0, number == 1]).float()[..., None]  # 2×N×64×1
+        seen = (thoughts * masks).sum(2) / masks.sum(2).clamp(min=1)
+        for block, answer in enumerate(self.traits(seen).flatten(0, 1).split(self.sizes, dim=1)):
+            told = F.cross_entropy(answer, traits[..., block].T.flatten(), ignore_index=NOT_ASKED, reduction="sum")
+            loss = loss + 0.15 * told / len(ids)
         drawn = what.flatten() < logits.shape[1] - 1
-        read = (logits[:, :-1].argmax(1) == what.flatten())[drawn].float().mean()
-        return loss, {"loss": loss.item(), "read": read.item()}
+        right = (logits[:, :-1].argmax(1) == what.flatten()) & drawn
+        return {"loss": loss, "read": right.sum() / drawn.sum()}
 
 
 def named_count(config: BaseTrainingConfig) -> int:
@@ -144,31 +141,31 @@ def load_tokenizer(config: BaseTrainingConfig) -> CLIPTokenizer:
 
 def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = None) -> bool:
     """Train the text encoder and write it to `output` in transformers' layout; resumes. Returns whether it ended."""
-    part = config.text
+    part, where = config.text, loop.device()
     world = loop.load_world(config)
     tokens = load_tokenizer(config)
-    torch.set_num_threads(1)
     torch.manual_seed(config.seed + 4)
     labels = Labels(world.kinds)
-    reader = Reader(build(part, tokens), part.width, labels)
+    reader = Reader(build(part, tokens), part.width, labels).to(where)
     optimiser = torch.optim.AdamW(reader.parameters(), part.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     colours = list(COLOURS)
 
-    def step_fn(step: int) -> dict[str, float]:
-        for group in optimiser.param_groups:
-            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, 0.9)
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
         first = step * part.batch_size
         scenes = [world.scene(config.seed + 4, first + i, pairs=0.5, named=0.45) for i in range(part.batch_size)]
-        draw = random.Random(f"text/{config.seed}/{step}")
-        texts = ["" if draw.random() < 0.05 else caption(scene, draw) for scene in scenes]
+        chance = random.Random(f"text/{config.seed}/{step}")
+        texts = ["" if chance.random() < 0.05 else caption(scene, chance) for scene in scenes]
         ids = tokens(texts, padding="longest", return_tensors="pt").input_ids
         what, number = zip(*(labels.cells(scene) for scene in scenes), strict=True)
         traits = [[labels.traits_of(one) for one in (*scene.placed, None)[:2]] for scene in scenes]
-        loss, numbers = reader(
-            ids, torch.stack(what), torch.stack(number), torch.tensor(traits),
-            torch.tensor([colours.index(scene.colour) for scene in scenes]),
-        )  # fmt: skip
-        loss.backward()
+        told = torch.tensor([colours.index(scene.colour) for scene in scenes])
+        return ids, torch.stack(what), torch.stack(number), torch.tensor(traits), told
+
+    def learn(step: int, *drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+        for group in optimiser.param_groups:
+            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, 0.9)
+        numbers: dict[str, torch.Tensor] = reader(*drawn)
+        numbers["loss"].backward()
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -178,13 +175,14 @@ def train(config: BaseTrainingConfig, output: Path, *, stop_after: int | None = 
         "text",
         steps=part.steps,
         state={"reader": reader, "optimiser": optimiser},
-        step_fn=step_fn,
-        checkpoint_seconds=config.checkpoint_seconds,
+        draw=draw,
+        learn=learn,
+        config=config,
         identity=f"{part.model_dump_json()}/{config.world}/{config.seed}",
         stop_after=stop_after,
     )
     if ended:
-        _draw_special_words(reader.text_encoder, tokens, named_count(config), config.seed)
+        _draw_special_words(reader.text_encoder.cpu(), tokens, named_count(config), config.seed)
         with atomic_dir(output) as target:
             reader.text_encoder.save_pretrained(target)
             loop.make_readable(target)

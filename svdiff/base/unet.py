@@ -6,24 +6,23 @@ import copy
 import json
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from svdiff.base import loop
 from svdiff.base.autoencoder import to_float
 from svdiff.base.captions import caption
+from svdiff.base.compose import compose
 from svdiff.base.config import BaseTrainingConfig, UNetTraining
-from svdiff.base.linear_code import encode
+from svdiff.base.linear_code import encode, read_encoder
 from svdiff.base.text_encoder import load_tokenizer
-from svdiff.base.winograd import use_winograd
 from svdiff.base.world import World
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, write_atomic
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from diffusers.training_utils import EMAModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 #: Beside a pipeline's model_index.json: how its weights came about.
@@ -80,29 +79,16 @@ class PictureLoss(torch.nn.Module):
 
     def forward(
         self, z: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, states: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Clean latents, noise, times and the captions' hidden states to the loss."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean latents, noise, times and the captions' hidden states to the loss and the unweighted error."""
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         noisy = (alpha.sqrt() * z + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        with loop.autocast():
+        with loop.autocast(z.device):
             predicted = self.unet(noisy, t, encoder_hidden_states=states).sample
         # 1 / (1 - alpha) would weigh as the velocity's error does; the bound keeps the last, easy levels from ruling.
         weight = (1 / (1 - alpha)).clamp(max=_LARGEST_WEIGHT)
         error = (predicted.float() - z).pow(2)
-        return (weight * error).mean(), {"loss": (weight * error).mean().item(), "error": error.mean().item()}
-
-
-class _State:
-    """EMAModel with the names that `loop.run` asks of everything that it keeps; its weights are tensors of its own."""
-
-    def __init__(self, ema: EMAModel) -> None:
-        self.ema = ema
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.ema.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ema.load_state_dict(state)
+        return (weight * error).mean(), error.mean()
 
 
 def train(
@@ -113,80 +99,86 @@ def train(
     Raises SvdiffError if the autoencoder or the text encoder is not there yet.
     """
     from diffusers import AutoencoderKL
-    from diffusers.models.attention_processor import AttnProcessor
-    from diffusers.training_utils import EMAModel
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from transformers import CLIPTextModel
 
     for needed, folder in (("autoencoder", vae_folder), ("text", text_folder)):
         if not (folder / "config.json").is_file():
             raise SvdiffError(f"nothing in {folder}: run `svdiff base train {needed}` first")
-    part = config.unet
-    torch.set_num_threads(1)
+    part, where = config.unet, loop.device()
     world = loop.load_world(config)
+    world.table()  # rendered before any worker needs it
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True).float().eval().requires_grad_(False)
     tokens = load_tokenizer(config)
-    text_encoder = CLIPTextModel.from_pretrained(text_folder, local_files_only=True).float().eval()
+    text_encoder = CLIPTextModel.from_pretrained(text_folder, local_files_only=True).float().eval().to(where)
     text_encoder.requires_grad_(False)
     torch.manual_seed(config.seed)
     unet = build_unet(part, vae.config.latent_channels, text_encoder.config.hidden_size)
-    # PyTorch's fused attention has a slow backward on CPU for heads as small as these.
-    unet.set_attn_processor(AttnProcessor())
-    unet.to(memory_format=torch.channels_last)
-    if not loop.multiplies_bfloat16():  # a convolution in bfloat16 is faster still
-        use_winograd(unet)
-    optimiser = torch.optim.AdamW(unet.parameters(), part.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = EMAModel(unet.parameters(), decay=part.ema)
-    gradients = loop.Gradients(PictureLoss(unet, build_scheduler().alphas_cumprod), config.processes)
+    if where.type == "cpu":  # PyTorch's fused attention has a slow backward on a CPU for heads as small as these
+        from diffusers.models.attention_processor import AttnProcessor
 
-    def step_fn(step: int) -> dict[str, float]:
+        unet.set_attn_processor(AttnProcessor())
+    unet.to(where, memory_format=torch.channels_last)
+    loss_of = PictureLoss(unet, build_scheduler().alphas_cumprod).to(where)
+    optimiser = torch.optim.AdamW(unet.parameters(), part.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    averaged = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(part.ema))
+    table = world.table(where)
+    rows, offsets = (one.to(where) for one in read_encoder(vae))
+
+    def draw(step: int) -> tuple[torch.Tensor, ...]:
+        places, backgrounds, texts = batch(config, world, step)
+        # Padded to the limit, as the pipeline's prompts are.
+        ids = tokens(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return places, backgrounds, ids
+
+    def learn(step: int, places: torch.Tensor, backgrounds: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         for group in optimiser.param_groups:
-            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, 100, part.decay)
-        z, texts = batch(config, world, vae, step)
-        draw = loop.step_generator(config.seed, step, 1)
-        # One time from each of as many equal intervals as there are pictures, in random order.
-        strata = (torch.randperm(len(z), generator=draw) + torch.rand(len(z), generator=draw)) / len(z)
-        t = (strata * 1000).long().clamp(max=999)
-        noise = torch.randn(z.shape, generator=draw)
+            group["lr"] = part.lr * loop.cosine_rate(step, part.steps, part.warmup, part.decay)
+        generator = loop.step_generator(config.seed, step, 1, where)
         with torch.no_grad():
-            # Padded to the limit, as the pipeline's prompts are.
-            ids = tokens(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            z = encode(rows, offsets, to_float(compose(table, places, backgrounds))) * vae.config.scaling_factor
             states = text_encoder(ids).last_hidden_state
-        numbers = gradients(z, noise, t, states)
+        # One time from each of as many equal intervals as there are pictures, in random order.
+        spread = torch.rand(len(z), generator=generator, device=where)
+        strata = (torch.randperm(len(z), generator=generator, device=where) + spread) / len(z)
+        noise = torch.randn(z.shape, generator=generator, device=where)
+        loss, error = loss_of(z, noise, (strata * 1000).long().clamp(max=999), states)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimiser.step()
-        ema.step(unet.parameters())
-        return numbers
+        optimiser.zero_grad(set_to_none=True)
+        averaged.update_parameters(unet)
+        return {"loss": loss, "error": error}
 
-    ended = loop.run(
+    return loop.run(
         "unet",
         steps=part.steps,
-        state={"unet": unet, "optimiser": optimiser, "ema": _State(ema)},
-        step_fn=step_fn,
-        checkpoint_seconds=config.checkpoint_seconds,
+        state={"unet": unet, "optimiser": optimiser, "averaged": averaged},
+        draw=draw,
+        learn=learn,
+        config=config,
         # The length and the rate may be changed on the way; what is learned, and on what, may not.
         identity=f"{part.model_dump_json(exclude={'steps', 'lr', 'decay'})}/{config.world}/{config.seed}",
-        on_checkpoint=lambda step: write_pipeline(ema, text_encoder, tokens, vae_folder, output, config, step),
+        on_checkpoint=lambda step: write_pipeline(
+            averaged.module, text_encoder, tokens, vae_folder, output, config, step
+        ),
         stop_after=stop_after,
     )
-    gradients.close()
-    return ended
 
 
-@torch.no_grad()
-def batch(config: BaseTrainingConfig, world: World, vae: AutoencoderKL, step: int) -> tuple[torch.Tensor, list[str]]:
-    """Latents (in units of unit deviation) and captions of a step: a function of the step alone."""
+def batch(config: BaseTrainingConfig, world: World, step: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Places, backgrounds and captions of a step: a function of the step alone."""
     part = config.unet
     numbers = range(step * part.batch_size, (step + 1) * part.batch_size)
     scenes = [world.scene(config.seed + 1, n, pairs=part.pairs, named=part.named) for n in numbers]
-    pictures = to_float(torch.stack([torch.from_numpy(world.array(scene)) for scene in scenes]))
     draw = random.Random(f"captions/{config.seed}/{step}")
     texts = ["" if draw.random() < part.dropout else caption(scene, draw) for scene in scenes]
-    return encode(vae, pictures) * vae.config.scaling_factor, texts
+    return *world.layout(scenes), texts
 
 
 @torch.no_grad()
 def write_pipeline(
-    ema: EMAModel,
+    averaged: torch.nn.Module,
     text_encoder: CLIPTextModel,
     tokens: CLIPTokenizer,
     vae_folder: Path,
@@ -199,10 +191,10 @@ def write_pipeline(
 
     vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True)
     unet = build_unet(config.unet, vae.config.latent_channels, text_encoder.config.hidden_size)
-    ema.copy_to(unet.parameters())
+    unet.load_state_dict(averaged.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
-        text_encoder=copy.deepcopy(text_encoder).half(),
+        text_encoder=copy.deepcopy(text_encoder).cpu().half(),
         tokenizer=tokens,
         unet=unet.half(),
         scheduler=build_scheduler(),

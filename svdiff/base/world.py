@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
 
-from svdiff.base.individuals import HELD_OUT, SIDES, Individual, Sprites, population, render, sprite_sides
+from svdiff.base.compose import NOBODY, PICTURE_SIZE, compose
+from svdiff.base.individuals import SIDES, Individual, Sprites, population, render
 from svdiff.base.styles import BY_NAME, STYLES
 from svdiff.base.words import COLOURS, made_up_words
 from svdiff.errors import SvdiffError
 
-PICTURE_SIZE = 64
 #: What stands in a picture begins at multiples of this many pixels, one latent position.
 GRID = 8
 BIG, MEDIUM, SMALL = SIDES
@@ -100,16 +101,17 @@ class World:
                 column, row = n % info["columns"], n // info["columns"]
                 box = (column * size, row * size, (column + 1) * size, (row + 1) * size)
                 self.drawings[Thing(word, artist)] = sheet.crop(box)
-        self.things = {thing: sprite_sides(drawing) for thing, drawing in self.drawings.items()}
+        self.things = {thing: number for number, thing in enumerate(self.drawings)}
 
     @functools.cached_property
     def sprites(self) -> Sprites:
         """Everybody's drawings; rendered when the first picture is asked for, which takes minutes."""
-        return Sprites([i for group in (*self.known.values(), *self.others.values()) for i in group], self.cache)
+        groups = (*self.known.values(), *self.others.values(), *self.strangers.values())
+        return Sprites([i for group in groups for i in group], list(self.drawings.values()), self.cache)
 
-    @functools.cached_property
-    def _strangers_sprites(self) -> Sprites:
-        return Sprites([i for group in self.strangers.values() for i in group], self.cache)
+    def table(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Everybody's pixels as `compose` takes them, P×4; a gigabyte or two."""
+        return torch.from_numpy(self.sprites.table).view(-1, 4).to(device)
 
     @property
     def kinds(self) -> list[str]:
@@ -193,19 +195,22 @@ class World:
         placed[number] = new
         return replace(scene, placed=tuple(placed)), kind
 
+    def layout(self, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scenes as `compose` takes them: places N×2×5 and backgrounds N×3."""
+        places = [[self._place(one) for one in scene.placed] + [NOBODY] * (2 - len(scene.placed)) for scene in scenes]
+        return torch.tensor(places), torch.tensor([COLOURS[scene.colour] for scene in scenes], dtype=torch.uint8)
+
+    def _place(self, one: Placed) -> tuple[int, int, int, int, int]:
+        what = one.what if isinstance(one.what, Individual) else self.things[one.what]
+        return self.sprites.pixel(what, one.expression, one.side), one.side, one.left, one.top, int(one.mirrored)
+
+    def arrays(self, scenes: list[Scene]) -> torch.Tensor:
+        """The scenes as uint8 N×64×64×3."""
+        return compose(self.table(), *self.layout(scenes))
+
     def array(self, scene: Scene) -> np.ndarray:
         """The scene as uint8 (64, 64, 3)."""
-        picture = np.empty((PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
-        picture[:] = COLOURS[scene.colour]
-        for one in scene.placed:
-            if isinstance(one.what, Individual):
-                stranger = one.what.number < HELD_OUT and one.what.style in self.strangers
-                sprites = self._strangers_sprites if stranger else self.sprites
-                sprite = sprites.get(one.what, one.expression, one.side)
-            else:
-                sprite = self.things[one.what][SIDES.index(one.side)]
-            _paste(picture, sprite[:, ::-1] if one.mirrored else sprite, one.left, one.top)
-        return picture
+        return self.arrays([scene])[0].numpy()
 
     def picture(self, scene: Scene) -> Image.Image:
         """The scene as an RGB picture."""
@@ -225,14 +230,6 @@ def draw_large(scene: Scene, zoom: int, things: Mapping[Thing, Image.Image] | No
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         picture.paste(sprite, (zoom * one.left, zoom * one.top), sprite)
     return picture
-
-
-def _paste(picture: np.ndarray, sprite: np.ndarray, left: int, top: int) -> None:
-    """Lay a premultiplied RGBA sprite over the picture, in place."""
-    side = len(sprite)
-    part = picture[top : top + side, left : left + side]
-    opacity = sprite[..., 3:].astype(np.uint16)
-    part[:] = np.minimum(sprite[..., :3] + (part * (255 - opacity) + 127) // 255, 255).astype(np.uint8)
 
 
 def _place(draw: random.Random, layout: Layout, what: list[Individual | Thing]) -> tuple[Placed, ...]:

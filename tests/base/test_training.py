@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import shutil
@@ -26,7 +25,6 @@ from svdiff.base import (
     text_encoder,
     tokenizer,
     unet,
-    winograd,
 )
 from svdiff.base.captions import vocabulary
 from svdiff.base.config import BaseTrainingConfig, load_base_training
@@ -99,24 +97,20 @@ def test_unet_training_resumes_bit_for_bit_and_loads_as_stable_diffusion(
     assert other("a cat", image=picture, strength=0.5, num_inference_steps=4).images[0].size == (64, 64)
 
 
-def test_the_unets_pictures_are_in_latents_of_unit_deviation_and_some_captions_are_empty(
+def test_a_batch_of_the_unet_is_a_function_of_its_step_and_some_captions_are_empty(
     world_folder: Path, world: World
 ) -> None:
     config = tiny_config(world_folder, unet={"batch_size": 64, "dropout": 0.5, "named": 1.0, "pairs": 0.0})
-    vae = autoencoder.build(config.autoencoder)
-    pictures = autoencoder.pixels(world, [world.scene(0, i) for i in range(64)])
-    linear_code.write_encoder(vae, *linear_code.fit(pictures, vae.config.latent_channels))
-    vae.register_to_config(scaling_factor=float(1 / linear_code.encode(vae, pictures).std()))
-    z, texts = unet.batch(config, world, vae, 3)
-    assert z.shape == (64, 8, 8, 8)
-    assert z.std() == pytest.approx(1, abs=0.2)
+    places, backgrounds, texts = unet.batch(config, world, 3)
+    assert places.shape == (64, 2, 5)
     assert 16 < texts.count("") < 48
     names = set(made_up_words())
     assert sum(bool(names & set(text.split())) for text in texts) > 10
-    again = unet.batch(config, world, vae, 3)
-    assert torch.equal(z, again[0])
-    assert texts == again[1]
-    assert unet.batch(config, world, vae, 4)[1] != texts
+    again = unet.batch(config, world, 3)
+    assert torch.equal(places, again[0])
+    assert torch.equal(backgrounds, again[1])
+    assert texts == again[2]
+    assert unet.batch(config, world, 4)[2] != texts
 
 
 def test_the_unet_needs_autoencoder_and_text_encoder(world_folder: Path, tmp_path: Path) -> None:
@@ -282,7 +276,9 @@ def test_the_linear_code_is_the_principal_components(world_folder: Path, world: 
     linear_code.write_encoder(vae, *linear_code.fit(pictures, vae.config.latent_channels))
     with torch.no_grad():
         latents = vae.encode(pictures).latent_dist.mean
-    torch.testing.assert_close(linear_code.encode(vae, pictures), latents, atol=0.02, rtol=0.01)
+    torch.testing.assert_close(
+        linear_code.encode(*linear_code.read_encoder(vae), pictures), latents, atol=0.02, rtol=0.01
+    )
     # Against first principles: centred patches and their singular value decomposition.
     rows = linear_code.patches(pictures).permute(0, 2, 3, 1).reshape(-1, 192).double()
     vh = torch.linalg.svd(rows - rows.mean(0), full_matrices=False).Vh
@@ -336,28 +332,3 @@ def test_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(SvdiffError, match=r"base_training\.unet\.step"):
         load_base_training(path)
     assert load_base_training(tmp_path / "none.yaml") == BaseTrainingConfig()
-
-
-@pytest.mark.parametrize("size", [4, 8])
-def test_winograd_convolutions_are_convolutions(size: int) -> None:
-    torch.manual_seed(0)
-    plain = torch.nn.Conv2d(6, 10, 3, padding=1).to(memory_format=torch.channels_last)
-    other = copy.deepcopy(plain)
-    winograd.use_winograd(other)
-    assert type(other) is winograd.WinogradConv2d
-    exact = copy.deepcopy(plain).double()
-    x = torch.randn(3, 6, size, size).contiguous(memory_format=torch.channels_last)
-    upstream = torch.randn(3, 10, size, size)
-    results = []
-    for conv in (exact, other):
-        given = x.to(conv.weight.dtype).requires_grad_()
-        y = conv(given)
-        results.append([y, *torch.autograd.grad(y, [given, *conv.parameters()], upstream.to(y.dtype))])
-    for expected, found in zip(*results, strict=True):
-        assert (found - expected).norm() < 1e-5 * expected.norm()
-
-
-def test_strided_and_wide_convolutions_stay_as_they_are() -> None:
-    kept = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, stride=2, padding=1), torch.nn.Conv2d(4, 4, 1))
-    winograd.use_winograd(kept)
-    assert all(type(conv) is torch.nn.Conv2d for conv in kept)

@@ -12,11 +12,12 @@ from world_parts import tiny_world
 
 from svdiff.base.captions import WHERE, caption, full_caption, vocabulary
 from svdiff.base.clip import rival_captions
+from svdiff.base.compose import PICTURE_SIZE
 from svdiff.base.config import WorldSettings
 from svdiff.base.individuals import HELD_OUT, Individual, population, render
 from svdiff.base.styles import BY_NAME, EXPRESSIONS, STYLES, colour_word, spoken
 from svdiff.base.words import COLOURS, SPECIAL_WORDS, made_up_words
-from svdiff.base.world import BIG, GRID, PICTURE_SIZE, SMALL, Placed, Scene, World, draw_large, is_held_out
+from svdiff.base.world import BIG, GRID, SMALL, Placed, Scene, World, draw_large, is_held_out
 from svdiff.errors import SvdiffError
 
 
