@@ -190,3 +190,18 @@ def test_the_site_builds_strictly_and_loads_nothing_from_the_network(tmp_path: P
         r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//|<link[^>]+rel=\"?(?:stylesheet|preconnect|icon)[^>]+href=\"?(?:https?:)?//"
     )
     assert not [page for page in pages if loaded.search(page.read_text())]
+
+
+def test_every_yes_beside_other_trainers_names_tests_that_exist() -> None:
+    known = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    rows = [line.strip("|").split("|") for line in text_of(ROOT / "docs/comparison.md").splitlines() if "|" in line]
+    features = {row[0].strip(): row[1].strip() for row in rows if row[0].strip() and not row[0].startswith("-")}
+    assert len(features) > 40
+    for feature, ours in features.items():
+        named = re.findall(r"`(test_\w+)`", ours)
+        assert named or ours == "no", f"{feature}: names no test"
+        assert set(named) <= known, f"{feature}: there is no {', '.join(set(named) - known)}"
