@@ -1,6 +1,6 @@
 """Draw pictures with the registered champion of a concept, in a process that knows MLflow and nothing of this project.
 
-python examples/champion.py openmoji-dog "a {subject} on a pink background" --uri sqlite:///mlruns/mlflow.db
+python examples/champion.py scarf-cat "a {subject} on a pink background" --uri sqlite:///mlruns/mlflow.db
 """
 
 from __future__ import annotations

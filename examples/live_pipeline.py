@@ -2,7 +2,7 @@
 
 In a checkout with two or more deltas:
 
-    python examples/live_pipeline.py "a sks dog" out/train/openmoji-dog/delta.safetensors out/train/emojione-cat/delta.safetensors
+    python examples/live_pipeline.py "a sks cat" out/train/scarf-cat/delta.safetensors out/train/bow-cat/delta.safetensors
 """
 
 from __future__ import annotations

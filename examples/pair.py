@@ -2,7 +2,7 @@
 
 In a checkout whose params.yaml has the pair:
 
-    python examples/pair.py dog-and-cat --prompt "a {first} beside a {second}"
+    python examples/pair.py two-cats --prompt "a {first} beside a {second}"
 """
 
 from __future__ import annotations

@@ -43,27 +43,27 @@ def test_the_projects_own_parameters_are_valid_and_described() -> None:
         (lambda v: v["train"].update(steps=-1), ["train.steps", "-1", "greater than or equal to 1"]),
         (lambda v: v["train"].update(method="svd"), ["train.method", "'svdiff'", "'lora'", "'svd'"]),
         (
-            lambda v: v["concepts"]["openmoji-dog"].update(train={"lrr": 1}),
-            ["concepts.openmoji-dog.train.lrr", "lr_1d"],
+            lambda v: v["concepts"]["scarf-cat"].update(train={"lrr": 1}),
+            ["concepts.scarf-cat.train.lrr", "lr_1d"],
         ),
-        (lambda v: v["concepts"]["openmoji-dog"].update(train={"lr": -1}), ["concepts.openmoji-dog.train.lr", "-1"]),
-        (lambda v: v["concepts"]["openmoji-dog"].update(class_word="wolf"), ["openmoji-dog", "'wolf'", "classes"]),
+        (lambda v: v["concepts"]["scarf-cat"].update(train={"lr": -1}), ["concepts.scarf-cat.train.lr", "-1"]),
+        (lambda v: v["concepts"]["scarf-cat"].update(class_word="wolf"), ["scarf-cat", "'wolf'", "classes"]),
         (lambda v: v["concepts"].update({"../evil": {"class_word": "dog"}}), ["../evil", "letters"]),
         (
-            lambda v: v["pairs"].update({"openmoji-dog": v["pairs"]["dog-and-cat"]}),
-            ["'openmoji-dog'", "concepts", "pairs"],
+            lambda v: v["pairs"].update({"scarf-cat": v["pairs"]["two-cats"]}),
+            ["'scarf-cat'", "concepts", "pairs"],
         ),
-        (lambda v: v["pairs"]["dog-and-cat"].update(concepts=["openmoji-dog", "nobody"]), ["dog-and-cat", "'nobody'"]),
-        (lambda v: v["pairs"]["dog-and-cat"].update(concepts=["openmoji-dog"] * 2), ["dog-and-cat", "twice"]),
-        (lambda v: v["pairs"]["dog-and-cat"].update(concepts=["openmoji-dog"]), ["pairs.dog-and-cat.concepts", "2"]),
-        (lambda v: v["concepts"]["openmoji-dog"].update(token="zwx"), ["dog-and-cat", "zwx, zwx", "token"]),
-        (lambda v: v["pairs"]["dog-and-cat"].update(train={"lr": -1}), ["pairs.dog-and-cat.train.lr", "-1"]),
-        (lambda v: v["pairs"]["dog-and-cat"].update(mixes=3), ["pairs.dog-and-cat.mixes", "unknown key", "train"]),
+        (lambda v: v["pairs"]["two-cats"].update(concepts=["scarf-cat", "nobody"]), ["two-cats", "'nobody'"]),
+        (lambda v: v["pairs"]["two-cats"].update(concepts=["scarf-cat"] * 2), ["two-cats", "twice"]),
+        (lambda v: v["pairs"]["two-cats"].update(concepts=["scarf-cat"]), ["pairs.two-cats.concepts", "2"]),
+        (lambda v: v["concepts"]["scarf-cat"].update(token="zwx"), ["two-cats", "zwx, zwx", "token"]),
+        (lambda v: v["pairs"]["two-cats"].update(train={"lr": -1}), ["pairs.two-cats.train.lr", "-1"]),
+        (lambda v: v["pairs"]["two-cats"].update(mixes=3), ["pairs.two-cats.mixes", "unknown key", "train"]),
         (lambda v: v["mix"].update(layouts=["diagonal"]), ["mix.layouts", "'left-right'", "diagonal"]),
         (lambda v: v["mix"].update(prompts=["a {subject}"]), ["mix.prompts", "{second}", "a {subject}"]),
         (lambda v: v["mix"]["train"].update(mix_probability=1.5), ["mix_probability", "1.5"]),
         (lambda v: v["sample"].update(beta=2), ["sample.beta", "2"]),
-        (lambda v: v["rank"].update(concepts=["nobody"]), ["rank.concepts", "nobody", "openmoji-dog"]),
+        (lambda v: v["rank"].update(concepts=["nobody"]), ["rank.concepts", "nobody", "scarf-cat"]),
         (lambda v: v["rank"].update(ranks=[0]), ["rank.ranks", "from 1"]),
         (lambda v: v.update(extra=1), ["extra", "unknown key", "concepts"]),
         (lambda v: v.pop("sample"), ["sample", "required"]),
@@ -85,43 +85,43 @@ def test_every_mistake_is_reported_at_once(params: Any) -> None:
 
 
 def test_a_concept_overrides_the_training_and_overrides_win(params: Any) -> None:
-    config = load_config(params(lambda v: v["concepts"]["openmoji-dog"].update(train={"lr": 0.5, "steps": 7})))
-    settings = config.train_config("openmoji-dog", {"steps": 9})
+    config = load_config(params(lambda v: v["concepts"]["scarf-cat"].update(train={"lr": 0.5, "steps": 7})))
+    settings = config.train_config("scarf-cat", {"steps": 9})
     assert (settings.lr, settings.steps) == (0.5, 9)
-    others = [name for name in config.concepts if name != "openmoji-dog"]
+    others = [name for name in config.concepts if name != "scarf-cat"]
     assert config.train_config(others[0]) == config.train.model_copy(update={"methods": {}})
 
 
 def test_a_pair_is_trained_as_its_kind_and_itself_say(params: Any) -> None:
     def change(values: dict[str, Any]) -> None:
         values["mix"] |= {"train": {"steps": 11, "lr": 0.1}, "methods": {"full": {"lr": 0.002, "steps": 13}}}
-        values["pairs"]["dog-and-cat"]["train"] = {"steps": 12}
+        values["pairs"]["two-cats"]["train"] = {"steps": 12}
 
     config = load_config(params(change))
-    settings = config.train_config("dog-and-cat")
+    settings = config.train_config("two-cats")
     assert (settings.lr, settings.steps, settings.batch_size) == (0.1, 12, config.train.batch_size)
     assert settings.validation_prompts == config.mix.validation_prompts
-    full = config.train_config("dog-and-cat", {"method": "full"})
+    full = config.train_config("two-cats", {"method": "full"})
     assert (full.lr, full.steps) == (0.002, 12)
-    assert config.train_config("openmoji-dog") == config.train.model_copy(update={"methods": {}})
+    assert config.train_config("scarf-cat") == config.train.model_copy(update={"methods": {}})
 
 
 def test_entries_speak_of_their_subjects() -> None:
     config = load_config(ROOT / "params.yaml")
-    concept, pair = config.entry("openmoji-dog"), config.entry("dog-and-cat")
+    concept, pair = config.entry("scarf-cat"), config.entry("two-cats")
     assert (concept.kind, pair.kind) == ("concept", "pair")
-    assert (pair.token, pair.class_word, pair.subject) == ("sks, zwx", "dog, cat", "sks dog and a zwx cat")
-    assert concept.prompts(["a {subject} on red", "a car"]) == ["a sks dog on red", "a car"]
+    assert (pair.token, pair.class_word, pair.subject) == ("sks, zwx", "cat, cat", "sks cat and a zwx cat")
+    assert concept.prompts(["a {subject} on red", "a car"]) == ["a sks cat on red", "a car"]
     assert pair.prompts(["a {subject}", "a {second} beside a {first}"]) == [
-        "a sks dog",
+        "a sks cat",
         "a zwx cat",
-        "a zwx cat beside a sks dog",
+        "a zwx cat beside a sks cat",
     ]
-    assert pair.shown("a zwx cat and a sks dog") == ["openmoji-dog", "emojione-cat"]
+    assert pair.shown("a zwx cat and a sks cat") == ["scarf-cat", "bow-cat"]
     assert pair.shown("a sksdog") == []
     with pytest.raises(SvdiffError, match="needs two subjects"):
         concept.prompts(["a {first} beside a {second}"])
-    assert all("sks dog" in prompt and "zwx cat" in prompt for prompt in config.sample_prompts("dog-and-cat"))
+    assert all("sks cat" in prompt and "zwx cat" in prompt for prompt in config.sample_prompts("two-cats"))
 
 
 def test_a_missing_file_says_where_it_looked(tmp_path: Path) -> None:

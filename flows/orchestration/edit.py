@@ -1,7 +1,7 @@
 """Flow `edit-image`: one entry of `edits:` in params.yaml, from its picture to the sheet of its edits and their scores.
 
-prefect deployment run edit-image/edit-image --param edit=cat-on-red --watch
-python -c 'from flows.orchestration.edit import edit_image; edit_image("cat-on-red")'
+prefect deployment run edit-image/edit-image --param edit=woman-on-blue --watch
+python -c 'from flows.orchestration.edit import edit_image; edit_image("woman-on-blue")'
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from svdiff.base.captions import with_article
+from svdiff.base.captions import feature_phrase, with_article
 from svdiff.base.individuals import Individual
 from svdiff.base.styles import BY_NAME, spoken
 from svdiff.base.world import Scene, World
@@ -43,7 +43,7 @@ def _colour(scene: Scene) -> str | None:
     return None if who is None else spoken(BY_NAME[who.style], dict(who.traits))[0]
 
 
-_WORN = (
+_WORN = {
     "hat",
     "scarf",
     "glasses",
@@ -56,7 +56,7 @@ _WORN = (
     "stripes",
     "dots",
     "bow",
-)
+}
 
 
 def _feature(scene: Scene) -> str | None:
@@ -84,8 +84,6 @@ def _pair(scene: Scene) -> str | None:
     )
 
 
-_PLURAL = {"glasses", "sunglasses", "horns", "ears", "stripes", "dots"}
-
 ATTRIBUTES = (
     Attribute("kind", lambda s: _kind(s) if len(s.placed) == 1 else None, lambda s: with_article(_kind(s))),
     Attribute(
@@ -97,9 +95,7 @@ ATTRIBUTES = (
     Attribute(
         "feature",
         _feature,
-        lambda s: (
-            f"{with_article(_kind(s))} with {_feature(s) if _feature(s) in _PLURAL else with_article(str(_feature(s)))}"
-        ),
+        lambda s: f"{with_article(_kind(s))} with {feature_phrase(str(_feature(s)))}",
     ),
     Attribute("hair", lambda s: _part(s, "hair"), lambda s: f"a person with {_part(s, 'hair')} hair"),
     Attribute("pot", lambda s: _part(s, "pot"), lambda s: f"a plant with {with_article(str(_part(s, 'pot')))} pot"),

@@ -87,39 +87,39 @@ def test_what_a_missing_extra_needs_is_said(svdiff, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_unknown_concept_is_refused_with_what_was_perhaps_meant(svdiff) -> None:
-    status, _, error = svdiff("train", "openmoji-dgo")
+    status, _, error = svdiff("train", "scarf-cta")
     assert status == 2
-    assert "no concept, pair or edit 'openmoji-dgo'" in error
-    assert "did you mean 'openmoji-dog'" in error
+    assert "no concept, pair or edit 'scarf-cta'" in error
+    assert "did you mean 'scarf-cat'" in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("train",), "NAME"),
-        (("prior", "dgo"), "did you mean 'dog'"),
+        (("prior", "cta"), "did you mean 'cat'"),
         (("rank", "nobody"), "no concept"),
-        (("mix", "openmoji-dog"), "no pair 'openmoji-dog'"),
+        (("mix", "scarf-cat"), "no pair 'scarf-cat'"),
         (("sample",), "NAME is missing"),
-        (("sample", "openmoji-dog", "--steps", "3"), "--steps has no effect without --prompt"),
-        (("sample", "openmoji-dog", "--seed", "3"), "--seed has no effect without --prompt"),
-        (("sample", "openmoji-dog", "--output", "x"), "--output has no effect without --prompt"),
-        (("sample", "--delta", "openmoji-dog", "--prompt", "a dog", "--scale", "2"), "--scale is of NAME alone"),
-        (("sample", "openmoji-dog", "--prompt", "a {style} dog"), "'{style}'"),
-        (("sample", "openmoji-dog", "--prompt", "a dog {"), "'{'"),
-        (("sample", "--delta", "openmoji-dog", "--prompt", "a {subject}"), "'{subject}'"),
-        (("sample", "openmoji-dog", "--prompt", " "), "says nothing"),
-        (("edit", "cat-on-red", "--output", "x"), "--output has no effect"),
-        (("edit", "cat-on-red", "--eta", "0.5"), "--prompt is missing"),
-        (("sample", "--delta", "openmoji-dog"), "--delta has no effect without --prompt"),
-        (("sample", "openmoji-dog", "--delta", "openmoji-dog", "--prompt", "a dog"), "either NAME or --delta"),
-        (("sample", "openmoji-dog", "--prompt", "a dog", "--negative", "a cat"), "beta"),
-        (("sample", "openmoji-dog", "--prompt", "a dog", "--beta", "3"), "beta"),
+        (("sample", "scarf-cat", "--steps", "3"), "--steps has no effect without --prompt"),
+        (("sample", "scarf-cat", "--seed", "3"), "--seed has no effect without --prompt"),
+        (("sample", "scarf-cat", "--output", "x"), "--output has no effect without --prompt"),
+        (("sample", "--delta", "scarf-cat", "--prompt", "a dog", "--scale", "2"), "--scale is of NAME alone"),
+        (("sample", "scarf-cat", "--prompt", "a {style} dog"), "'{style}'"),
+        (("sample", "scarf-cat", "--prompt", "a dog {"), "'{'"),
+        (("sample", "--delta", "scarf-cat", "--prompt", "a {subject}"), "'{subject}'"),
+        (("sample", "scarf-cat", "--prompt", " "), "says nothing"),
+        (("edit", "woman-on-blue", "--output", "x"), "--output has no effect"),
+        (("edit", "woman-on-blue", "--eta", "0.5"), "--prompt is missing"),
+        (("sample", "--delta", "scarf-cat"), "--delta has no effect without --prompt"),
+        (("sample", "scarf-cat", "--delta", "scarf-cat", "--prompt", "a dog"), "either NAME or --delta"),
+        (("sample", "scarf-cat", "--prompt", "a dog", "--negative", "a cat"), "beta"),
+        (("sample", "scarf-cat", "--prompt", "a dog", "--beta", "3"), "beta"),
         (("compare-pairs", "--way", "without", "--unmix-weight", "2"), "--unmix-weight is of the way `unmix` alone"),
         (("export", "a.safetensors", "-o", "folder", "--rank", "4"), "add --lora"),
         (("export", "a.safetensors", "-o", "folder", "--lora"), "a LoRA is a .safetensors file"),
         (("export", "a.safetensors", "-o", "b.safetensors"), "plain weights are a folder"),
-        (("attention", "dog-and-cat", "--prompt", "a {subject}"), "is 2 prompts"),
+        (("attention", "two-cats", "--prompt", "a {subject}"), "is 2 prompts"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_is_loaded(svdiff, arguments, words: str) -> None:

@@ -35,14 +35,14 @@ def beside(left: Image.Image, right: Image.Image, background: str = "white", gap
 
 @pytest.fixture(params=["drawn", "real"])
 def subjects(request: pytest.FixtureRequest) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Five pictures each of a dog and a cat by different artists, or of two drawings."""
+    """Five pictures each of two individuals by different artists, or of two drawings."""
     if request.param == "drawn":
         return [drawing("crimson", seed=i) for i in range(5)], [drawing("seagreen", seed=i) for i in range(5)]
-    folders = [ROOT / "data/concepts" / name for name in ("openmoji-dog", "emojione-cat")]
+    folders = [ROOT / "data/concepts" / name for name in ("green-cat", "bearded-man")]
     if not all(folder.is_dir() for folder in folders):
         pytest.skip("needs `dvc pull data.dvc`")
-    dog, cat = ([Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))] for folder in folders)
-    return dog, cat
+    first, second = ([Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))] for folder in folders)
+    return first, second
 
 
 def test_two_true_subjects_are_apart_and_twins_and_blends_are_not(subjects) -> None:
@@ -179,7 +179,7 @@ def test_scores_of_the_stage(checkout: Path, config: Config) -> None:
     assert set(table["first"]) == {"red-dog"}
     assert (folder / "evaluators.json").is_file()
     samples = pd.read_csv(checkout / "out/sample/both/images.csv")
-    samples["prompt"] = "a sks dog"
+    samples["prompt"] = "a sks cat"
     samples.to_csv(checkout / "out/sample/both/images.csv", index=False)
     with pytest.raises(SvdiffError, match="names 1 subjects"):
         score(pair, "both", evaluators=PLAIN)
