@@ -11,7 +11,8 @@ from flows.pipeline import commands as pipeline
 from flows.registry import commands as registry
 from flows.services import commands as services
 from flows.serving import commands as serving
-from svdiff.errors import SvdiffError
+from svdiff.errors import SvdiffError, for_people
+from svdiff.files import use_utf8
 from svdiff.secrets import show_exception
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -21,11 +22,12 @@ for part in (registry, monitoring, serving, services, pipeline):
 
 def main() -> None:
     """Entry point: errors meant for people are printed without a traceback."""
+    use_utf8()
     sys.excepthook = show_exception
     try:
         app()
-    except SvdiffError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
+    except (SvdiffError, OSError) as error:
+        typer.secho(f"error: {for_people(error)}", err=True, fg="red")
         sys.exit(2)
 
 

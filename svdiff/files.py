@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import locale
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def use_utf8() -> None:
+    """Start this command anew in Python's UTF-8 mode where the locale has another encoding: every file here is UTF-8."""
+    if sys.flags.utf8_mode or locale.getencoding().lower() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _fsync(path: Path) -> None:
@@ -87,6 +101,16 @@ def sort_safetensors_metadata(path: str | Path) -> None:
             raise ValueError(f"header of {path} would grow from {length} to {len(ordered)} bytes")
         stream.seek(8)
         stream.write(ordered.ljust(length))
+
+
+TEXTS = ("file", "first", "model", "name", "path", "prior_prompt", "prompt", "second", "start")  # columns of tables
+
+
+def read_table(source: Path | IO[str]) -> pd.DataFrame:
+    """A CSV file that a stage wrote. Texts are texts, also `nan`, `null` and `012`; an empty cell is no number."""
+    import pandas as pd
+
+    return pd.read_csv(source, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
 
 
 def sha256_file(path: str | Path) -> str:

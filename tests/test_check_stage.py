@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
+from svdiff.base.tokenizer import load, save
+from svdiff.base.words import SPECIAL_WORDS
 from svdiff.check import EVALUATORS, OUTPUT, check
-from svdiff.config import load_config
+from svdiff.config import BaseModelConfig, load_config
 from svdiff.errors import SvdiffError
+from svdiff.models import load_words
 from svdiff.models.stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +173,29 @@ def test_rare_words_of_clip_are_tokens(clip_words: StableDiffusion, token: str) 
 def test_ordinary_words_of_clip_are_no_tokens(clip_words: StableDiffusion, token: str) -> None:
     with pytest.raises(SvdiffError, match=f"'{token}' is an ordinary word to the base"):
         clip_words.check_token(token)
+
+
+@pytest.mark.parametrize(("token", "warned"), [("sks", False), ("zwx", False), ("white", True), ("left", True)])
+def test_words_that_a_small_base_was_trained_on_are_warned_of(
+    tiny_base: Path, caplog: pytest.LogCaptureFixture, token: str, warned: bool
+) -> None:
+    load_words(BaseModelConfig(model=str(tiny_base))).check_token(token)
+    assert ("ordinary word" in caplog.text) == warned
+
+
+def test_the_embedded_bases_own_words_for_tokens_are_rare_enough(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for names in (200, 2000):
+        save(tmp_path / str(names), names)
+        words = StableDiffusion(SimpleNamespace(tokenizer=load(tmp_path / str(names))))
+        for token in SPECIAL_WORDS:
+            words.check_token(token)
+        assert not caplog.text
+        for token in ("robot", "hat", "tree", "blue"):
+            words.check_token(token)
+            assert f"token '{token}' is number" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize(("first", "second"), [("sks", "SKS"), ("sks", "sks")])

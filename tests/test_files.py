@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from svdiff.files import atomic_dir, atomic_file, sha256_tree, write_atomic
+from svdiff.files import atomic_dir, atomic_file, read_table, sha256_tree, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
@@ -73,3 +73,17 @@ def test_the_tree_hash_sees_names_and_bytes_but_not_order(tmp_path: Path) -> Non
         hashes.append(sha256_tree(root))
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize("text", ["nan", "null", "NA", "None", "012", "1e3", "true", "a, b"])
+def test_texts_of_tables_come_back_as_they_were_written(tmp_path: Path, text: str) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame({"prompt": [text], "start": [text], "first": [text], "seed": [3], "score": [float("nan")]})
+    table.to_csv(tmp_path / "table.csv", index=False)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "table.csv"), table, check_dtype=False)
+
+
+def test_every_table_is_read_so() -> None:
+    code = [path for package in ("svdiff", "flows") for path in Path(__file__).parents[1].glob(f"{package}/**/*.py")]
+    assert [path.name for path in code if "pd.read_csv" in path.read_text(encoding="utf-8")] == ["files.py"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
-from svdiff.files import sha256_file, sha256_tree
+from svdiff.files import read_table, sha256_file, sha256_tree
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,9 +80,8 @@ class Results:
     @cached_property
     def curve(self) -> pd.DataFrame:
         """curve.csv: one row a step."""
-        import pandas as pd
 
-        return pd.read_csv(self.folder("train") / "curve.csv")
+        return read_table(self.folder("train") / "curve.csv")
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -157,7 +156,7 @@ def _scored(text: str, name: str, needed: list[str]) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
-    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], dtype={"prompt": str})
+    table = read_table(io.StringIO(text))
     if missing := sorted({"prompt", "seed", *needed} - set(table.columns)):
         raise SvdiffError(f"{name} lacks column {', '.join(missing)}; found {', '.join(table.columns)}; score again")
     if "model" in table:

@@ -16,6 +16,7 @@ from flows.registry.tracking import Tracking
 from svdiff.config import Config
 from svdiff.data.concepts import concept_folder
 from svdiff.errors import SvdiffError
+from svdiff.files import read_table
 from svdiff.secrets import redacted
 
 if TYPE_CHECKING:
@@ -81,14 +82,13 @@ def link_flow_run(tracking: Tracking, run_id: str) -> None:
 
 def sample_grids(results: Results) -> dict[str, Image]:
     """One picture for each sampled model (`trained`, `base`): rows are prompts, columns seeds."""
-    import pandas as pd
     from PIL import Image
 
     from svdiff.data.grid import image_grid
 
     folder = results.folder("sample")
     grids = {}
-    for model, rows in pd.read_csv(folder / "images.csv").groupby("model"):
+    for model, rows in read_table(folder / "images.csv").groupby("model"):
         rows = rows.sort_values(["prompt_index", "seed"])
         images = []
         for file in rows["file"]:

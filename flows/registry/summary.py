@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.pipeline.lineage import data_hash
 from flows.registry.promotion import judge_against_base
 from svdiff.data.concepts import concept_folder
+from svdiff.files import read_table
 from svdiff.secrets import redacted
 
 if TYPE_CHECKING:
@@ -173,7 +174,6 @@ def _row(metrics: dict[str, float]) -> Callable[[str], str]:
 
 def prompts(results: Results) -> str:
     """The evaluation prompts, in the order of the sample grid's rows."""
-    import pandas as pd
 
-    table = pd.read_csv(results.folder("sample") / "images.csv").sort_values("prompt_index")
+    table = read_table(results.folder("sample") / "images.csv").sort_values("prompt_index")
     return "rows of the sample grid: " + "; ".join(table["prompt"].drop_duplicates())

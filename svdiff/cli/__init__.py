@@ -17,7 +17,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from svdiff import __version__
-from svdiff.errors import SvdiffError
+from svdiff.errors import SvdiffError, for_people
+from svdiff.files import use_utf8
 from svdiff.secrets import show_exception
 from svdiff.words import did_you_mean
 
@@ -117,6 +118,7 @@ def root(
 
 def main() -> None:
     """Entry point: errors meant for people are printed without a traceback."""
+    use_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -124,8 +126,8 @@ def main() -> None:
     sys.excepthook = show_exception
     try:
         app()
-    except SvdiffError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
+    except (SvdiffError, OSError) as error:
+        typer.secho(f"error: {for_people(error)}", err=True, fg="red")
         sys.exit(2)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(str(error.name).partition(".")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,6 +51,13 @@ Pair = Annotated[str, named("pairs", "a pair of params.yaml")]
 ClassWord = Annotated[str, named("class_words", "a class word of params.yaml, such as dog")]
 Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
 AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
+
+
+def finite(number: float) -> float:
+    """An option's number. Raises typer.BadParameter for nan and inf, which typer takes for numbers."""
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number")
+    return number
 
 
 def read(params: Path) -> Config:

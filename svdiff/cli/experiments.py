@@ -23,7 +23,7 @@ def compare_pairs(
     seeds: Annotated[int, typer.Option(min=1, help="trainings of each way")] = 3,
     pictures: Annotated[int, typer.Option(min=1, help="pictures of each training")] = 40,
     prompt: Annotated[str, typer.Option(help="with {first} and {second}")] = "a {first} sitting beside a {second}",
-    unmix_weight: Annotated[float, typer.Option(help="of the way `unmix`")] = 1.0,
+    unmix_weight: Annotated[float, typer.Option(min=0, help="of the way `unmix`")] = 1.0,
     steps: Annotated[int | None, typer.Option(help="training steps (default: the pair's)")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("out/compare-pairs"),
     params: Params = PARAMS,

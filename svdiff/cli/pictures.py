@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, wrote
+from svdiff.cli.arguments import PARAMS, PICTURES, Params, finite, read, wrote
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def attention(
         list[str] | None, typer.Option(help="words to show (default: NAME's tokens and class words)")
     ] = None,
     delta: Annotated[list[str] | None, typer.Option(help="a further row: an entry or delta file")] = None,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     layers: Annotated[
         str, typer.Option(help="regular expression searched in the names of cross-attention layers")
     ] = "",
@@ -48,11 +48,15 @@ def attention(
     if others:
         raise SvdiffError(f"prompt '{prompt}' is {1 + len(others)} prompts for {name}; name the subjects themselves")
     from svdiff.evaluation.attention_maps import draw_attention
-    from svdiff.sampling.stage import find_delta
 
     shown = [entry.concepts[concept] for concept in entry.shown(chosen)]
     words = word or [part for concept in shown for part in (concept.token, concept.class_word)]
-    deltas = {text: find_delta(text)[0] for text in (name, *(delta or []))}
+    if not words:
+        raise SvdiffError(
+            f"prompt '{prompt}' names nothing that {name} has learned, so that no map would be drawn: write {{subject}} in it, "
+            "or say with --word what to show"
+        )
+    deltas = {text: _find(text) for text in (name, *(delta or []))}
     path = output or PICTURES / f"attention-{name}.png"
     wrote(draw_attention(config, deltas, chosen, words, path, seed=seed, layers=layers, sides=side))
 
@@ -69,7 +73,8 @@ def scale(
     """One delta at several strengths (Fig. 26)."""
     from svdiff.evaluation.strips import scaling
 
-    columns = scaling(_find(delta), at or [0.0, 0.5, 1.0, 1.5, 2.0])
+    strengths = [finite(strength) for strength in at or (0.0, 0.5, 1.0, 1.5, 2.0)]
+    columns = scaling(_find(delta), strengths)
     _draw("scale", columns, [delta], prompt, seed, output, params)
 
 
@@ -134,9 +139,7 @@ def _find(delta: str) -> Path:
 
     path, weight = find_delta(delta)
     if weight != 1:
-        raise SvdiffError(
-            f"'{delta}': a weight has no effect here, where the strip sets it; give {delta.rpartition(':')[0]}"
-        )
+        raise SvdiffError(f"'{delta}': a weight has no effect here; give {delta.rpartition(':')[0]}")
     return path
 
 

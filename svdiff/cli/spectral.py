@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -249,6 +250,9 @@ def _weighted(text: str) -> tuple[Path, float]:
     if not colon:
         return Path(text), 1.0
     try:
-        return Path(path), float(weight)
+        number = float(weight)
     except ValueError:
-        raise SvdiffError(f"{text!r}: after the colon a number is expected, as in {path}:0.5") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise SvdiffError(f"{text!r}: after the colon a finite number is expected, as in {path}:0.5")
+    return Path(path), number

@@ -16,6 +16,7 @@ from svdiff.cli.arguments import (
     Name,
     Pair,
     Params,
+    finite,
     named,
     read,
     refuse,
@@ -72,7 +73,9 @@ def sample(
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="with --prompt: one picture a prompt and seed (default 0)")
     ] = None,
-    scale: Annotated[float, typer.Option(help="with --prompt: strength s of NAME's shifts (Fig. 26)")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(callback=finite, help="with --prompt: strength s of NAME's shifts (Fig. 26)")
+    ] = 1.0,
     guidance: Annotated[float | None, typer.Option(help="with --prompt: scale s of Eq. 9")] = None,
     steps: Annotated[int | None, typer.Option(help="with --prompt: DDIM steps")] = None,
     eta: Annotated[float | None, typer.Option(help="with --prompt: η of DDIM, 0 to 1; 0 is deterministic")] = None,

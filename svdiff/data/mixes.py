@@ -28,7 +28,7 @@ from svdiff.data.cutmix import MixedPair, MixRecipe, Region, Subject, mixed_pair
 from svdiff.data.grid import contact_sheet
 from svdiff.data.prior import load_prior_images
 from svdiff.errors import SvdiffError
-from svdiff.files import atomic_dir
+from svdiff.files import atomic_dir, read_table
 from svdiff.models import native_size
 from svdiff.sections import Layout
 
@@ -149,7 +149,7 @@ def load_mixes(entry: Entry) -> MixDataset:
     fix = f"make it with `dvc repro mix@{entry.name}`, or `svdiff mix {entry.name}`"
     if not (folder / "mixes.csv").is_file():
         raise SvdiffError(f"{folder}/mixes.csv is missing; {fix}")
-    table = pd.read_csv(folder / "mixes.csv", keep_default_na=False)  # a concept may be called null
+    table = read_table(folder / "mixes.csv")
     foreign = set(table["first"]) | set(table["second"])
     parts = {part: {name: _pictures(folder / part / name) for name in entry.concepts} for part in ("singles", "priors")}
     empty = [f"{part}/{name}" for part, named in parts.items() for name, pictures in named.items() if not pictures]

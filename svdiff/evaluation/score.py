@@ -44,7 +44,7 @@ from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_e
 from svdiff.evaluation.identity import identity, variety_kept
 from svdiff.evaluation.intervals import paired_gain
 from svdiff.evaluation.pairs import PAIR_MEASURES, PER_SUBJECT, reference, score_regions
-from svdiff.files import atomic_dir
+from svdiff.files import atomic_dir, read_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +102,7 @@ def read_samples(folder: Path) -> tuple[pd.DataFrame, list[Image.Image]]:
     table = folder / "images.csv"
     if not table.is_file():
         raise SvdiffError(f"{table} not found; sample the concept first: `dvc repro sample@{folder.name}`")
-    samples = pd.read_csv(table, dtype={"file": str, "model": str, "prompt": str}, keep_default_na=False)
+    samples = read_table(table)
     missing = [file for file in samples["file"] if not (folder / file).is_file()]
     if missing:
         raise SvdiffError(f"{table} names {len(missing)} pictures that are not there, e.g. {missing[0]}; sample again")

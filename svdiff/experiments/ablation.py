@@ -15,9 +15,14 @@ from svdiff.evaluation import plots
 from svdiff.evaluation.alignment import MEASURES
 from svdiff.evaluation.intervals import paired_gain
 from svdiff.evaluation.pairs import PAIR_MEASURES
-from svdiff.experiments.cells import Cell, Runner
+from svdiff.experiments.cells import Cell, Runner, check_distinct
 from svdiff.files import atomic_dir
 from svdiff.sampling.images import Job
+
+#: Keys of `train` that an experiment sets itself, or that say only what is stored on the way.
+WITHOUT_EFFECT = (
+    "save_every", "validate_every", "validation_prompts", "validation_seeds", "keep_deltas", "choose", "patience", "methods"
+)  # fmt: skip
 
 UNTRAINED = "base"
 
@@ -38,6 +43,12 @@ def ablation(config: Config, name: str, key: str, values: Sequence[Any], *, outp
     """
     if config.entry(name).kind == "edit":
         raise SvdiffError(f"'{name}' is an edit; an ablation compares trainings of a concept or pair")
+    check_distinct(values)
+    if key in WITHOUT_EFFECT:
+        raise SvdiffError(
+            f"'{key}' decides nothing of an ablation, whose trainings are validated and saved in a way of their own; choose "
+            "another key of `train`"
+        )
     jobs = [Job(prompt, seed) for prompt in config.sample_prompts(name) for seed in config.sample.seeds]
     cells = [Cell({"value": UNTRAINED}, config, name, None, jobs)]
     cells += [Cell({"value": str(value)}, config, name, {key: value}, jobs) for value in values]

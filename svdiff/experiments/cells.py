@@ -26,9 +26,10 @@ from svdiff.config import Config, TrainConfig
 from svdiff.data.mixes import make_mixes, mix_folder
 from svdiff.data.prior import prior_folder
 from svdiff.editing.stage import make_edits
+from svdiff.errors import SvdiffError
 from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators
 from svdiff.evaluation.score import real_pictures, score_pictures
-from svdiff.files import atomic_file, sha256_file, sha256_tree, write_atomic
+from svdiff.files import atomic_file, read_table, sha256_file, sha256_tree, write_atomic
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling.images import Job
 from svdiff.sampling.prior import make_prior_images
@@ -39,6 +40,12 @@ TRAINING = ("data/*.py", "models/*.py", "spectral/**/*.py", "training/**/*.py") 
 DRAWING = ("models/*.py", "sampling/*.py", "spectral/**/*.py", "editing/edits.py")
 SCORING = ("data/concepts.py", "evaluation/*.py", "editing/scores.py")
 SMALL = 10_000_000  # bytes: larger deltas, of whole weights, are removed when their pictures are drawn
+
+
+def check_distinct(values: Sequence[Any]) -> None:
+    """Raise SvdiffError for a value that is given twice: its rows would count twice."""
+    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise SvdiffError(f"{twice[0]!r} is given twice; expected each once")
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ class Runner:
             prompts = [job.prompt for job in cell.jobs]
             scores = score_pictures(cell.entry, prompts, pictures, real, self.evaluators)
             write_atomic(path, scores.to_csv(index=False, float_format="%.9f"))
-        return pd.read_csv(path)
+        return read_table(path)
 
     def _edited(self, cell: Cell, trained: str | None) -> pd.DataFrame:
         """The edits of one picture and their scores; numbers of the whole edit stand in every row."""
@@ -146,7 +153,7 @@ class Runner:
         if not folder.is_dir():
             with self._personalised(cell, trained) as pipe:
                 make_edits(pipe, cell.config, cell.name, self.evaluators, folder)
-        table, numbers = pd.read_csv(folder / "images.csv"), json.loads((folder / "metrics.json").read_text())
+        table, numbers = read_table(folder / "images.csv"), json.loads((folder / "metrics.json").read_text())
         table["path"] = [str(folder / "pictures" / file) for file in table["file"]]
         return table.assign(**{name: numbers[name] for name in ("reconstruction_psnr", "input_edit")})
 

@@ -20,7 +20,7 @@ from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.evaluation.alignment import align
 from svdiff.evaluation.evaluators import Evaluators
-from svdiff.experiments.cells import Cell, Runner
+from svdiff.experiments.cells import Cell, Runner, check_distinct
 from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import scratch
 
@@ -69,6 +69,8 @@ def edit_curves(
     Raises:
         SvdiffError: an unknown edit or method, or an impossible length; before any work.
     """
+    for given in (names, methods, lengths):
+        check_distinct(given)
     known = {edit.name: edit for edit in edits}
     if unknown := [name for name in names if name not in known]:
         raise SvdiffError(f"no edit '{unknown[0]}' whose answer is known; there are: {', '.join(known)}")

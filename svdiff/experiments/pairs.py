@@ -21,9 +21,10 @@ from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.evaluation.intervals import mean_interval
 from svdiff.evaluation.pairs import PAIR_MEASURES
-from svdiff.experiments.cells import Cell, Runner
+from svdiff.experiments.cells import Cell, Runner, check_distinct
 from svdiff.files import atomic_dir
 from svdiff.sampling.images import Job
+from svdiff.words import check_template
 
 PROMPT = "a {first} sitting beside a {second}"  # the mixes' own prompts are others
 METHODS = ("svdiff", "full")
@@ -65,6 +66,14 @@ def compare_pairs(
     Raises:
         SvdiffError: an unknown pair, or what training and sampling raise; for all cells before the first is made.
     """
+    if not (pairs or config.pairs):
+        raise SvdiffError("params.yaml has no `pairs:`, so there is nothing to compare; add one with two concepts")
+    for given in (pairs, methods, ways):
+        check_distinct(given)
+    try:
+        check_template(prompt, ["first", "second"], ["first", "second"])
+    except ValueError as error:
+        raise SvdiffError(str(error)) from None
     options = _ways(ways, unmix_weight, overrides or {})
     trainings: list[tuple[str, str, int, dict[str, Any] | None]] = [(UNTRAINED, UNTRAINED, 0, None)]
     trainings += [

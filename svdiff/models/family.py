@@ -5,6 +5,7 @@ Training, deltas, scores and stages ask a `Family` and know no pipeline by name.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -25,6 +26,9 @@ Conditions: TypeAlias = "dict[str, Tensor]"
 LARGE_VOCABULARY = (
     30_000  # words: from here on a vocabulary is one of a language, in the order of how frequent words are
 )
+RARE = 0.95  # from here on a small vocabulary, such as the embedded base's, has words that are left for tokens
+
+log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
@@ -154,6 +158,14 @@ class Family:
                 "expected one rare word of its vocabulary, e.g. sks"
             )
         number, size = self.tokenizer.convert_tokens_to_ids(pieces[0]), len(self.tokenizer)
+        if size <= LARGE_VOCABULARY and number < RARE * size:
+            log.warning(
+                "token '%s' is number %d of the %d that the base knows; if it is an ordinary word there, training takes its "
+                "meaning away: rarely used ones are the last, such as sks",
+                token,
+                number,
+                size,
+            )
         if size > LARGE_VOCABULARY and number < size / 2:
             raise SvdiffError(
                 f"token '{token}' is an ordinary word to the base, number {number} of the {size} in its vocabulary, which "

@@ -27,7 +27,7 @@ from svdiff.evaluation import plots
 from svdiff.evaluation.correlation import CORRELATION, TRAINED
 from svdiff.evaluation.score import DRIFT, SAMPLES, SCORES, read_samples, real_pictures
 from svdiff.experiments.rank import RANKS
-from svdiff.files import atomic_dir
+from svdiff.files import atomic_dir, read_table
 from svdiff.report.edits import edit_parts
 from svdiff.report.figures import Figure, chart, figure_file, picture_figure, read_json
 
@@ -185,7 +185,7 @@ def _shown(config: Config, name: str) -> Shown:
         few = samples[samples["seed"] < DRIFT_SEEDS]
         shown.class_rows = [_row(SAMPLES / name / DRIFT, rows) for _, rows in few.groupby("prompt_index")]
     if (TRAINED / name / "curve.csv").is_file():
-        curve = pd.read_csv(TRAINED / name / "curve.csv")
+        curve = read_table(TRAINED / name / "curve.csv")
         alt = f"training loss of {name} over {int(curve['step'].max())} steps"
         shown.curve = chart(plots.training_curve(curve), alt)
         shown.facts = _facts(config, name, read_json(TRAINED / name / "train.json"))

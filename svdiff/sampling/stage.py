@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -44,9 +45,12 @@ def find_delta(text: str) -> tuple[Path, float]:
     if not path.is_file():
         raise SvdiffError(f"{path} not found; expected a delta file, or the name of an entry that is trained")
     try:
-        return path, float(weight)
+        number = float(weight)
     except ValueError:
-        raise SvdiffError(f"'{text}': after the colon a weight is expected, as in {name}:0.5") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise SvdiffError(f"'{text}': after the colon a weight is expected, a finite number as in {name}:0.5")
+    return path, number
 
 
 class Personalised(Protocol):

@@ -125,6 +125,8 @@ def token_positions(tokenizer: Any, prompt: str, word: str) -> list[int]:
     Raises SvdiffError if the prompt does not have it.
     """
     sought = tokenizer(word, add_special_tokens=False).input_ids
+    if not sought:
+        raise SvdiffError(f"'{word}' is no word; expected one of the prompt '{prompt}'")
     tokens = tokenizer(prompt).input_ids
     for start in range(len(tokens) - len(sought) + 1):
         if tokens[start : start + len(sought)] == sought:

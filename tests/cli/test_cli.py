@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import pytest
 from svdiff import __version__
 from svdiff.cli import COMMANDS, EXTRAS, main
 from svdiff.config import load_config
+from svdiff.errors import for_people
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,3 +136,95 @@ def test_outside_a_checkout_it_says_so(svdiff, monkeypatch: pytest.MonkeyPatch, 
     status, _, error = svdiff("report")
     assert status == 2
     assert "params.yaml not found" in error
+
+
+PROJECT = """
+classes: [Bär]
+concepts: {one: {class_word: Bär, token: sks}}
+edits: {red: {image: a.png, prompt: a dog, targets: [a red dog]}}
+sample: {prompts: ["a {subject} on a red background"]}
+rank: {concepts: []}
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("attention one --prompt x", "names nothing that one has learned"),
+        ("attention red --prompt x", "names nothing that red has learned"),
+        ("attention one --prompt {subject} --delta one:0.7", "out/train/one/delta.safetensors not found"),
+        ("attention one --prompt {subject} --seed -1", "seed"),
+        ("sample one --prompt x --scale nan", "nan is not a finite number"),
+        ("sample --delta one:inf --prompt x", "out/train/one/delta.safetensors not found"),
+        ("strip scale one --prompt x --at nan", "nan is not a finite number"),
+        ("delta combine a.safetensors:nan -o b.safetensors", "a finite number is expected"),
+        ("compare-pairs", "has no `pairs:`"),
+        ("compare-pairs --unmix-weight nan", "Invalid value for '--unmix-weight'"),
+        ("ablate one steps 5 5", "5 is given twice"),
+        ("ablate one validate_every 5 10", "decides nothing of an ablation"),
+        ("ablate one choose best last", "decides nothing of an ablation"),
+        ("ablate one unmix_weight 1", "no effect on concepts"),
+        ("ablate red steps 5", "'red' is an edit"),
+        ("edit red --steps 5", "--prompt is missing"),
+    ],
+)
+def test_options_without_effect_and_impossible_ones_are_refused_before_work(
+    svdiff, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(PROJECT, encoding="utf-8")
+    status, _, complaint = svdiff(*arguments.split())
+    assert status == 2
+    assert words in complaint
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_weights_of_deltas_are_finite_and_have_an_effect(
+    svdiff, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(PROJECT, encoding="utf-8")
+    (tmp_path / "out/train/one").mkdir(parents=True)
+    (tmp_path / "out/train/one/delta.safetensors").touch()
+    assert "a weight has no effect here" in svdiff("attention", "one", "--prompt", "{subject}", "--delta", "one:0.7")[2]
+    for weight in ("nan", "inf", "much"):
+        assert "a finite number as in one:0.5" in svdiff("sample", "--delta", f"one:{weight}", "--prompt", "x")[2]
+
+
+LOCALES = {
+    "without UTF-8": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    "Turkish, where it is installed": {"LC_ALL": "tr_TR"},
+    "C": {"LANG": "C", "LC_ALL": ""},
+}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+@pytest.mark.parametrize("module", ["svdiff.cli", "flows"])
+def test_every_locale_reads_and_writes_utf8(tmp_path: Path, locale: str, module: str) -> None:
+    (tmp_path / "params.yaml").write_text(PROJECT, encoding="utf-8")
+    command = ["config"] if module == "svdiff.cli" else ["lineage", "Bär"]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | LOCALES[locale],
+        capture_output=True,
+        check=False,
+    )
+    said = (done.stdout + done.stderr).decode("utf-8")
+    assert "Bär" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [(errno.EROFS, "can be written"), (errno.EACCES, "permissions"), (errno.ENOSPC, "free some space")],
+)
+def test_what_a_disk_refuses_is_said_with_a_fix(number: int, fix: str) -> None:
+    said = for_people(OSError(number, os.strerror(number), "out/report"))
+    assert said.startswith(f"out/report: {os.strerror(number)}; ")
+    assert fix in said
+
+
+def test_errors_that_are_not_about_disks_stay_as_they_are() -> None:
+    with pytest.raises(BrokenPipeError):
+        for_people(BrokenPipeError(errno.EPIPE, "gone"))
