@@ -61,6 +61,7 @@ COMMANDS = {
     "subsets": Place("svdiff.cli.spectral", "Table 1 for any base: tensors, shifts and bytes of each subset."),
     "delta": Place("svdiff.cli.spectral", "Show, combine and compare delta files."),
     "export": Place("svdiff.cli.spectral", "A delta as plain diffusers weights, or as LoRA for every other tool."),
+    "push": Place("flows.registry.push", "A trained concept as a folder for the Hugging Face Hub; nothing is uploaded."),
     "cache": Place("svdiff.cli.spectral", "Show cached decompositions, or prune them."),
     "base": Place("svdiff.base.cli", "The embedded base: picture world, training, card."),
 }  # fmt: skip
