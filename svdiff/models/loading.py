@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdiff.errors import SvdiffError
 from svdiff.models.family import Family, family_class, family_of
+from svdiff.models.imports import import_diffusers
 from svdiff.words import is_folder
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ def family_at(base: BaseModelConfig) -> type[Family]:
     model = _configured(base)
     if Path(model).is_dir():
         return check_layout(Path(model))
-    from diffusers import DiffusionPipeline
-
     with _readable(model):
-        index = DiffusionPipeline.load_config(model, revision=base.revision, local_files_only=offline())
+        index = import_diffusers().DiffusionPipeline.load_config(
+            model, revision=base.revision, local_files_only=offline()
+        )
     return family_class(str(index.get("_class_name")), model)
 
 
@@ -106,8 +107,7 @@ def load_pipeline(base: BaseModelConfig, device: torch.device | None = None) -> 
 
     It is on `device`, or on the GPU if there is one. A local folder is read without touching the network. Raises SvdiffError for another architecture or a missing folder.
     """
-    import diffusers
-    import diffusers.utils.logging
+    diffusers = import_diffusers()
     import torch
     import transformers.utils.logging
 
@@ -186,12 +186,11 @@ def picture_grid(base: BaseModelConfig) -> int:
 
 
 def _configs(base: BaseModelConfig, family: type[Family]) -> dict[str, Any]:
-    from diffusers import AutoencoderKL
-
+    load_config = import_diffusers().AutoencoderKL.load_config
     model = _configured(base)
     with _readable(model):
         return {
-            name: AutoencoderKL.load_config(model, subfolder=name, revision=base.revision, local_files_only=offline())
+            name: load_config(model, subfolder=name, revision=base.revision, local_files_only=offline())
             for name in (family.network_name, "vae")
         }
 

@@ -8,8 +8,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import pandas as pd
-
 from svdiff.catalogue import Entry
 from svdiff.config import Config, SampleConfig
 from svdiff.data.cutmix import prior_mix_prompts
@@ -148,6 +146,8 @@ def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: 
     Writes images.csv (file, model, prompt, prompt_index, seed) and trained/*.png, base/*.png to out/sample/<name>/, or
     for `delta` in the place of the trained one to `out_dir`; and in its folder drift/ the same for the bare class prompts.
     """
+    import pandas as pd
+
     settings, entry = config.sample, config.entry(name)
     out_dir = out_dir or Path("out/sample") / name
     drift = class_jobs(config, entry)
@@ -155,7 +155,7 @@ def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: 
     wanted |= {"drift": drift} if drift else {}
     pipe = load_pipeline(config.base)
     personal = personalise(pipe, delta or delta_path(name))
-    tables: dict[str, list[pd.DataFrame]] = {part: [] for part in wanted}
+    rows: dict[str, list[dict[str, object]]] = {part: [] for part in wanted}
     with atomic_dir(out_dir) as folder:
         for model in ("trained", "base"):
             if model == "base":
@@ -163,17 +163,17 @@ def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: 
             for part, jobs in wanted.items():
                 progress = f"sample {name} ({model}{part and ', ' + part})"
                 images = draw_pictures(pipe, jobs, settings, default_negatives(config, entry), progress)
-                tables[part].append(_save_pictures(folder / part, model, jobs, images))
-        for part, of_models in tables.items():
-            pd.concat(of_models).to_csv(folder / part / "images.csv", index=False)
+                rows[part] += _save_pictures(folder / part, model, jobs, images)
+        for part, of_models in rows.items():
+            pd.DataFrame(of_models).to_csv(folder / part / "images.csv", index=False)
     return out_dir
 
 
-def _save_pictures(folder: Path, model: str, jobs: Sequence[Job], images: Sequence[Image]) -> pd.DataFrame:
+def _save_pictures(folder: Path, model: str, jobs: Sequence[Job], images: Sequence[Image]) -> list[dict[str, object]]:
     """Write <model>/*.png; a row a picture, as images.csv has it."""
     (folder / model).mkdir(parents=True)
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             "file": f"{model}/p{prompts.index(job.prompt):02d}-s{job.seed:04d}.png",
             "model": model,
@@ -185,7 +185,7 @@ def _save_pictures(folder: Path, model: str, jobs: Sequence[Job], images: Sequen
     ]
     for row, image in zip(rows, images, strict=True):
         image.save(folder / str(row["file"]))
-    return pd.DataFrame(rows)
+    return rows
 
 
 def sample_prompts(

@@ -1,0 +1,42 @@
+"""What sampling does not need is imported when somebody needs it, and works then as if it had always been there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import sys
+import torch
+from svdiff.config import BaseModelConfig
+from svdiff.models import load_pipeline
+from svdiff.sampling.stage import draw_pictures, sample_images, Job
+
+pipe = load_pipeline(BaseModelConfig(model=sys.argv[1]))
+sample_images(pipe, [Job("a dog", 0)], steps=2, guidance=2.0)
+slow = {"pandas", "scipy.stats._stats_py", "scipy.optimize._optimize", "torch._dynamo.eval_frame", "torch._inductor"}
+print("loaded:", *sorted(slow & sys.modules.keys()))
+
+from diffusers.schedulers.scheduling_euler_discrete import scipy
+assert abs(scipy.stats.beta.ppf(0.5, 2, 2) - 0.5) < 1e-6
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+assert linear_sum_assignment([[1, 0], [0, 1]])[1].tolist() == [1, 0]
+import scipy.stats.qmc
+assert scipy.stats.qmc.Sobol(2).random(2).shape == (2, 2)
+
+seen = []
+layer = torch.nn.Linear(2, 2)
+model = torch.compile(torch.nn.Sequential(layer), backend=lambda graph, _: seen.append(graph) or graph)
+assert torch.equal(model(torch.ones(1, 2)), layer(torch.ones(1, 2))) and seen
+import torch._dynamo.utils
+assert torch._dynamo.utils.counters and type(torch._dynamo.utils).__name__ == "module"
+torch.optim.AdamW(layer.parameters()).step()
+print("works")
+"""
+
+
+def test_pictures_are_drawn_without_compiler_and_statistics_which_load_when_asked(tiny_base: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CODE, str(tiny_base)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n")[:2] == ["loaded:", "works"]
