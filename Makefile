@@ -29,8 +29,9 @@ repro: $(BIN)/.installed
 	dvc repro
 	@echo "report: $(CURDIR)/out/report/index.html"
 
+# On all cores, up to four: each process holds torch and a server or two.
 test: $(BIN)/.installed
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(BIN)/.installed
 	python -m pytest -m slow

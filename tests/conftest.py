@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
+
+# Read when torch is loaded: the models of tests are so small that threads only wait for each other, and tests run side by side.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch

@@ -46,8 +46,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize(
     "part",
-    [text_encoder, identity, lpips, pytest.param(clip, marks=pytest.mark.slow),
-     pytest.param(autoencoder, marks=pytest.mark.slow)],
+    [text_encoder, *(pytest.param(part, marks=pytest.mark.slow) for part in (identity, lpips, clip, autoencoder))],
     ids=lambda part: part.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_a_training_resumes_bit_for_bit_and_writes_again_what_was_removed(

@@ -114,6 +114,7 @@ def test_each_target_is_inverted_under_its_own_prompt(checkout: Checkout) -> Non
     assert np.abs(made - expected(PROMPT)).max() > 5
 
 
+@pytest.mark.slow
 def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config()
     first = edit_any(config, Path("photo.png"), PROMPT, [TARGET])
@@ -129,6 +130,7 @@ def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, mon
     assert np.array_equal(pixels(one), pixels(other)), "η = 0 and α = 0 leave nothing random"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_baselines_edit_as_well(checkout: Checkout, method: str) -> None:
     checkout.values["edit"]["methods"] = {"full": {"lr": 1e-4}, "lora": {"lr": 3e-3, "steps": 2}}

@@ -161,7 +161,7 @@ def walk(folder: Path, seed: int, store: bytes | None = None) -> None:
     made.end()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_nothing_is_lost_in_a_walk(tmp_path: Path, seed: int) -> None:
     walk(tmp_path, seed)
 

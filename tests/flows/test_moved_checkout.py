@@ -49,7 +49,9 @@ def works(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
         assert fetch(tracking, model, project.root / f"fetched-{number}")[0].is_file()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "100" in name else pytest.mark.slow) for name in NAMES]
+)
 def test_a_moved_checkout_keeps_its_registry(project: Project, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     project.register(value=0.1, identity=0.5)
     moved = project.root.parent / f"{project.root.name}-moved" / name
@@ -60,6 +62,7 @@ def test_a_moved_checkout_keeps_its_registry(project: Project, monkeypatch: pyte
     assert not project.root.exists()
 
 
+@pytest.mark.slow
 def test_moved_twice_and_back(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.register(value=0.1, identity=0.5)
     first, second = project.root, project.root.parent / f"{project.root.name} second"
@@ -70,7 +73,7 @@ def test_moved_twice_and_back(project: Project, monkeypatch: pytest.MonkeyPatch)
     works(Project(second), monkeypatch)
 
 
-@pytest.mark.parametrize("name", NAMES[1:3])
+@pytest.mark.parametrize("name", [pytest.param(NAMES[1], marks=pytest.mark.slow), NAMES[2]])
 def test_a_copy_writes_nothing_into_the_original(project: Project, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     project.register(value=0.1, identity=0.5)
     before = tree(project.root / "mlruns" / "artifacts")

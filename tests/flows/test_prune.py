@@ -62,6 +62,7 @@ def test_finished_states_go_and_others_stay(project: Project) -> None:
     assert going_on.exists()
 
 
+@pytest.mark.slow
 def test_deleted_runs_and_models_of_no_version_go(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = project.register(value=1, identity=0.5), project.register(value=2, identity=0.4)
     client = project.tracking.client

@@ -115,7 +115,14 @@ assert httpx.get(sys.argv[1]).text == requests.get(sys.argv[1]).text == "true"
 """
 
 
-@pytest.mark.parametrize("beside", [{}, {"NO_PROXY": "example.org"}, {"no_proxy": "example.org,localhost"}])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"NO_PROXY": "example.org"}, marks=pytest.mark.slow),
+        {"no_proxy": "example.org,localhost"},
+    ],
+)
 def test_a_proxy_is_not_asked_for_what_runs_here(root: Path, serve, beside: dict[str, str]) -> None:
     url, asked = serve("true")
     proxy, through = serve("a proxy")
@@ -140,7 +147,10 @@ print(settings.api.url, settings.api.key, settings.server.database.connection_ur
 """
 
 
-@pytest.mark.parametrize("by", ["PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "HOME"])
+@pytest.mark.parametrize(
+    "by",
+    ["HOME", *(pytest.param(name, marks=pytest.mark.slow) for name in ("PREFECT_PROFILE", "PREFECT_PROFILES_PATH"))],
+)
 def test_an_active_cloud_profile_counts_for_nothing(
     root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:

@@ -49,6 +49,7 @@ def test_runs_once_then_is_unchanged_then_restored(dvc_project: Path) -> None:
     assert "prior of dog begins" in lines
 
 
+@pytest.mark.slow
 def test_a_failure_carries_stage_status_and_last_lines(dvc_project: Path) -> None:
     run_stage("prior@dog", root=dvc_project, on_line=print)
     (dvc_project / ".marks/train-dog-fail").touch()
@@ -89,6 +90,7 @@ def hanging(root: Path) -> tuple[threading.Thread, list[BaseException], list[int
     return thread, raised, pids(root)
 
 
+@pytest.mark.slow
 def test_killed_dvc_leaves_no_orphan_that_a_rerun_would_race(dvc_project: Path) -> None:
     """kill -9 of dvc alone: its stage would run on, unrecorded, while the next attempt starts another."""
     thread, raised, started = hanging(dvc_project)

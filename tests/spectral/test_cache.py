@@ -105,6 +105,7 @@ def test_a_truncated_file_is_noticed_and_made_again(tmp_path: Path, size: int, c
     assert counted[3:] == ["0.weight"]
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(tmp_path: Path) -> None:
     """Three real processes at once: the same basis for all, every weight decomposed once."""
     script = (

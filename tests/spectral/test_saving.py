@@ -19,7 +19,9 @@ from tests.spectral.conftest import perturb
 from tests.spectral.test_pipeline import draw, make_delta
 
 
-@pytest.fixture(params=[None, 4], ids=["all directions", "leading directions"])
+@pytest.fixture(
+    params=[pytest.param(None, id="all directions"), pytest.param(4, id="leading directions", marks=pytest.mark.slow)]
+)
 def personal(request, tiny_pipe, bases: Path) -> SpectralPipeline:
     """A concept with the text encoder, on a live pipeline; of the leading four singular values, W stays in memory."""
     tiny_pipe.set_progress_bar_config(disable=True)
@@ -130,7 +132,7 @@ def test_offloading_keeps_the_delta(personal: SpectralPipeline) -> None:
     assert torch.allclose(draw(personal.pipe), live, atol=1e-5)
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_compiled_model_follows_the_switches(rank: int | None) -> None:
     model, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)), torch.randn(2, 6)
     deltas = []

@@ -38,6 +38,7 @@ from svdiff.training.resume import is_finite, load_state
 STAGE = import_module("svdiff.training.stage")  # the package's attribute of this name is the function
 RUN = import_module("svdiff.training.run")
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
+METHODS_SLOWLY = [pytest.param(m, marks=() if m == "svdiff" else pytest.mark.slow) for m in METHODS]
 
 
 def draw_pictures(folder: Path, count: int, colour: str) -> None:
@@ -73,7 +74,7 @@ def write_params(folder: Path, base: Path, token: str = "sks", **settings: objec
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_SLOWLY)
 def test_result_of_the_stage(checkout: Path, method: str) -> None:
     path = train(load_config(), "pet", overrides={"method": method})
     assert path == Path("out/train/pet/delta.safetensors")
@@ -100,6 +101,7 @@ def test_validation_before_the_first_step_is_what_the_base_draws(checkout: Path)
     assert np.abs(np.asarray(Image.open(path), dtype=int) - expected).max() <= 2
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_delta(checkout: Path) -> None:
     first = load_file(train(load_config(), "pet"))
     for state in (checkout / "scratch/state").rglob("state.pt"):
@@ -150,7 +152,7 @@ def test_prompts_that_the_tokenizer_would_cut_are_refused(checkout: Path, monkey
 # ---- numbers that are not finite ----
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_SLOWLY)
 def test_a_diverging_training_stops_keeps_its_last_state_and_is_mended(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -188,7 +190,7 @@ def test_full_weights_at_an_absurd_rate_stop_by_themselves(checkout: Path) -> No
         assert is_finite(load_state(path))
 
 
-@pytest.mark.parametrize("method", ["svdiff", "full"])
+@pytest.mark.parametrize("method", ["svdiff", pytest.param("full", marks=pytest.mark.slow)])
 def test_nothing_that_is_not_finite_is_loaded(checkout: Path, method: str) -> None:
     path = train(load_config(), "pet", overrides={"method": method})
     with safe_open(path, framework="pt") as file:
@@ -264,6 +266,7 @@ def spoiled_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) ->
     monkeypatch.setattr(Trainer, "fixed_noise_loss", lambda self: losses[self.step])
 
 
+@pytest.mark.slow
 def test_the_best_validated_delta_is_the_result_and_the_last_ones_are_kept(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +314,7 @@ def test_a_validation_after_the_saved_state_does_not_end_a_resumed_training(
     assert list(pd.read_csv(folder / "curve.csv")["step"]) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_training(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = load_file(train(load_config(), "pet", Path("straight"), {"steps": 8, "choose": "last"}))
     monkeypatch.setenv("SVDIFF_HOME", str(checkout / "again"))
@@ -328,6 +332,7 @@ def test_more_steps_continue_a_finished_training(checkout: Path, monkeypatch: py
     assert len(numbers) == 4 + 2 + 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_after_the_step_and_the_same_command_goes_on(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +366,7 @@ def test_pictures_held_out_are_for_the_fixed_noise_loss_alone(checkout: Path) ->
         train(config, "pet", overrides={"holdout": 3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_refused_and_one_that_is_records(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, live: str
