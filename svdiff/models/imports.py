@@ -44,7 +44,9 @@ def import_diffusers() -> Any:
 class _StandIn(ModuleType):
     """Stands for a module until anything is asked of it; one of FUNCTIONS loads it when it is called."""
 
-    __path__: ClassVar[list[str]] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []  # so that its files are looked for, by _Files
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
