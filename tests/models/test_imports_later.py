@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import sys
 import torch
@@ -36,6 +38,7 @@ print("works")
 """
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_without_compiler_and_statistics_which_load_when_asked(tiny_base: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CODE, str(tiny_base)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
