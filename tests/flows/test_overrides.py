@@ -37,6 +37,7 @@ def test_a_retired_concept_comes_back_as_it_was(project: Project) -> None:
         reinstate(project.tracking, "dog", None)
 
 
+@pytest.mark.slow
 def test_a_retired_version_is_passed_by(project: Project) -> None:
     for value in (1, 2, 3):
         assert project.register(value=value, identity=0.3 + 0.1 * value).decision.promoted
@@ -62,6 +63,7 @@ def test_versions_by_name_number_and_alias(project: Project) -> None:
         find(project.tracking, "dog@7")
 
 
+@pytest.mark.slow
 def test_scores_against_other_pictures_are_not_compared(project: Project) -> None:
     """Image alignment with five pictures says nothing about image alignment with four others."""
     project.register(value=1, identity=0.5)

@@ -17,7 +17,7 @@ from prefect.states import State
 
 from flows.orchestration.schedules import as_they_are, cancel_missed
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 NIGHTLY = {"slug": "nightly", "cron": "0 3 * * *", "timezone": "UTC"}
 
 

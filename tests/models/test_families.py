@@ -24,6 +24,8 @@ from tests.models.tiny import FAMILIES, PIXELS, base_settings, make_tiny
 
 JOBS = [Job("a sks dog", 1), Job("a cat", 2)]
 TRAINED = ("sdxl", "sd3", "flux", "flux2-klein")  # SD 1.x is trained by all other tests
+# One with cross-attention and one with joint attention are fast.
+TRAINED_SLOWLY = [pytest.param(f, marks=() if f in ("sdxl", "sd3") else pytest.mark.slow) for f in TRAINED]
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +116,7 @@ def test_latents_return_to_the_autoencoder_as_they_came(load: Any, folder: Any, 
     assert native_size(BaseModelConfig(**base_settings(family, folder(family)))) == PIXELS == view.image_size
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("family", TRAINED_SLOWLY)
 def test_from_params_to_a_delta_to_pictures_and_back(checkout: Any, family: str) -> None:
     """The whole stage, then the delta on a fresh base: it changes pictures, fuses, and leaves no bit behind."""
     checkout(family)
@@ -149,7 +151,7 @@ def test_zero_shifts_are_the_plain_pipeline(load: Any, family: str, tmp_path: Pa
     torch.testing.assert_close(prediction(pipe), plain, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("family", TRAINED_SLOWLY)
 def test_lora_of_full_rank_is_the_delta_without_its_norms(load: Any, family: str, tmp_path: Path) -> None:
     """Reloaded by diffusers itself, for the network and the text encoders."""
     pipe = load(family)
@@ -229,7 +231,9 @@ def test_what_sampling_cannot_do_is_refused(load: Any) -> None:
         sample_guided(load("flux"), JOBS, steps=2, guidance=2.0, beta=0.5, negatives=["a dog"])
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "family", ["sd", *(pytest.param(family, marks=pytest.mark.slow) for family in ("sdxl", "sd3", "flux"))]
+)
 def test_weights_are_held_in_the_asked_precision_for_sampling_and_training(checkout: Any, family: str) -> None:
     root = checkout(family)
     params = yaml.safe_load((root / "params.yaml").read_text())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +27,12 @@ PARAMETERS = {  # as published, in millions
 DOCS = Path(__file__).parents[2] / "docs/models.md"
 
 
-@pytest.mark.parametrize("base", PARAMETERS)
+def slowly(bases: Iterable[str]) -> list[Any]:
+    """A UNet and a transformer are fast."""
+    return [pytest.param(base, marks=() if base in ("sd15", "flux") else pytest.mark.slow) for base in bases]
+
+
+@pytest.mark.parametrize("base", slowly(PARAMETERS))
 def test_parameters_are_those_published(base: str) -> None:
     counted = sum(p.numel() for p in build(base).parameters()) / 1e6
     assert counted == pytest.approx(PARAMETERS[base], rel=2e-3)
@@ -37,7 +44,7 @@ def rows(base: str) -> list[dict]:
     return json.loads(done.output)
 
 
-@pytest.mark.parametrize("base", known_sizes())
+@pytest.mark.parametrize("base", slowly(known_sizes()))
 def test_subsets_of_a_well_known_base_as_the_documentation_lists_them(base: str) -> None:
     """The whole network first, each subset a part of it."""
     found = rows(base)
@@ -50,7 +57,7 @@ def test_subsets_of_a_well_known_base_as_the_documentation_lists_them(base: str)
         assert f"{row['name']} {row['shifts']:,}" in DOCS.read_text(), (base, row)
 
 
-@pytest.mark.parametrize("base", ["sd15", "sdxl", "sd3.5-large", "flux", "flux2"])
+@pytest.mark.parametrize("base", slowly(["sd15", "sdxl", "sd3.5-large", "flux", "flux2"]))
 def test_roles_divide_a_network(base: str) -> None:
     """Depths are disjoint and hold nearly everything; attention and feed-forward do not overlap."""
     network = build(base)

@@ -104,8 +104,12 @@ def test_without_prior_preservation_there_are_no_prior_samples(checkout: Path) -
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"mix_probability": 0.0}, {"unmix_weight": 2.0, "single_subject_weight": 0.5}, {"method": "custom-diffusion"}],
-    ids=["cut-mix-unmix", "without", "regularised", "custom-diffusion"],
+    [
+        pytest.param({}, id="cut-mix-unmix"),
+        pytest.param({"mix_probability": 0.0}, id="without", marks=pytest.mark.slow),
+        pytest.param({"unmix_weight": 2.0, "single_subject_weight": 0.5}, id="regularised", marks=pytest.mark.slow),
+        pytest.param({"method": "custom-diffusion"}, id="custom-diffusion", marks=pytest.mark.slow),
+    ],
 )
 def test_a_pair_resumed_twice_equals_one_left_alone(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
@@ -134,6 +138,7 @@ def test_a_pair_resumed_twice_equals_one_left_alone(
     assert (summary["kind"], summary["concept"], summary["token"]) == ("pair", "both", "sks, zwx")
 
 
+@pytest.mark.slow
 def test_attention_losses_are_in_the_curve_and_change_the_delta(checkout: Path) -> None:
     config = load_config()
     plain = load_file(train(config, "both"))
