@@ -68,6 +68,7 @@ def make_mix(
     layout: Layout = "left-right",
     split: float = 0.5,
     fit: Fit = "cover",
+    places: tuple[float, float] = (0.5, 0.5),
 ) -> Mix:
     """Put `first` into the left (upper) part of a `size` × `size` picture and `second` into the other.
 
@@ -78,6 +79,7 @@ def make_mix(
         split: share of the first part, between 0 and 1; the seam lies at the nearest pixel.
         fit: `cover` fills each part with the middle of its picture, as CutMix does; `contain` shows the whole picture and
             fills the rest with the colour of its border, so that nothing of a subject is cut off.
+        places: where the pictures stand in parts that they do not fill: 0 left or upper, 1 right or lower.
 
     Raises:
         SvdiffError: an unknown layout or fit, or a split that leaves nothing of one picture.
@@ -91,9 +93,9 @@ def make_mix(
         raise SvdiffError(f"split is {split}, which leaves nothing of one picture at {size} pixels; expected about 0.5")
     regions = split_regions(layout, seam / size)
     mixed = Image.new("RGB", (size, size))
-    for picture, region in zip((first, second), regions, strict=True):
+    for picture, region, place in zip((first, second), regions, places, strict=True):
         left, top, right, bottom = region.pixels(size, size)
-        mixed.paste(_fitted(picture.convert("RGB"), (right - left, bottom - top), fit), (left, top))
+        mixed.paste(_fitted(picture.convert("RGB"), (right - left, bottom - top), fit, place), (left, top))
     return Mix(mixed, regions)
 
 
@@ -113,7 +115,7 @@ def split_regions(layout: Layout, at: float) -> tuple[Region, Region]:
     return Region(0.0, 0.0, 1.0, at), Region(0.0, at, 1.0, 1.0)
 
 
-def _fitted(picture: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
+def _fitted(picture: Image.Image, size: tuple[int, int], fit: Fit, place: float) -> Image.Image:
     if fit == "cover":
         return ImageOps.fit(picture, size, method=Image.Resampling.LANCZOS)
     whole = ImageOps.contain(picture, size, method=Image.Resampling.LANCZOS)
@@ -122,19 +124,20 @@ def _fitted(picture: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Imag
     sides = (pixels[0], pixels[-1]) if upright else (pixels[:, 0], pixels[:, -1])
     before, after = (tuple(np.median(side, axis=0).astype(int).tolist()) for side in sides)
     part = Image.new("RGB", size, before)
-    part.paste(after, (0, size[1] // 2, *size) if upright else (size[0] // 2, 0, *size))
-    part.paste(whole, ((size[0] - whole.width) // 2, (size[1] - whole.height) // 2))
+    corner = int(place * (size[0] - whole.width)), int(place * (size[1] - whole.height))
+    part.paste(after, (0, corner[1], *size) if upright else (corner[0], 0, *size))
+    part.paste(whole, corner)
     return part
 
 
-def mix_prompts(first: str, second: str, *, layout: Layout = "left-right", article: str = "a") -> tuple[str, str, str]:
-    """The three kinds of what a mix shows, to stand for '{subject}' in a prompt such as 'a {subject}'.
+def mix_prompts(first: str, second: str, *, layout: Layout = "left-right", article: str = "a") -> tuple[str, ...]:
+    """What a mix shows, to stand for '{subject}' in a prompt such as 'a {subject}'.
 
-    `first` is the left or upper subject, e.g. 'sks dog'. The kinds: with positions; with positions, in the other order;
-    without positions.
+    `first` is the left or upper subject, e.g. 'sks dog'. Two with positions, one in each order of the subjects, and two
+    without.
     """
     forward, backward = (form.format(a=first, b=second, article=article) for form in _POSITIONS[layout])
-    return forward, backward, f"{first} and {article} {second}"
+    return forward, backward, f"{first} and {article} {second}", f"{second} and {article} {first}"
 
 
 def prior_mix_prompts(
@@ -202,11 +205,21 @@ def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> Mi
     first, second = subjects[i], subjects[j]
     layout = draw.choice(recipe.layouts)
     split = draw.uniform(*recipe.split)
-    kind = draw.randrange(3)
+    kind = draw.choice((0, 0, 1, 1, 2, 3))  # with positions, in the other order, without: each in a third of the mixes
 
     def mix(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> Mix:
         drawn = [(draw.choice(a), draw.choice(b)) for _ in range(recipe.draws)]
-        made = (make_mix(*two, size=recipe.size, layout=layout, split=split, fit=recipe.fit) for two in drawn)
+        made = (
+            make_mix(
+                *two,
+                size=recipe.size,
+                layout=layout,
+                split=split,
+                fit=recipe.fit,
+                places=(draw.random(), draw.random()),
+            )
+            for two in drawn
+        )
         return min(made, key=lambda mix: seam_contrast(mix, layout))
 
     instance, prior = mix(first.images, second.images), mix(first.priors, second.priors)
