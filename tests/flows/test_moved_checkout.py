@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,35 @@ def test_an_experiment_in_a_temporary_workspace_registers_into_the_checkout(
     assert fetch(project.tracking, version, project.root / "fetched")[0].is_file()
     write_results(project.root, "dog", value=7, identity=0.6)
     assert not register(project.tracking, project.config, project.results("dog", value=7, identity=0.6)).new
+
+
+GIT = {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+WAYS = {
+    "temporary": [["exp", "run", "--temp", "-S", "concepts.dog.token=olis", "register@dog"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_what_dvc_runs_in_a_workspace_of_its_own_registers_into_the_checkout(dvc_project: Path, way: str) -> None:
+    """By DVC's own commands; the workspace is gone afterwards, and the checkout is as it was."""
+    root = dvc_project
+    before = (root / "params.yaml").read_text()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command in WAYS[way]:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *command],
+            cwd=root,
+            env=os.environ | GIT | {"PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert registered(root, "dog") == [1]
+    assert not [folder for folder in (root / ".dvc/tmp/exps").glob("*") if (folder / "mlruns").exists()]
+    assert (root / "params.yaml").read_text() == before
+    assert not (root / "out/register").exists()
+    project = Project(root)
+    version = find(project.tracking, "dog")
+    assert fetch(project.tracking, version, root / "fetched")[0].is_file()
