@@ -97,7 +97,9 @@ def test_contained_pictures_stand_anywhere_so_that_few_pictures_make_many_mixes(
     recipe = MixRecipe(size=64, fit="contain", draws=4)
     assert len({mixed_pair(group, recipe, index).image.tobytes() for index in range(200)}) > 180
     high, low = (make_mix(*pictures, size=32, fit="contain", places=(at, at)).image for at in (0.0, 1.0))
-    assert np.argwhere(np.asarray(high)[..., 1] < 99)[:, 0].max() < np.argwhere(np.asarray(low)[..., 1] < 99)[:, 0].min()
+    assert (
+        np.argwhere(np.asarray(high)[..., 1] < 99)[:, 0].max() < np.argwhere(np.asarray(low)[..., 1] < 99)[:, 0].min()
+    )
 
 
 def test_contain_fills_up_with_the_colours_of_the_border() -> None:

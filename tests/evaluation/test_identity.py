@@ -120,13 +120,15 @@ def test_a_model_without_a_pooled_output_is_averaged(tmp_path: Path) -> None:
 def test_scores_say_which_network_made_them(tmp_path: Path) -> None:
     folder = write_tiny_identity(tmp_path / "identity")
     described = describe_evaluators(
-        EvaluatorsConfig(clip_model="RN50", lpips_weights=None, identity_model=str(folder))
+        EvaluatorsConfig(clip_model="RN50", clip_pretrained="openai", lpips_weights=None, identity_model=str(folder))
     )["identity"]
     assert described["model"] == "ResNetModel"
     assert described["weights_sha256"] == {"model.safetensors": sha256_file(folder / "model.safetensors")}
     assert described["transform"]["crop_size"] == {"height": 32, "width": 32}
     assert str(tmp_path) not in json.dumps(described), "the same network elsewhere is the same network"
-    without = describe_evaluators(EvaluatorsConfig(clip_model="RN50", lpips_weights=None))["identity"]
+    without = describe_evaluators(EvaluatorsConfig(clip_model="RN50", clip_pretrained="openai", lpips_weights=None))[
+        "identity"
+    ]
     assert without["model"] == "the image encoder of clip"
 
 

@@ -39,8 +39,9 @@ def test_the_prior_prompts_are_the_default_negatives() -> None:
         "a photo of a dog on the left and a cat on the right",
         "a photo of a cat on the right and a dog on the left",
         "a photo of a dog and a cat",
+        "a photo of a cat and a dog",
     ]
-    assert len(default_negatives(config, config.entry("all"))) == 9
+    assert len(default_negatives(config, config.entry("all"))) == 12
 
 
 def test_the_default_negatives_follow_the_layouts_that_a_pair_was_trained_on() -> None:
@@ -49,6 +50,7 @@ def test_the_default_negatives_follow_the_layouts_that_a_pair_was_trained_on() -
         "a photo of a dog above a cat",
         "a photo of a cat below a dog",
         "a photo of a dog and a cat",
+        "a photo of a cat and a dog",
         "a photo of a dog on the left and a cat on the right",
         "a photo of a cat on the right and a dog on the left",
     ]

@@ -68,7 +68,7 @@ def test_delta_verbs(deltas: list[Path], tmp_path: Path) -> None:
     assert not compared["equal"]
     assert abs(compared["mean"]) < 0.5
     assert "mean cosine 1.0000" in run("delta", "diff", deltas[0], deltas[0])
-    with pytest.raises(SvdiffError, match="after the colon a number"):
+    with pytest.raises(SvdiffError, match="after the colon a finite number"):
         run("delta", "combine", f"{deltas[0]}:half", "-o", out)
 
 
