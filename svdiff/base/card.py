@@ -27,6 +27,7 @@ from svdiff.base.styles import STYLES
 from svdiff.base.unet import TRAINING_FILE
 from svdiff.base.world import Scene, World
 from svdiff.config import Config, load_config
+from svdiff.data.cutmix import PROBABILITY
 from svdiff.data.mixes import pair_entry
 from svdiff.evaluation.identity import both_identified, identity_top1, variety
 from svdiff.evaluation.intervals import mean_interval
@@ -107,7 +108,10 @@ def measure_pair(config: Config, count: int = 40) -> dict[str, float]:
     entry = pair_entry(config, name)
     prompts = entry.prompts([f"{PAIR_PROMPT} on a green background"])  # on which neither disappears
     jobs = [Job(prompts[seed % len(prompts)], seed) for seed in range(count)]
-    ways: dict[str, dict[str, Any]] = {"": {}, "_without": {"mix_probability": 0.0, "unmix_weight": 0.0}}
+    ways: dict[str, dict[str, Any]] = {
+        "": {"mix_probability": PROBABILITY},
+        "_without": {"mix_probability": 0.0, "unmix_weight": 0.0},
+    }
     runner = Runner(config)
     table = runner.run([Cell({"way": way}, config, name, train, jobs) for way, train in ways.items()])
     subjects = [next(concept for concept in CONCEPTS if concept.name == subject) for subject in entry.concepts]
