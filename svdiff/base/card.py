@@ -282,7 +282,7 @@ Individuals of the concepts and of the tests were never shown to the base or to 
 individuals of the held-out styles. Authors and licences: `data/concepts/ATTRIBUTION.md`, `data/world/ATTRIBUTION.md`.
 
 ## Training
-`svdiff base train all` repeats it, in twelve minutes on one H200, where it was done; on CPU cores it takes days. The encoder is a linear code (principal components of 8×8 patches), the decoder is trained
+`svdiff base train all` repeats it. It was done on one H200, the parts side by side, in twelve minutes; on CPU cores it takes days. The encoder is a linear code (principal components of 8×8 patches), the decoder is trained
 on it; the text encoder learns from captions alone what is where, then is frozen; then the UNet; CLIP, LPIPS and the identity
 embedding learn from pictures of their own. Settings: `base_training` in params.yaml, and training.json beside the weights.
 
