@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from svdiff.config import Config
 from svdiff.data.cutmix import mix_prompts, prior_mix_prompts
@@ -53,6 +57,46 @@ def check(config: Config) -> Path:
     write_atomic(EVALUATORS, json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
     write_atomic(OUTPUT, "params.yaml can be worked with\n")
     return OUTPUT
+
+
+def check_written(config: Config, params: Path) -> None:
+    """Every key that dvc.yaml names stands in params.yaml: defaults are known here, and not to DVC.
+
+    Keys of entries that there are none of (`foreach` over nothing) are not asked for. Raises SvdiffError with the lines to add.
+    """
+    pipeline = params.resolve().parent / "dvc.yaml"
+    if not pipeline.is_file():
+        return
+    read = YAML(typ="safe")
+    written = read.load(params.read_text(encoding="utf-8-sig"))
+    values, lacking = config.model_dump(mode="json"), dict[str, Any]()
+    for key in sorted(_named(read.load(pipeline.read_text(encoding="utf-8"))["stages"], values)):
+        section, _, inner = key.partition(".")
+        if not inner and section not in written:
+            lacking.setdefault(section, {})
+        elif inner and inner not in (written.get(section) or {}):
+            lacking.setdefault(section, {})[inner] = values[section][inner]
+    if lacking:
+        lines = "\n".join(f"{section}: {json.dumps(keys, ensure_ascii=False)}" for section, keys in lacking.items())
+        raise SvdiffError(
+            f"{params} leaves out what dvc.yaml follows, and DVC knows no defaults. Write there, to leave all as it is:\n{lines}"
+        )
+
+
+def _named(stages: dict[str, Any], values: dict[str, Any]) -> set[str]:
+    """Keys of params.yaml that stages name by themselves, not by an entry."""
+    found: set[str] = set()
+    for stage in stages.values():
+        over = stage.get("foreach", "")[2:-1]
+        if over.count("."):
+            found.add(over)
+        section, _, key = over.partition(".")
+        if stage.get("frozen") or (over and not (values[section][key] if key else values[section])):
+            continue
+        body = stage.get("do", stage)
+        found.update(key for key in body.get("params", []) if "$" not in key)
+        found.update(key for key in re.findall(r"\$\{([\w.]+)\}", str(body)) if not re.match(r"(item|key)\b", key))
+    return found
 
 
 def _check_base(base: BaseModelConfig) -> None:

@@ -254,6 +254,11 @@ class Config(Section):
         entry = self.entry(name)
         return entry.prompts(self.mix.prompts if entry.kind == "pair" else self.sample.prompts)
 
+    def validation_prompts(self, name: str, settings: TrainConfig) -> list[str]:
+        """The prompts that are drawn during a training, in the entry's own words: of an edit the one that it learns."""
+        entry = self.entry(name)
+        return [self.edits[name].prompt] if entry.kind == "edit" else entry.prompts(settings.validation_prompts)
+
 
 #: Keys of `train` that say nothing to a kind of entry: what an edit is trained on stands in the edit itself (Sec. 3.4).
 WITHOUT_EFFECT: dict[Kind, tuple[str, ...]] = {

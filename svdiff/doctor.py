@@ -69,12 +69,14 @@ def _tool(name: str, fix: str) -> Finding:
 
 def _checkout(params: Path) -> list[Finding]:
     """params.yaml, the concept folders it names, the base and the evaluators."""
+    from svdiff.check import check_written
     from svdiff.config import load_config
     from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
     from svdiff.models import check_layout
 
     try:
         config = load_config(params)
+        check_written(config, params)
     except SvdiffError as error:
         return [Finding(False, str(params), str(error))]
     findings = [Finding(True, f"{params}: {len(config.concepts)} concepts")]

@@ -128,8 +128,7 @@ def _training(config: Config, name: str, overrides: dict[str, int], forward: flo
     settings = config.train_config(name, overrides)
     pictures = settings.batch_size * (2 if settings.prior_weight > 0 else 1) * settings.accumulation
     validations = 1 + settings.steps // settings.validate_every
-    prompts = config.entry(name).prompts(settings.validation_prompts)
-    drawn = len(prompts) * len(settings.validation_seeds)
+    drawn = len(config.validation_prompts(name, settings)) * len(settings.validation_seeds)
     return settings.steps * pictures * TRAIN_STEP * forward + validations * drawn * config.sample.steps * 2 * forward
 
 

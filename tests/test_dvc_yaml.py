@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from svdiff.config import Config
+from svdiff.check import check_written
+from svdiff.config import Config, load_config
+from svdiff.errors import SvdiffError
 
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -139,6 +141,42 @@ def test_any_selection_of_entries_is_a_pipeline(tmp_path: Path, selection: str) 
     assert {n for n in names if n.startswith("train@")} == {f"train@{name}" for name in entries.get("concepts", {})}
     assert {n for n in names if n.startswith("rank@")} == {f"rank@{name}" for name in entries["rank"]["concepts"]}
     assert {"correlate", "report"} <= stages.keys()
+
+
+OPTIONAL = [name for name, field in Config.model_fields.items() if not field.is_required()]
+
+
+@pytest.mark.parametrize("left_out", [*OPTIONAL, "sample.eta", "edit.starts", "mix.prompts", "rank.concepts"])
+def test_what_params_yaml_leaves_out_is_said_with_the_lines_that_dvc_wants(tmp_path: Path, left_out: str) -> None:
+    """DVC knows no defaults: it would stop at every command, or after hours at the stage that reads the key."""
+    from dvc.dependency.param import ParamsDependency
+    from dvc.repo import Repo
+
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    section, _, key = left_out.partition(".")
+    if key:
+        values[section].pop(key)
+    else:
+        values.pop(section, None)
+    if section == "concepts":
+        values |= {"pairs": {}, "rank": {"concepts": []}}
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump(values))
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    try:
+        check_written(load_config(params), params)
+    except SvdiffError as error:
+        lines = yaml.safe_load(str(error).partition("\n")[2])
+        for name, keys in lines.items():
+            values[name] = values.get(name, {}) | keys
+        params.write_text(yaml.safe_dump(values))
+        assert left_out.split(".")[0] in lines
+    check_written(load_config(params), params)
+    with Repo.init(str(tmp_path), no_scm=True) as repo:
+        for stage in repo.index.stages:
+            for dependency in stage.deps:
+                if isinstance(dependency, ParamsDependency) and not stage.frozen:
+                    dependency.get_hash()  # raises where a key is missing
 
 
 def test_a_class_word_is_handed_over_beside_the_shell(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ app = typer.Typer()
 def sync(params: Annotated[Path, typer.Option("--params", help="the parameters file")] = Path("params.yaml")) -> None:
     """Bring data and base that are missing here or were changed in git, and track new concept folders; your changes stay."""
     from flows.pipeline.sync import sync as run
+    from svdiff.check import check_written
     from svdiff.config import load_config
 
-    for line in run(params.resolve().parent, load_config(params)):
+    config = load_config(params)
+    check_written(config, params)
+    for line in run(params.resolve().parent, config):
         typer.echo(line)

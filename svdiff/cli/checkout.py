@@ -13,9 +13,11 @@ app = typer.Typer()
 def showread(params: Params = PARAMS) -> None:
     """Describe every key of params.yaml, with the values in force."""
     from svdiff.base.config import load_base_training
+    from svdiff.check import check_written
     from svdiff.config import describe
 
     config, base_training = read(params), load_base_training(params)
+    check_written(config, params)
     lines = describe(config.model_copy(update={"base_training": base_training}))
     for line in lines:
         typer.echo(line)
@@ -25,8 +27,11 @@ def showread(params: Params = PARAMS) -> None:
 def check(params: Params = PARAMS) -> None:
     """Stage: refuse a params.yaml that the pipeline cannot work with, before anything runs."""
     from svdiff.check import check as run
+    from svdiff.check import check_written
 
-    wrote(run(read(params)))
+    config = read(params)
+    check_written(config, params)
+    wrote(run(config))
 
 
 @app.command()

@@ -36,14 +36,13 @@ VALIDATION_MIXES = 4  # mixes among the pictures of the fixed-noise loss
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The pictures and prompts of an entry, read and checked before the base is loaded.
+    """The pictures of an entry and their words, read and checked before the base is loaded.
 
     `encode` runs the base's autoencoder on them; `reads` identifies the files, for the key of the resume state.
     """
 
     encode: Callable[[Family], Dataset]
     reads: dict[str, object]
-    validation_prompts: list[str]
 
 
 def read_training_data(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
@@ -86,7 +85,7 @@ def _concept(config: Config, entry: Entry, settings: TrainConfig) -> TrainingDat
         "pictures": sha256_tree(concept_folder(name)),
         "priors": sha256_tree(prior_folder(concept.class_word)) if priors else None,
     }
-    return TrainingData(encode, reads, entry.prompts(settings.validation_prompts))
+    return TrainingData(encode, reads)
 
 
 def _shots(picture: ConceptImage, settings: TrainConfig) -> list[ConceptImage]:
@@ -177,7 +176,7 @@ def _pair(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
         return Dataset(instance, prior, order, validation)
 
     reads: dict[str, object] = {"mixes": sha256_tree(mix_folder(entry.name))}
-    return TrainingData(encode, reads, entry.prompts(settings.validation_prompts))
+    return TrainingData(encode, reads)
 
 
 def _mixed(
@@ -207,7 +206,7 @@ def _edit(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
     def encode(family: Family) -> Dataset:
         return Dataset(Examples.alike(_encoded(family, [picture]), edit.prompt), None, lambda sample: (0, 0), [0])
 
-    return TrainingData(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt}, [edit.prompt])
+    return TrainingData(encode, {"picture": sha256_file(edit.image), "prompt": edit.prompt})
 
 
 def _encoded(family: Family, images: list[Image.Image], fit: str = "crop") -> LatentImages:

@@ -59,6 +59,7 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
         SvdiffError: bad pictures, missing prior images or an impossible setting; before any work.
     """
     entry, settings = config.entry(name), config.train_config(name, overrides)
+    validation_prompts = config.validation_prompts(name, settings)
     out_dir = out_dir or Path("out/train") / name
     check_optimizer(settings.optimizer)
     check_tracker(config.tracking.live)
@@ -72,7 +73,7 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     family.check_tokens(entry.tokens)
     set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
     dataset = data.encode(family)
-    check_prompts(pipe, [*dataset.prompts, *data.validation_prompts])
+    check_prompts(pipe, [*dataset.prompts, *validation_prompts])
     others = [part for name, part in family.parts.items() if name != family.network_name]
     frozen = [*(weights_hash(part) for part in others), pipe.scheduler.to_json_string()]
     method = apply_method(pipe, settings, entry.tokens)
@@ -83,7 +84,7 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
         facts = _facts(config, entry, settings, data, base, accelerator.num_processes)
         key, lineage = _hash(facts), _hash(facts | {"settings": facts["settings"] | {"steps": None}})
         curve = LiveCurve(accelerator, config.tracking)
-        run = Run(config, entry, settings, data.validation_prompts, key, lineage, curve)
+        run = Run(config, entry, settings, validation_prompts, key, lineage, curve)
         if accelerator.is_main_process:
             continue_shorter(run)
         accelerator.wait_for_everyone()
@@ -143,7 +144,7 @@ def _facts(
         "settings": settings.model_dump(mode="json", exclude=result_neutral),
         "batch_size": settings.batch_size * processes,
         "sample": [config.sample.steps, config.sample.guidance, config.sample.eta],
-        "entry": [entry.kind, entry.name, entry.subjects, data.validation_prompts],
+        "entry": [entry.kind, entry.name, entry.subjects, config.validation_prompts(entry.name, settings)],
         "prior_prompt": config.prior.prompt,
         "reads": data.reads,
         "code": [sha256_file(file) for part in CODE for file in sorted(PACKAGE.glob(part))],

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from svdiff.plan import stages_to_run
+from svdiff.config import load_config
+from svdiff.plan import estimate, stages_to_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def repro(root: Path, *arguments: str) -> list[str]:
@@ -34,3 +37,14 @@ def test_stages_that_wait_for_others_run_only_if_those_change(dvc_project: Path)
     surely = {stage for stage, causes in planned.items() if not causes}
     assert surely <= set(repro(dvc_project)) <= set(planned)
     assert stages_to_run() == {}
+
+
+def test_every_stage_of_the_default_pipeline_has_an_estimate() -> None:
+    """Of pairs and edits, too, which draw other prompts than concepts do."""
+    config = load_config(ROOT / "params.yaml")
+    entries = {"concept": config.concepts, "pair": config.pairs, "edit": config.edits}
+    assert all(entries.values()), "nothing of that kind to estimate"
+    for kind, names in entries.items():
+        suffix = "" if kind == "concept" else f"-{kind}"
+        for name in names:
+            assert estimate(config, f"train{suffix}@{name}", 0.01) > estimate(config, f"train{suffix}@{name}", 0.001)
