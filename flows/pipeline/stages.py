@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from flows.pipeline.mend import mend_checkout
 from flows.pipeline.process_tree import running, stop
 from svdiff.secrets import redacted
 
@@ -26,6 +27,7 @@ SHARE = "SVDIFF_SHARE"  # set where a worker has a clone of its own: its stages 
 TAIL = 30  # lines that a failure carries
 PROGRESS_EVERY = 10.0  # seconds between progress bars passed on
 BEGUN = re.compile(r"Running stage '")  # from here on the stage itself speaks
+UNREADABLE = re.compile(r"RWLock-file|dvc\.lock' (is invalid|validation failed)|\.dvc' (is invalid|validation failed)")
 
 
 class StageFailed(RuntimeError):
@@ -130,6 +132,18 @@ def run_stage(
         raise
     except StageFailed as error:
         said = "\n".join(error.tail)
+        if outcome != "ran" and UNREADABLE.search(said) and (mended := mend_checkout(root)):
+            for line in mended:
+                on_line(line)
+            return run_stage(
+                stage,
+                root=root,
+                on_line=on_line,
+                on_progress=on_progress,
+                timeout=timeout,
+                environment=environment,
+                pull=pull,
+            )
         if outcome == "ran" and TrackingAway.signs.search(said):
             raise TrackingAway(stage, "cannot reach MLflow", error.tail) from None
         if outcome != "ran" and pull and RemoteAway.signs.search(said):

@@ -6,7 +6,6 @@ tell whether a person or a commit changed a folder; a record of what was last se
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flows.pipeline import merge
+from flows.pipeline.mend import mend
+from flows.pipeline.record import read_record, write_record
 from svdiff.data.concepts import CONCEPTS, concept_folder
 from svdiff.errors import SvdiffError
-from svdiff.files import write_atomic
 
 if TYPE_CHECKING:
     from svdiff.config import Config
 
-RECORD = Path(".dvc/tmp/svdiff-seen.json")
 Action = Literal["nothing", "bring", "track", "removed"]
 
 
@@ -61,7 +60,7 @@ def sync(root: Path, config: Config) -> Iterator[str]:
 
     What is missing comes from the DVC cache or remote; what git records differently by now is replaced if it is as git
     recorded it before; what was changed here is tracked as it is, as are new folders of concepts in params.yaml. Killed at
-    any moment and started again, it goes on.
+    any moment and started again, it goes on, also where the kill left a file of DVC half-written.
 
     Raises:
         SvdiffError: something cannot be fetched, or the folder of a concept of params.yaml was removed here.
@@ -73,13 +72,14 @@ def sync(root: Path, config: Config) -> Iterator[str]:
     merge.install(root)
     try:
         with Repo(str(root)) as repo, lock_repo(repo):
+            yield from mend(repo, root)
             yield from _bring(repo, root, config)
     except DvcException as error:
         raise SvdiffError(f"data cannot be brought into this checkout: {_reasons(error)}") from error
 
 
 def _bring(repo: Any, root: Path, config: Config) -> Iterator[str]:
-    seen = _read_record(root)
+    seen = read_record(root)
     sources = list(_sources(repo, root))
     actions = {source: decide(source, seen.get(source.path.as_posix(), [])) for source in sources}
     named = _named_folders(config)
@@ -94,7 +94,7 @@ def _bring(repo: Any, root: Path, config: Config) -> Iterator[str]:
         if action == "bring":
             if source.here:
                 record[path] = [source.here, source.recorded]
-                _write_record(root, record)
+                write_record(root, record)
             _exchange(source.out, root / source.path)
             yield f"{path}: brought" if source.here is None else f"{path}: brought up to date with {source.target}"
         elif action == "track":
@@ -106,7 +106,7 @@ def _bring(repo: Any, root: Path, config: Config) -> Iterator[str]:
             now = []
             yield f"{path}: removed here, so {source.target} is removed as well; git has it"
         record[path] = now
-        _write_record(root, record)
+        write_record(root, record)
 
     tracked = {source.path for source in sources}
     for folder in sorted(named - tracked):
@@ -114,7 +114,7 @@ def _bring(repo: Any, root: Path, config: Config) -> Iterator[str]:
             said, hashes = _track_new(repo, root, folder)
             yield said
             record[folder.as_posix()] = hashes
-            _write_record(root, record)
+            write_record(root, record)
 
 
 def _sources(repo: Any, root: Path) -> Iterator[Source]:
@@ -194,16 +194,6 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _read_record(root: Path) -> dict[str, list[str]]:
-    path = root / RECORD
-    content: dict[str, list[str]] = json.loads(path.read_text()) if path.is_file() else {}
-    return content
-
-
-def _write_record(root: Path, record: dict[str, list[str]]) -> None:
-    write_atomic(root / RECORD, json.dumps({path: seen for path, seen in record.items() if seen}, indent=1) + "\n")
 
 
 def _reasons(error: BaseException | None) -> str:

@@ -115,6 +115,16 @@ def test_killed_stage_is_a_failure_and_runs_again(dvc_project: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [".dvc/tmp/rwlock", "dvc.lock"])
+def test_what_a_killed_dvc_left_half_written_stops_no_stage(dvc_project: Path, name: str) -> None:
+    run_stage("prior@dog", root=dvc_project, on_line=print)
+    path, lines = dvc_project / name, list[str]()
+    path.write_bytes(path.read_bytes()[:1])
+    assert run_stage("train@dog", root=dvc_project, on_line=lines.append).outcome == "ran"
+    assert f"{path.name}: unreadable, as a killed command leaves it" in "\n".join(lines)
+
+
+@pytest.mark.slow
 def test_the_same_stage_twice_is_busy(dvc_project: Path) -> None:
     thread, raised, started = hanging(dvc_project)
     with pytest.raises(StageBusy, match="is busy"):

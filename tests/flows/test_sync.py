@@ -201,6 +201,52 @@ def test_a_remote_without_the_data_is_named(one: Clone) -> None:
     assert not two.folder("first").exists()
 
 
+KILLED = {
+    "rwlock": (".dvc/tmp/rwlock", 0),
+    "rwlock, half": (".dvc/tmp/rwlock", 5),
+    "dvc.lock": ("dvc.lock", 0),
+    "dvc.lock, half": ("dvc.lock", 30),
+    "of a committed concept": ("data/concepts/first.dvc", 0),
+    "of a new concept": ("data/concepts/teapot.dvc", 20),
+}
+
+
+@pytest.mark.parametrize("what", KILLED)
+def test_what_a_killed_dvc_left_half_written_is_mended(one: Clone, what: str) -> None:
+    """DVC writes in place: the file is as long as what it had written when it was killed."""
+    one.reproduce()
+    one.commit()
+    one.write("first", {"0.png": b"newer, and nowhere but here"})
+    one.add("teapot", {"0.png": b"teapot"})
+    one.sync()
+    one.reproduce()
+    name, length = KILLED[what]
+    path = one.root / name
+    (one.root / ".dvc/tmp/rwlock").write_text('{"write": {}, "read": {}}')
+    cut = path.read_bytes()[:length]
+    path.write_bytes(cut)
+    assert f"{path.name}: unreadable" in "\n".join(one.sync())
+    assert one.sync() == []
+    assert one.catalogue() == {"first": {"0.png": b"newer, and nowhere but here"}, "teapot": {"0.png": b"teapot"}}
+    one.reproduce()
+    assert [one.made(name) for name in ("first", "teapot")] == [b"newer, and nowhere but here", b"teapot"]
+    if "rwlock" not in name:
+        assert (one.root / ".dvc/tmp" / f"{path.name}.unreadable").read_bytes() == cut
+    commit = one.commit()
+    one.push()
+    two = one.clone("two")
+    two.sync()
+    assert two.catalogue() == one.catalogue(), commit
+
+
+def test_a_conflict_that_waits_for_somebody_is_left_alone(one: Clone) -> None:
+    conflict = "<<<<<<< ours\nouts: [\n=======\n"
+    (one.root / "data/concepts/first.dvc").write_text(conflict)
+    with pytest.raises(SvdiffError):
+        one.sync()
+    assert (one.root / "data/concepts/first.dvc").read_text() == conflict
+
+
 @pytest.mark.slow
 def test_from_outside_by_the_commands_that_the_readme_names(one: Clone) -> None:
     two = one.clone("two")
