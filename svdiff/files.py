@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import locale
@@ -24,6 +25,15 @@ def use_utf8() -> None:
         return
     os.environ["PYTHONUTF8"] = "1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def check_writable(path: str | Path) -> None:
+    """Before work whose result goes to `path`: raises OSError where neither it nor its folder can be made."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def _fsync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -94,6 +95,8 @@ def _dvc(*arguments: str) -> str:
     if dvc is None:
         raise SvdiffError("the dvc command is not on PATH; activate the environment that `make` built (.venv)")
     done = subprocess.run([dvc, *arguments], capture_output=True, text=True)
+    if refused := re.search(r"\[Errno (\d+)\] [^:]+: '(.+)'", done.stderr):  # a disk that does
+        raise OSError(int(refused[1]), os.strerror(int(refused[1])), refused[2])
     if done.returncode not in (0, 1) or not done.stdout.strip():
         raise SvdiffError(f"`dvc {' '.join(arguments)}` failed:\n{done.stderr.strip()[-2000:]}")
     return done.stdout

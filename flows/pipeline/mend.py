@@ -38,7 +38,8 @@ def mend(repo: Any, root: Path) -> Iterator[str]:
     lies here then counts as changed here, since nobody can tell any more, so that no picture is replaced. The unreadable file
     is kept in .dvc/tmp.
     """
-    yield from _mend_rwlock(repo)
+    for folder in (Path(repo.tmp_dir), Path(repo.tmp_dir) / "exps"):  # of this checkout, and of its experiments
+        yield from _mend_rwlock(repo, folder)
     for path in [root / LOCK, *(root / CONCEPTS).glob("*.dvc")]:
         if path.is_file() and not _is_readable(path):
             name = path.relative_to(root).as_posix()
@@ -46,17 +47,17 @@ def mend(repo: Any, root: Path) -> Iterator[str]:
             yield f"{name}: unreadable, as a killed command leaves it; {_put_back(root, path, name)}"
 
 
-def _mend_rwlock(repo: Any) -> Iterator[str]:
+def _mend_rwlock(repo: Any, folder: Path) -> Iterator[str]:
     """The record of running commands. DVC writes it under a lock of its own, so an unreadable one is a killed command's."""
     from dvc.lock import make_lock
     from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 
-    path, guard = Path(repo.tmp_dir) / RWLOCK_FILE, str(Path(repo.tmp_dir) / RWLOCK_LOCK)
-    with make_lock(guard, tmp_dir=repo.tmp_dir, hardlink_lock=repo.config["core"].get("hardlink_lock", False)):
+    path, hardlink = folder / RWLOCK_FILE, repo.config["core"].get("hardlink_lock", False)
+    if not path.exists():
+        return
+    with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=str(folder), hardlink_lock=hardlink):
         try:
             json.loads(path.read_bytes())
-            return
-        except FileNotFoundError:
             return
         except ValueError:
             path.unlink()

@@ -92,7 +92,11 @@ def _usable_commit(root: Path, which: str, lineage: dict[str, Any]) -> str:
             f"nobody knows how. Commit them, and `python -m flows register {lineage['concept']}` records it"
         )
     if git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
-        raise SvdiffError(f"{which} comes from commit {commit}, which this repository does not have; `git fetch` it")
+        shallow = git(root, "rev-parse", "--is-shallow-repository") == "true"
+        fetch = "git fetch --unshallow" if shallow else "git fetch"
+        raise SvdiffError(
+            f"{which} comes from commit {commit}, which this repository does not have; `{fetch}` brings it"
+        )
     return commit
 
 

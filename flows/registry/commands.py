@@ -27,6 +27,7 @@ Reason = Annotated[str, typer.Option("--reason", "-m", help="why; stays with the
 Params = Annotated[Path, typer.Option("--params", help="the parameters file")]
 AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 PARAMS = Path("params.yaml")
+LAST = 2**31 - 1  # versions are whole numbers of a database
 
 
 def connected(params: Path) -> tuple[Config, Tracking]:
@@ -148,7 +149,7 @@ def _lineage_lines(version: ModelVersion, content: dict[str, Any], url: str) -> 
 def promote(
     concept: Name,
     reason: Reason,
-    version: Annotated[int | None, typer.Option(help="default: the challenger")] = None,
+    version: Annotated[int | None, typer.Option(min=1, max=LAST, help="default: the challenger")] = None,
     params: Params = PARAMS,
 ) -> None:
     """Make a version the champion, whatever the rule said."""
@@ -171,7 +172,9 @@ def rollback(concept: Name, reason: Reason, params: Params = PARAMS) -> None:
 def retire(
     concept: Name,
     reason: Annotated[str, typer.Option("--reason", "-m", help="why; stays with it (not needed with --undo)")] = "",
-    version: Annotated[int | None, typer.Option(help="only this version; default the whole concept")] = None,
+    version: Annotated[
+        int | None, typer.Option(min=1, max=LAST, help="only this version; default the whole concept")
+    ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="take it back into use")] = False,
     params: Params = PARAMS,
 ) -> None:

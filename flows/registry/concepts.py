@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flows.registry.tracking import all_pages
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file
+from svdiff.words import check_name
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -91,7 +92,11 @@ def _if_missing(message: str) -> Iterator[None]:
 
 
 def registered_model(tracking: Tracking, name: str) -> RegisteredModel:
-    """MLflow's record of a concept. Raises SvdiffError if there is none."""
+    """MLflow's record of a concept. Raises SvdiffError if there is none, or for what is no name."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise SvdiffError(f"{error}; a version of one is teapot@2 or teapot@{CHAMPION}") from None
     with _if_missing(_unknown(tracking, name)):
         return tracking.client.get_registered_model(name)
 
@@ -169,7 +174,7 @@ def find(tracking: Tracking, which: str) -> ModelVersion:
     """
     name, _, wanted = which.partition("@")
     concept = read_concept(tracking, name)
-    number = int(wanted) if wanted.isdigit() else concept.aliases.get(wanted or CHAMPION)
+    number = int(wanted) if wanted.isdecimal() else concept.aliases.get(wanted or CHAMPION)
     if number is None or number not in concept.versions:
         known = ", ".join([*map(str, sorted(concept.versions)), *sorted(concept.aliases)])
         raise SvdiffError(f"'{name}' has no version '{wanted or CHAMPION}'; there are: {known}")

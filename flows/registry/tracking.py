@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from svdiff.config import TrackingConfig
-from svdiff.errors import SvdiffError
+from svdiff.errors import DISK, SvdiffError
 from svdiff.secrets import redacted
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def connect(config: TrackingConfig, root: Path = Path()) -> Tracking:
                 artifacts = _prepare_sqlite(tracking.database)
             _ensure_experiment(tracking, artifacts)
     except (MlflowException, OSError, sqlite3.Error) as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         raise SvdiffError(f"MLflow at {tracking.uri} cannot be used: {error}") from error
     return tracking
 

@@ -15,7 +15,7 @@ from svdiff.editing.scores import score_edits
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators
-from svdiff.files import atomic_dir
+from svdiff.files import atomic_dir, check_writable
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import check_prompts
 from svdiff.sampling.stage import delta_path, personalise
@@ -102,6 +102,7 @@ def edit_any(
     """
     from svdiff.training import train
 
+    check_writable(output)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", image.stem).strip("-.") or "picture"
     own = with_edit(config, name, {"image": str(image), "prompt": prompt, "targets": list(targets)})
     load_picture(image)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdiff.config import Config
 from svdiff.evaluation import plots
-from svdiff.files import atomic_file
+from svdiff.files import atomic_file, check_writable
 from svdiff.models import family_of, load_pipeline
 from svdiff.sampling.images import check_prompts
 from svdiff.sampling.noise import seeded_generators
@@ -52,6 +52,7 @@ def draw_attention(
     Raises:
         SvdiffError: a word that is not in the prompt, no such layer, or a delta of another base.
     """
+    check_writable(path)
     pipe = load_pipeline(config.base)
     check_prompts(pipe, [prompt])
     seen = {BEFORE: picture_and_maps(pipe, config, prompt, words, seed, layers, sides)}

@@ -44,7 +44,7 @@ from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_e
 from svdiff.evaluation.identity import identity, variety_kept
 from svdiff.evaluation.intervals import paired_gain
 from svdiff.evaluation.pairs import PAIR_MEASURES, PER_SUBJECT, reference, score_regions
-from svdiff.files import atomic_dir, read_table
+from svdiff.files import atomic_dir, check_writable, read_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,6 +72,7 @@ def score(
     """
     entry = config.entry(name)
     samples_dir, out_dir = samples_dir or SAMPLES / name, out_dir or SCORES / name
+    check_writable(out_dir)
     real = real_pictures(entry)
     samples, pictures = read_samples(samples_dir)
     of_class = read_samples(samples_dir / DRIFT) if (samples_dir / DRIFT).is_dir() else None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from svdiff.config import Config, SampleConfig
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
-from svdiff.files import atomic_file
+from svdiff.files import atomic_file, check_writable
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import Job
 from svdiff.sampling.stage import Part, draw_pictures, personalise_with
@@ -119,6 +119,7 @@ def draw_strip(
 
     Raises SvdiffError for deltas that do not fit the base or each other.
     """
+    check_writable(path)
     jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
     settings = settings or config.sample.replaced({"eta": 0.0})
     pipe = load_pipeline(config.base)

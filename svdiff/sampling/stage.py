@@ -12,7 +12,7 @@ from svdiff.catalogue import Entry
 from svdiff.config import Config, SampleConfig
 from svdiff.data.cutmix import prior_mix_prompts
 from svdiff.errors import SvdiffError
-from svdiff.files import atomic_dir, atomic_file
+from svdiff.files import atomic_dir, atomic_file, check_writable
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling.guidance import sample_guided
 from svdiff.sampling.images import Job, sample_images
@@ -199,6 +199,7 @@ def sample_prompts(
     negatives: Sequence[str] = (),
 ) -> list[Path]:
     """Pictures of any prompts under a weighted sum of deltas, a file each in `output`."""
+    check_writable(output)
     jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
     pipe = load_pipeline(config.base)
     personalise_with(pipe, deltas)

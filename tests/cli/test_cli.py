@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -177,6 +178,42 @@ def test_options_without_effect_and_impossible_ones_are_refused_before_work(
     assert status == 2
     assert words in complaint
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_every_option_of_edit_curves_reaches_the_experiment(svdiff, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def record(config: object, edits: list[SimpleNamespace], **options: object) -> Path:
+        asked.update(options)
+        return Path("recorded")
+
+    monkeypatch.setattr("svdiff.experiments.edits.edit_curves", record)
+    monkeypatch.setattr("svdiff.base.loop.load_world", lambda config: None)
+    monkeypatch.setattr("svdiff.base.scenes.scene_edits", lambda world: [])
+    options = "--edit a --edit b --method full --steps 3 --steps 5 --output x"
+    assert svdiff("edit-curves", *options.split())[:2] == (0, "wrote recorded\n")
+    assert asked == {"names": ["a", "b"], "methods": ["full"], "lengths": [3, 5], "output": Path("x")}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--edit fly", "no edit 'fly' whose answer is known"),
+        ("--method svd", "no method 'svd' to compare"),
+        ("--method full --method full", "'full' is given twice"),
+        ("--steps 0", "steps"),
+        ("--steps 5 --steps 5", "5 is given twice"),
+    ],
+)
+def test_what_edit_curves_cannot_do_is_refused_before_work(
+    svdiff, monkeypatch: pytest.MonkeyPatch, options: str, words: str
+) -> None:
+    monkeypatch.setattr("svdiff.base.loop.load_world", lambda config: None)
+    monkeypatch.setattr("svdiff.base.scenes.scene_edits", lambda world: [])
+    monkeypatch.setattr("svdiff.experiments.edits.Runner", None)
+    status, _, said = svdiff("edit-curves", *options.split())
+    assert status == 2
+    assert words in said
 
 
 def test_weights_of_deltas_are_finite_and_have_an_effect(

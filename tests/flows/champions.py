@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from miniature import Project, write_params, write_train
 from PIL import Image
@@ -19,6 +20,7 @@ from svdiff.config import Config
 from svdiff.spectral import attach, load_basis
 
 SAMPLE = {"prompts": ["a {subject}", "a {subject} on a blue background"], "seeds": [0, 1], "steps": 2, "guidance": 2.0}
+COLOURS = [(200, 60, 40), (40, 80, 200), (60, 180, 60)]  # of concepts: evaluators must tell them apart
 EVALUATORS = {"clip_model": "tiny", "clip_pretrained": "random", "lpips_weights": None}
 
 
@@ -32,7 +34,9 @@ class Champions(Project):
             folder = root / "data" / "concepts" / name
             folder.mkdir(parents=True)
             for number in range(2):
-                Image.effect_noise((32, 32), 60 + 40 * index + number).convert("RGB").save(folder / f"{number}.png")
+                noise = np.random.default_rng([index, number]).normal(0, 20, (32, 32, 3))
+                pixels = (COLOURS[index % len(COLOURS)] + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
         self.concepts = concepts
         self.write_params(root)
         super().__init__(root)

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,8 +134,11 @@ def test_an_experiment_in_a_temporary_workspace_registers_into_the_checkout(
 
 
 GIT = {f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+CHANGED = ["-S", "concepts.dog.token=olis", "register@dog"]
 WAYS = {
-    "temporary": [["exp", "run", "--temp", "-S", "concepts.dog.token=olis", "register@dog"]],
+    "temporary": [["exp", "run", "--temp", *CHANGED]],
+    "queued": [["exp", "run", "--queue", *CHANGED], ["exp", "run", "--run-all"]],
+    "queued for a worker": [["exp", "run", "--queue", *CHANGED], ["queue", "start"]],
 }
 
 
@@ -155,6 +159,10 @@ def test_what_dvc_runs_in_a_workspace_of_its_own_registers_into_the_checkout(dvc
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+    end = time.monotonic() + 600
+    while list((root / ".dvc/tmp/exps").glob("tmp*")) or not registered(root, "dog"):  # a worker goes on by itself
+        assert time.monotonic() < end, "the experiment does not end"
+        time.sleep(0.5)
     assert registered(root, "dog") == [1]
     assert not [folder for folder in (root / ".dvc/tmp/exps").glob("*") if (folder / "mlruns").exists()]
     assert (root / "params.yaml").read_text() == before

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from flows.pipeline.results import read_results
 from flows.registry import register as registry
-from flows.registry.concepts import list_concepts, model_id, read_concepts
+from flows.registry.concepts import find, list_concepts, model_id, read_concept, read_concepts
 from flows.registry.promotion import aliases_of, champion_of
 from flows.registry.runs import TRAIN_KEY
 from svdiff.errors import SvdiffError
@@ -259,6 +259,19 @@ def test_register_killed_midway_then_run_again(tmp_path: Path) -> None:
     client = MlflowClient(f"sqlite:///{tmp_path}/mlruns/mlflow.db")
     assert len(client.search_model_versions("name = 'dog'")) == 1
     assert len(client.search_runs([client.get_experiment_by_name("svdiff").experiment_id])) == 1
+
+
+@pytest.mark.parametrize("name", ["dog:1", "a/b", "", "..", "dog'", "it is", "犬"])
+def test_what_is_no_name_of_a_concept_is_refused(project: Project, name: str) -> None:
+    with pytest.raises(SvdiffError, match=r"expected letters, digits.*a version of one is teapot@2"):
+        read_concept(project.tracking, name)
+
+
+@pytest.mark.parametrize("version", ["2", "0", "-1", "²", "v1", "1@1", "challenger", "9" * 30])
+def test_a_version_that_is_not_there_is_refused_with_those_that_are(project: Project, version: str) -> None:
+    project.register()
+    with pytest.raises(SvdiffError, match=f"'dog' has no version '{version}'; there are: 1, champion"):
+        find(project.tracking, f"dog@{version}")
 
 
 def test_unknown_concept_in_the_registry(project: Project) -> None:

@@ -116,6 +116,16 @@ def test_a_dirty_tree_is_refused_until_it_is_committed(checkout: Checkout) -> No
     assert checkout.reproduce("dog@2").equal
 
 
+def test_a_commit_that_a_shallow_clone_lacks_is_named_with_the_way_to_it(checkout: Checkout) -> None:
+    tracking = Project(checkout.root).tracking
+    lineage = read_lineage(tracking, find(tracking, "dog"))
+    checkout.run(*GIT, "commit", "-q", "--allow-empty", "-m", "later")
+    shallow = checkout.root.parent / "shallow"
+    checkout.run("git", "clone", "-q", "--depth", "1", f"file://{checkout.root}", str(shallow))
+    with pytest.raises(SvdiffError, match=rf"{lineage['git_commit']}.*`git fetch --unshallow` brings it"):
+        reproduce(shallow, "dog@1", lineage, lambda folder: folder, say=print)
+
+
 def test_data_that_is_gone_is_named(checkout: Checkout) -> None:
     shutil.rmtree(checkout.root / ".dvc/cache/files")
     with pytest.raises(SvdiffError, match=r"data/concepts/dog with hash \S+ is neither in the DVC cache nor"):

@@ -204,6 +204,7 @@ def test_a_remote_without_the_data_is_named(one: Clone) -> None:
 KILLED = {
     "rwlock": (".dvc/tmp/rwlock", 0),
     "rwlock, half": (".dvc/tmp/rwlock", 5),
+    "rwlock of experiments": (".dvc/tmp/exps/rwlock", 0),
     "dvc.lock": ("dvc.lock", 0),
     "dvc.lock, half": ("dvc.lock", 30),
     "of a committed concept": ("data/concepts/first.dvc", 0),
@@ -222,7 +223,9 @@ def test_what_a_killed_dvc_left_half_written_is_mended(one: Clone, what: str) ->
     one.reproduce()
     name, length = KILLED[what]
     path = one.root / name
-    (one.root / ".dvc/tmp/rwlock").write_text('{"write": {}, "read": {}}')
+    for folder in (one.root / ".dvc/tmp", one.root / ".dvc/tmp/exps"):
+        folder.mkdir(exist_ok=True)
+        (folder / "rwlock").write_text('{"write": {}, "read": {}}')
     cut = path.read_bytes()[:length]
     path.write_bytes(cut)
     assert f"{path.name}: unreadable" in "\n".join(one.sync())
@@ -237,6 +240,34 @@ def test_what_a_killed_dvc_left_half_written_is_mended(one: Clone, what: str) ->
     two = one.clone("two")
     two.sync()
     assert two.catalogue() == one.catalogue(), commit
+
+
+@pytest.mark.parametrize("way", ["shallow", "worktree"])
+def test_a_shallow_clone_and_a_worktree_are_checkouts_like_others(one: Clone, way: str) -> None:
+    one.add("teapot", {"0.png": b"teapot"})
+    one.sync()
+    one.commit()
+    one.push()
+    two, remote = Clone(one.root.parent / "two"), f"file://{one.root.parent}/origin"
+    if way == "shallow":
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", remote, str(two.root)], check=True)
+        assert two.git("rev-parse", "--is-shallow-repository").stdout == "true\n"
+    else:
+        one.git("worktree", "add", "--quiet", "-b", "other", str(two.root))
+    two.sync()
+    assert two.catalogue() == one.catalogue()
+    two.add("vase", {"0.png": b"vase"})
+    two.sync()
+    two.reproduce()
+    assert two.made("vase") == b"vase"
+    two.commit()
+    two.push()
+    assert two.git("status", "--short").stdout == ""
+    assert one.sync() == []
+    assert "vase" not in one.catalogue()
+    assert one.pull()
+    one.sync()
+    assert one.catalogue() == two.catalogue()
 
 
 def test_a_conflict_that_waits_for_somebody_is_left_alone(one: Clone) -> None:
