@@ -9,6 +9,7 @@ from pathlib import Path
 
 # Read when torch is loaded: the models of tests are so small that threads only wait for each other, and tests run side by side.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+os.environ["DVC_NO_ANALYTICS"] = "1"  # else every command in a project of a test starts a process that reports on it
 
 import pytest
 import torch

@@ -22,13 +22,10 @@ REFUSED = [
     "svdiff strip scale out/train/dog/delta.safetensors --prompt x",
     "flows init",
     "flows list",
-    "flows lineage dog",
     "flows register dog",
     "flows promote dog --reason x",
     "flows reevaluate",
-    "flows storage",
     "flows prune",
-    "flows up",
     "flows serve",
 ]
 #: Root may write where the permissions say no, but not into a file system that is mounted so.
