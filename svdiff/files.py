@@ -45,8 +45,11 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(final: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `final`; on success it is synced and renamed into place, else removed."""
+def atomic_file(final: str | Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `final`; on success it is synced and renamed into place, else removed.
+
+    Without `sync` a power cut may leave a file of zeros, which is for files that prove themselves when they are read.
+    """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=final.suffix, dir=final.parent)
@@ -58,9 +61,11 @@ def atomic_file(final: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        _fsync(temporary)
+        if sync:
+            _fsync(temporary)
         os.replace(temporary, final)
-        _fsync(final.parent)
+        if sync:
+            _fsync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

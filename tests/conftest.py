@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,9 @@ os.environ["DVC_NO_ANALYTICS"] = "1"  # else every command in a project of a tes
 
 import pytest
 import torch
+
+# As the command line does: looking for garbage among a million objects of torch is a fifth of the time.
+gc.set_threshold(300_000)
 
 # Words of the tiny tokenizer; each is one token. `sks` and `zwx` are the rare words kept for special tokens.
 WORDS = [

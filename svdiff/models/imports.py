@@ -1,6 +1,7 @@
-"""diffusers imported without what drawing pictures never runs: torch's compiler, statistics and optimisers of scipy.
+"""diffusers imported without what drawing pictures never runs: torch's compiler, statistics of scipy, models split over machines.
 
-Each is loaded when somebody looks into it, so whatever needs it works as ever. Together they are half of the time of importing.
+What is stood for is loaded when somebody looks into it, so whatever needs it works as ever. Together they are half of the time
+of importing.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -22,16 +24,22 @@ FUNCTIONS = {
     f"{COMPILER}.utils": "is_compile_supported",
     "scipy.optimize": "linear_sum_assignment",
 }
+#: Packages that import all their files, or read them, when one is wanted.
+FOLDERS = {"transformers.models", "diffusers.models.autoencoders", "diffusers.models.transformers"}
+#: What transformers asks before it imports what language models alone use. Tensors split over processes are theirs as well, but a
+#: process that was started as one of several keeps them.
+OF_LANGUAGE_MODELS = ("is_torch_distributed_available", "is_torch_flex_attn_available")
 
 
 def import_diffusers() -> Any:
     """diffusers, with torch and transformers behind it."""
     if "diffusers" not in sys.modules:
-        stand_ins = [_Compiler(COMPILER), _StandIn("scipy.integrate"), _StandIn("scipy.stats")]
-        stand_ins += [_StandIn(name) for name in FUNCTIONS]
+        names = ("scipy.integrate", "scipy.stats", "torch.nn.attention.flex_attention", *FUNCTIONS)
+        stand_ins = [_Compiler(COMPILER), *map(_StandIn, names)]
         for stand_in in stand_ins:
             sys.modules.setdefault(stand_in.__name__, stand_in)
         sys.meta_path.insert(0, _Files())
+        _do_without_language_models()
         slow = importlib.metadata.packages_distributions
         try:  # who installed what: diffusers reads the list of files of every package, and then uses none
             importlib.metadata.packages_distributions = dict  # type: ignore[assignment]
@@ -41,12 +49,19 @@ def import_diffusers() -> Any:
     return sys.modules["diffusers"]
 
 
+def _do_without_language_models() -> None:
+    utils = importlib.import_module("transformers.utils")
+    for question in OF_LANGUAGE_MODELS[1 if "WORLD_SIZE" in os.environ else 0 :]:
+        for module in (utils, utils.import_utils):
+            setattr(module, question, bool)  # False
+
+
 class _StandIn(ModuleType):
     """Stands for a module until anything is asked of it; one of FUNCTIONS loads it when it is called."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *path: str) -> None:
         super().__init__(name)
-        self.__path__ = []  # so that its files are looked for, by _Files
+        self.__path__ = list(path)  # without one, its files are found by _Files
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -88,13 +103,19 @@ class _Compiler(_StandIn):
 
 
 class _Files(MetaPathFinder, Loader):
-    """Finds files of what a module stands for, after having loaded that."""
+    """Finds FOLDERS, and files of what a module stands for, after having loaded that."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        stands_in = isinstance(sys.modules.get(name.rpartition(".")[0]), _StandIn)
-        return ModuleSpec(name, self) if stands_in else None
+        parent, _, last = name.rpartition(".")
+        if name in FOLDERS:
+            spec = ModuleSpec(name, self, is_package=True)
+            spec.submodule_search_locations = [os.path.join(folder, last) for folder in path]
+            return spec
+        return ModuleSpec(name, self) if isinstance(sys.modules.get(parent), _StandIn) and not path else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        if spec.submodule_search_locations is not None:
+            return _StandIn(spec.name, *spec.submodule_search_locations)
         _real(spec.name.rpartition(".")[0])
         return importlib.import_module(spec.name)
 
@@ -113,5 +134,6 @@ def _real(name: str) -> ModuleType:
         for mark, function in compiler.marked:
             getattr(real, mark)(function)
     elif isinstance(sys.modules.get(name), _StandIn):
+        FOLDERS.discard(name)
         del sys.modules[name]
     return importlib.import_module(name)

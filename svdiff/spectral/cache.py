@@ -109,7 +109,7 @@ def _write(path: Path, factors: Factors) -> None:
     tensors = {"u": factors.u, "sigma": factors.sigma, "vh": factors.vh}
     if not factors.partial:
         tensors["weight"] = factors.base_weight().contiguous()
-    with atomic_file(path) as temporary:
+    with atomic_file(path, sync=False) as temporary:
         save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary, metadata)
 
 

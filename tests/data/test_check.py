@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,17 @@ def scene(seed: int, width: int = 600, height: int = 600) -> Image.Image:
     return Image.fromarray(stacked.astype(np.uint8))
 
 
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
     for seed in range(3):
-        scene(seed).save(tmp_path / f"dog-{seed}.png")
-    return tmp_path
+        scene(seed).save(folder / f"dog-{seed}.png")
+    return folder
+
+
+@pytest.fixture
+def good(drawn: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
 
 
 def said(folder: Path, fit: str = "crop") -> Verdict:

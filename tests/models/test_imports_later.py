@@ -18,12 +18,20 @@ from svdiff.sampling.stage import draw_pictures, sample_images, Job
 pipe = load_pipeline(BaseModelConfig(model=sys.argv[1]))
 sample_images(pipe, [Job("a dog", 0)], steps=2, guidance=2.0)
 slow = {"pandas", "scipy.stats._stats_py", "scipy.optimize._optimize", "torch._dynamo.eval_frame", "torch._inductor"}
+slow |= {"torch.distributed.tensor", "diffusers.models.transformers.transformer_flux"}
 print("loaded:", *sorted(slow & sys.modules.keys()))
 
 from diffusers.schedulers.scheduling_euler_discrete import scipy
 assert abs(scipy.stats.beta.ppf(0.5, 2, 2) - 0.5) < 1e-6
 from transformers.loss.loss_for_object_detection import linear_sum_assignment
 assert linear_sum_assignment([[1, 0], [0, 1]])[1].tolist() == [1, 0]
+from diffusers import AutoencoderKLWan, FluxTransformer2DModel, models
+assert models.transformers.FluxTransformer2DModel is FluxTransformer2DModel
+assert models.autoencoders.AutoencoderKL is type(pipe.vae)
+from transformers import AutoModel, CLIPTextConfig
+assert type(AutoModel.from_config(CLIPTextConfig(num_hidden_layers=1))).__name__ == "CLIPTextModel"
+from torch.nn.attention.flex_attention import BlockMask
+assert BlockMask.__module__ == "torch.nn.attention.flex_attention"
 import scipy.stats.qmc
 assert scipy.stats.qmc.Sobol(2).random(2).shape == (2, 2)
 
