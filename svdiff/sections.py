@@ -273,6 +273,11 @@ class SampleConfig(Section):
     )
     batch_size: int = Field(8, ge=1, le=256, description="pictures sampled together")
 
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """What `sample_images` is told."""
+        return self.model_dump(include={"steps", "guidance", "eta", "batch_size"})
+
     @field_validator("drift_pictures")
     @classmethod
     def _none_or_several(cls, pictures: int) -> int:

@@ -41,7 +41,7 @@ NEUTRAL = (
 )
 #: What a stage imports and does not use: the baselines' file format comes with what puts it on a pipeline, and so on.
 UNUSED = {
-    "prior": r"svdiff\.spectral.*|svdiff\.data\.concepts",  # the hash of the base's weights names a cache; own pictures
+    "prior": r"svdiff\.spectral.*|svdiff\.data\.(concepts|reading)",  # the hash of the base's weights names a cache; own pictures
     "own-prior": r"svdiff\.spectral.*|svdiff\.sampling\.(images|noise|guidance|inversion)",  # draws nothing
     "sample": r"svdiff\.data\.cutmix",  # prompts of mixes are negatives of pairs
     "correlate": r"svdiff\.(data|models|sampling|training)(\..*)?",  # `second-run` trains

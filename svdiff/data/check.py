@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from svdiff.data.concepts import (
-    ConceptImage,
     concept_folder,
     crop_loss,
     left_alone,
@@ -27,6 +26,7 @@ from svdiff.data.concepts import (
     to_square,
     training_shape,
 )
+from svdiff.data.reading import ConceptImage
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:

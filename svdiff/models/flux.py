@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Flux(Family):
     title = "Flux.1"
     pipeline = "FluxPipeline"
     network_name = "transformer"
-    encoder_names = ("text_encoder",)
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     attention = "joint"
     patch = 2
     lora_names = {"transformer": "lora_transformer", "text_encoder": "lora_te1"}  # noqa: RUF012

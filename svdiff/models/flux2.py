@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from svdiff.errors import SvdiffError
-from svdiff.models.family import Conditions, Family
-from svdiff.models.flux import LATENT_SIDE, plain_sigmas
+from svdiff.models.family import Conditions
+from svdiff.models.flux import Flux, plain_sigmas
 from svdiff.models.objective import Flow, no_eta
 
 TOKENS = 512
 
 
-class Flux2(Family):
+class Flux2(Flux):
     """See `Family`: Flux.2-dev. Channels of latents are patches of 2 × 2, normalised by the autoencoder's statistics."""
 
     title = "Flux.2"
     pipeline = "Flux2Pipeline"
-    network_name = "transformer"
     encoder_names = ()
-    attention = "joint"
-    patch = 2
     lora_names = {"transformer": "lora_transformer"}  # noqa: RUF012
     sizes = {"flux2": {"transformer": ("Flux2Transformer2DModel", {})}}  # noqa: RUF012
     layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
     """Whose outputs of the language model are the text's embedding."""
-
-    @classmethod
-    def native_size(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        """See `Family`."""
-        return int(LATENT_SIDE * 2 ** (len(configs["vae"]["block_out_channels"]) - 1))
-
-    @property
-    def guidance_is_learned(self) -> bool:
-        """See `Family`."""
-        return bool(self.pipe.transformer.config.guidance_embeds)
 
     @property
     def tokenizer(self) -> Any:

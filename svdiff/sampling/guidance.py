@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
-from svdiff.sampling.images import Job, check_prompts
-from svdiff.sampling.noise import draw_noise, seeded_generators
+from svdiff.sampling.images import Job, check_prompts, draw_batches
+from svdiff.sampling.noise import draw_noise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,22 +138,19 @@ def sample_guided(
     progress: str | None = None,
 ) -> list[Image]:
     """`sample_images` with the negative prompts of Eq. 10; the same pictures where β is 1."""
-    images: list[Image] = []
-    with tqdm(total=len(jobs), desc=progress, unit="image", disable=progress is None) as bar:
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            generators = seeded_generators([job.seed for job in batch])
-            latents = denoise(
-                pipe,
-                draw_noise(pipe, generators),
-                [job.prompt for job in batch],
-                steps=steps,
-                guidance=guidance,
-                beta=beta,
-                negatives=negatives,
-                eta=eta,
-                generators=generators,
-            )
-            images += decode(pipe, latents)
-            bar.update(len(batch))
-    return images
+
+    def draw(prompts: list[str], generators: list[torch.Generator]) -> list[Image]:
+        latents = denoise(
+            pipe,
+            draw_noise(pipe, generators),
+            prompts,
+            steps=steps,
+            guidance=guidance,
+            beta=beta,
+            negatives=negatives,
+            eta=eta,
+            generators=generators,
+        )
+        return decode(pipe, latents)
+
+    return draw_batches(jobs, batch_size, draw, progress)

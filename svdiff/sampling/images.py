@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -46,17 +47,21 @@ def sample_images(
     `guidance` is the scale s of Eq. 9 (1 is none), `eta` the η of DDIM. `progress` names the bar, None shows none.
     """
     check_prompts(pipe, [job.prompt for job in jobs])
+    draw = partial(family_of(pipe).draw, steps=steps, guidance=guidance, eta=eta, negative=negative)
+    return draw_batches(jobs, batch_size, draw, progress)
+
+
+def draw_batches(
+    jobs: Sequence[Job],
+    batch_size: int,
+    draw: Callable[[list[str], list[torch.Generator]], list[Image]],
+    progress: str | None = None,
+) -> list[Image]:
+    """What `draw` makes of the prompts and seeded generators of each batch, one after the other."""
     images: list[Image] = []
     with tqdm(total=len(jobs), desc=progress, unit="image", disable=progress is None) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            images += family_of(pipe).draw(
-                [job.prompt for job in batch],
-                seeded_generators([job.seed for job in batch]),
-                steps=steps,
-                guidance=guidance,
-                eta=eta,
-                negative=negative,
-            )
+            images += draw([job.prompt for job in batch], seeded_generators([job.seed for job in batch]))
             bar.update(len(batch))
     return images

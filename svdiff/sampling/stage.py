@@ -118,26 +118,9 @@ def draw_pictures(
     Raises SvdiffError if β is below 1 and there are no negatives at all.
     """
     if settings.beta == 1:
-        return sample_images(
-            pipe,
-            jobs,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            eta=settings.eta,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-    return sample_guided(
-        pipe,
-        jobs,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        beta=settings.beta,
-        negatives=settings.negatives or list(negatives),
-        eta=settings.eta,
-        batch_size=settings.batch_size,
-        progress=progress,
-    )
+        return sample_images(pipe, jobs, **settings.sampler, progress=progress)
+    negatives = settings.negatives or list(negatives)
+    return sample_guided(pipe, jobs, **settings.sampler, beta=settings.beta, negatives=negatives, progress=progress)
 
 
 def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: Path | None = None) -> Path:

@@ -14,7 +14,6 @@ from svdiff.catalogue import Entry
 from svdiff.config import Config, TrainConfig
 from svdiff.data.check import gated_pictures
 from svdiff.data.concepts import (
-    ConceptImage,
     concept_folder,
     jittered,
     load_picture,
@@ -25,6 +24,7 @@ from svdiff.data.concepts import (
 from svdiff.data.cutmix import choose
 from svdiff.data.mixes import load_mixes, mix_folder
 from svdiff.data.prior import load_prior_images, prior_folder
+from svdiff.data.reading import ConceptImage
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file, sha256_tree
 from svdiff.models import Family

@@ -196,17 +196,11 @@ def _save_delta(trainer: Trainer, run: Run) -> None:
 
 def _validate(trainer: Trainer, run: Run) -> None:
     """The delta so far, the loss at fixed noise, and pictures at fixed seeds (rows: prompts, columns: seeds)."""
-    seeds, sample, step = run.settings.validation_seeds, run.config.sample, trainer.step
+    seeds, step = run.settings.validation_seeds, trainer.step
     with trainer.averaged():
         loss = trainer.fixed_noise_loss()
-        images = sample_images(
-            trainer.pipe,
-            [Job(prompt, seed) for prompt in run.prompts for seed in seeds],
-            steps=sample.steps,
-            guidance=sample.guidance,
-            eta=sample.eta,
-            batch_size=sample.batch_size,
-        )
+        jobs = [Job(prompt, seed) for prompt in run.prompts for seed in seeds]
+        images = sample_images(trainer.pipe, jobs, **run.config.sample.sampler)
         if step > 0:
             _save_delta(trainer, run)
     path = run.state_dir / "validation" / f"step-{step:05d}.png"

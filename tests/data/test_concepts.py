@@ -7,7 +7,6 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
-from svdiff.data import concepts
+from svdiff.data import reading
 from svdiff.data.concepts import (
     buckets,
-    check_concepts,
     load_concept_images,
     load_picture,
     to_shape,
@@ -36,7 +34,7 @@ def picture(width: int = 64, height: int = 48) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def only(folder: Path) -> concepts.ConceptImage:
+def only(folder: Path) -> reading.ConceptImage:
     (loaded,) = load_concept_images(folder)
     assert loaded.image.mode == "RGB"
     return loaded
@@ -174,7 +172,7 @@ def test_large_pictures_are_reduced_and_huge_ones_refused(tmp_path: Path, monkey
     assert "poster.png" in message
     assert "megapixels" in message
     assert "phone.jpg" not in message
-    monkeypatch.setattr(concepts, "MAX_PIXELS", 1_000_000)  # between our limit and Pillow's own
+    monkeypatch.setattr(reading, "MAX_PIXELS", 1_000_000)  # between our limit and Pillow's own
     assert "4200 × 3100" in refusal(tmp_path)
 
 
@@ -279,21 +277,6 @@ def test_to_square_takes_the_centre() -> None:
     assert square.size == (32, 32)
     np.testing.assert_allclose(np.asarray(square)[:, 1:-1].mean(axis=(0, 1)), (255, 0, 0), atol=1)
     assert to_square(image, 150).size == (150, 150)
-
-
-def test_check_concepts_collects_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("cat", "dog", "bear"):
-        (tmp_path / "data/concepts" / name).mkdir(parents=True)
-    picture().save(tmp_path / "data/concepts/cat/1.png")
-    (tmp_path / "data/concepts/dog/1.png").write_text("no")
-    config = SimpleNamespace(concepts=["cat", "dog", "bear"])
-    with pytest.raises(SvdiffError) as caught:
-        check_concepts(config)  # type: ignore[arg-type]
-    assert "dog" in str(caught.value)
-    assert "bear" in str(caught.value)
-    assert "cat" not in str(caught.value)
-    check_concepts(config, ["cat"])  # type: ignore[arg-type]
 
 
 def test_buckets_have_at_most_the_pixels_of_the_square_and_sides_on_the_grid() -> None:
