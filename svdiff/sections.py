@@ -20,7 +20,7 @@ METHOD_RATES: dict[Method, dict[str, float]] = {
 }
 RATES = ("lr", "lr_1d", "lr_text_encoder", "lr_token")  # settings that mean something for one method only
 Layout = Literal["left-right", "up-down"]
-Fit = Literal["cover", "contain"]
+Fit = Literal["cover", "contain", "cut-out"]
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -397,9 +397,16 @@ class MixConfig(Section):
     mixes: int = Field(48, ge=1, le=100_000, description="mixed pictures a pair; each has a prior counterpart")
     layouts: list[Layout] = Field(["left-right"], min_length=1, description="drawn for each mix: left-right, up-down")
     split: Literal["even", "random"] = Field("even", description="halves, or a seam anywhere in the middle 40 %")
-    fit: Fit = Field("cover", description="cover cuts the middle out of a picture, contain shrinks the whole picture")
+    fit: Fit = Field(
+        "cover",
+        description="cover cuts the middle out of a picture, contain shrinks the whole picture, cut-out lays both subjects over "
+        "one plain background",
+    )
     draws: int = Field(
         1, ge=1, le=1000, description="two pictures are drawn so many times for a mix, and the faintest seam is kept"
+    )
+    mix_priors: bool = Field(
+        True, description="mixes have counterparts, mixes of prior images; else prior images as they are go with them"
     )
     seed: Seed = Field(0, description="everything random in the mixes follows from it")
     prompts: Annotated[list[PairPrompt], AfterValidator(_distinct)] = Field(

@@ -19,14 +19,17 @@ from PIL import Image
 from svdiff.base import loop
 from svdiff.base.autoencoder import psnr
 from svdiff.base.captions import caption
+from svdiff.base.compose import PICTURE_SIZE
 from svdiff.base.concepts import CONCEPTS, Concept, individual, pictures, rivals
 from svdiff.base.config import BaseTrainingConfig, load_base_training
 from svdiff.base.identity import view
+from svdiff.base.individuals import Individual
 from svdiff.base.probes import SEED, obedience
 from svdiff.base.styles import STYLES
 from svdiff.base.unet import TRAINING_FILE
 from svdiff.base.world import Scene, World
 from svdiff.config import Config, load_config
+from svdiff.data.concepts import to_square
 from svdiff.data.cutmix import PROBABILITY
 from svdiff.data.mixes import pair_entry
 from svdiff.evaluation.identity import both_identified, identity_top1, variety
@@ -170,10 +173,13 @@ def _embedded(encode: Any, shown: list[Image.Image]) -> Array:
 
 
 def gallery(encode: Any, concept: Concept) -> tuple[Array, list[Array]]:
-    """Embeddings of the concept's pictures (5, d), and of five pictures each of its 99 rivals."""
-    own = _embedded(encode, pictures(individual(concept), f"concept/{concept.name}"))
-    others = [_embedded(encode, pictures(who, f"rival/{who.style}/{who.number}")) for who in rivals(concept)]
-    return own, others
+    """Embeddings of the concept's pictures (5, d), and of five pictures each of its 99 rivals, all as large as drawn ones."""
+
+    def of(who: Individual, seed: str) -> Array:
+        return _embedded(encode, [to_square(picture, PICTURE_SIZE) for picture in pictures(who, seed)])
+
+    own = of(individual(concept), f"concept/{concept.name}")
+    return own, [of(who, f"rival/{who.style}/{who.number}") for who in rivals(concept)]
 
 
 def concept_sheet(every: pd.DataFrame, root: Path) -> Image.Image:

@@ -17,7 +17,7 @@ from svdiff.files import atomic_dir, write_atomic
 
 CONCEPT_SIZE = 256
 #: Sides of the individual in its pictures, in pixels of a 64×64 picture.
-_SIDES = (56, 48, 56, 32, 48)
+_SIDES = (56, 32, 48, 32, 32)
 
 
 @dataclass(frozen=True)

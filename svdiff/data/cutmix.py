@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from svdiff.data.foreground import Colour, CutOut, cut_out_onto, ground
 from svdiff.errors import SvdiffError
 from svdiff.sections import Fit, Layout
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PROBABILITY = 0.6  # Sec. 4.2
+EIGHTHS = 8  # of a picture, by which subjects that are cut out are moved
 # In the words of each layout: with positions, with positions in the other order, without.
 _POSITIONS = {
     "left-right": ("{a} on the left and {article} {b} on the right", "{b} on the right and {article} {a} on the left"),
@@ -69,6 +71,7 @@ def make_mix(
     split: float = 0.5,
     fit: Fit = "cover",
     places: tuple[float, float] = (0.5, 0.5),
+    colour: Colour = (255, 255, 255),
 ) -> Mix:
     """Put `first` into the left (upper) part of a `size` × `size` picture and `second` into the other.
 
@@ -78,11 +81,14 @@ def make_mix(
         layout: side by side, or one above the other.
         split: share of the first part, between 0 and 1; the seam lies at the nearest pixel.
         fit: `cover` fills each part with the middle of its picture, as CutMix does; `contain` shows the whole picture and
-            fills the rest with the colour of its border, so that nothing of a subject is cut off.
+            fills the rest with the colour of its border, so that nothing of a subject is cut off; `cut-out` lays both
+            subjects over one plain background, so that there is no seam: as large as they are where they fit, and moved
+            by eighths of the picture, which are whole positions of latents.
         places: where the pictures stand in parts that they do not fill: 0 left or upper, 1 right or lower.
+        colour: of the background of `cut-out`.
 
     Raises:
-        SvdiffError: an unknown layout or fit, or a split that leaves nothing of one picture.
+        SvdiffError: an unknown layout or fit, a split that leaves nothing of one picture, or no subject to cut out.
     """
     if layout not in LAYOUTS:
         raise SvdiffError(f"layout is '{layout}'; expected one of {', '.join(LAYOUTS)}")
@@ -92,11 +98,55 @@ def make_mix(
     if not 0 < seam < size:
         raise SvdiffError(f"split is {split}, which leaves nothing of one picture at {size} pixels; expected about 0.5")
     regions = split_regions(layout, seam / size)
-    mixed = Image.new("RGB", (size, size))
+    mixed = Image.new("RGB", (size, size), colour)
     for picture, region, place in zip((first, second), regions, places, strict=True):
         left, top, right, bottom = region.pixels(size, size)
-        mixed.paste(_fitted(picture.convert("RGB"), (right - left, bottom - top), fit, place), (left, top))
+        if fit == "cut-out":
+            part, corner = _placed(_subject(picture, size, colour), (left, top, right, bottom), size // EIGHTHS, place)
+        else:
+            part, corner = _fitted(picture.convert("RGB"), (right - left, bottom - top), fit, place), (left, top)
+        mixed.paste(part, corner)
     return Mix(mixed, regions)
+
+
+def fits_unscaled(picture: Image.Image, size: int) -> bool:
+    """Whether the picture's subject is at most half as wide and high as a picture of `size` pixels."""
+    left, top, right, bottom = _subject(picture, size, (0, 0, 0)).box
+    return max(right - left, bottom - top) <= size // 2
+
+
+def _subject(picture: Image.Image, size: int, colour: Colour) -> CutOut:
+    """The subject as it is in the picture at `size` pixels; cut out of the whole picture, whose edges are sharper."""
+    picture = ImageOps.fit(picture.convert("RGB"), (min(picture.size),) * 2)
+    cut = cut_out_onto(picture, colour)
+    if cut is None:
+        raise SvdiffError(
+            "mix.fit is cut-out, and a picture shows no subject before a plain background; expected one whose border has "
+            "one colour: set mix.fit to cover or contain"
+        )
+    whole = Image.new("RGB", picture.size, colour)
+    whole.paste(cut.image, cut.box)
+    scale = size / picture.width
+    left, top, right, bottom = (round(edge * scale) for edge in cut.box)
+    box = left, top, right, bottom
+    return CutOut(whole.resize((size, size), Image.Resampling.LANCZOS).crop(box), box)
+
+
+def _placed(
+    subject: CutOut, part: tuple[int, int, int, int], step: int, place: float
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The subject, shrunk if it must, and its left upper corner in a part of the picture, moved by whole steps if it can."""
+    room = part[2] - part[0], part[3] - part[1]
+    image = subject.image
+    if image.width > room[0] or image.height > room[1]:
+        image = ImageOps.contain(image, room, method=Image.Resampling.LANCZOS)
+    corner = []
+    for axis in (0, 1):
+        last = part[axis + 2] - image.size[axis]
+        kept = [spot for spot in range(subject.box[axis] % step, last + 1, step) if spot >= part[axis]]
+        spots = kept if image is subject.image and kept else range(part[axis], last + 1)
+        corner.append(spots[min(int(place * len(spots)), len(spots) - 1)])
+    return image, (corner[0], corner[1])
 
 
 def seam_contrast(mix: Mix, layout: Layout) -> float:
@@ -171,6 +221,7 @@ class MixRecipe:
     layouts: tuple[Layout, ...] = ("left-right",)
     split: tuple[float, float] = (0.5, 0.5)  # the range that the first part's share is drawn from
     fit: Fit = "cover"
+    mix_priors: bool = True  # a mix has a counterpart of prior images
     draws: int = 1  # of so many draws of two pictures the one with the faintest seam is kept
     prompt: str = "a {subject}"
     prior_prompt: str = "a {subject}"
@@ -178,15 +229,33 @@ class MixRecipe:
 
 @dataclass(frozen=True)
 class MixedPair:
-    """A mix of two subjects and its prior counterpart: the same cut and kind of prompt, of the classes' prior images."""
+    """A mix of two subjects and its prior counterpart: the same cut and kind of prompt, of the classes' prior images.
+
+    `prior_image` is None where the recipe mixes no priors.
+    """
 
     subjects: tuple[int, int]  # left or upper first
     layout: Layout
     regions: tuple[Region, Region]
     image: Image.Image
     prompt: str
-    prior_image: Image.Image
+    prior_image: Image.Image | None
     prior_prompt: str
+
+
+def mixable(subject: Subject, recipe: MixRecipe) -> Subject:
+    """The subject with those of its pictures and prior images that mixes are made of.
+
+    To cut out, those whose subject fits its part as large as it is, where there are any: to shrink it blurs it.
+    """
+    if recipe.fit != "cut-out":
+        return subject
+
+    def fitting(pictures: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        return [picture for picture in pictures if fits_unscaled(picture, recipe.size)] or pictures
+
+    priors = fitting(subject.priors) if recipe.mix_priors else subject.priors
+    return replace(subject, images=fitting(subject.images), priors=priors)
 
 
 def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> MixedPair:
@@ -217,12 +286,14 @@ def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> Mi
                 split=split,
                 fit=recipe.fit,
                 places=(draw.random(), draw.random()),
+                colour=ground(draw.choice(subjects[i].priors)) if recipe.fit == "cut-out" else (255, 255, 255),
             )
             for two in drawn
         )
         return min(made, key=lambda mix: seam_contrast(mix, layout))
 
-    instance, prior = mix(first.images, second.images), mix(first.priors, second.priors)
+    instance = mix(first.images, second.images)
+    prior = mix(first.priors, second.priors).image if recipe.mix_priors else None
     words = mix_prompts(first.words, second.words, layout=layout)[kind]
     classes = mix_prompts(first.class_word, second.class_word, layout=layout)[kind]
     return MixedPair(
@@ -231,7 +302,7 @@ def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> Mi
         regions=instance.regions,
         image=instance.image,
         prompt=recipe.prompt.format(subject=words),
-        prior_image=prior.image,
+        prior_image=prior,
         prior_prompt=recipe.prior_prompt.format(subject=classes),
     )
 

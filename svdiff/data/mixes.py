@@ -2,7 +2,7 @@
 
     out/mix/<pair>/
         mixes.csv                 file, prior_file, prompt, prior_prompt, first, second, layout, split: a row a mix
-        mixes/000.png, mixes/000-prior.png, …     a mix, and its counterpart of the classes' prior images
+        mixes/000.png, mixes/000-prior.png, …     a mix, and its counterpart of the classes' prior images (`mix_priors`)
         singles/<concept>/00.png, …               the pictures of each concept alone
         priors/<concept>/000.png, …               the prior images of its class
         sheet.png                 mixes with their prompts, priors beneath
@@ -24,7 +24,7 @@ from svdiff.catalogue import Entry
 from svdiff.config import Config, MixConfig
 from svdiff.data.check import gated_pictures
 from svdiff.data.concepts import to_square
-from svdiff.data.cutmix import MixedPair, MixRecipe, Region, Subject, mixed_pair, split_regions
+from svdiff.data.cutmix import MixedPair, MixRecipe, Region, Subject, mixable, mixed_pair, split_regions
 from svdiff.data.grid import contact_sheet
 from svdiff.data.prior import load_prior_images
 from svdiff.errors import SvdiffError
@@ -35,6 +35,7 @@ from svdiff.sections import Layout
 MIXES = Path("out/mix")
 SPLITS = {"even": (0.5, 0.5), "random": (0.3, 0.7)}
 SHEET = 24  # mixes shown
+SHARP = 4  # times the base's size: what subjects are cut out of
 
 
 def mix_folder(pair: str) -> Path:
@@ -49,18 +50,20 @@ def make_mixes(config: Config, pair: str) -> Path:
         SvdiffError: `pair` is not one, a concept folder cannot be read, or prior images are missing.
     """
     entry = pair_entry(config, pair)
-    size, fit = native_size(config.base), "crop" if config.mix.fit == "cover" else "pad"
+    size, fit = native_size(config.base), "pad" if config.mix.fit == "contain" else "crop"
+    side = SHARP * size if config.mix.fit == "cut-out" else size
     subjects = [
         Subject(
             words=concept.subject,
             class_word=concept.class_word,
-            images=[to_square(picture.image, size, fit) for picture in gated_pictures(config, name, fit)],
+            images=[to_square(picture.image, side, fit) for picture in gated_pictures(config, name, fit)],
             priors=[to_square(image, size) for image in load_prior_images(concept.class_word)],
         )
         for name, concept in entry.concepts.items()
     ]
     recipe = mix_recipe(config.mix, size, config.train_config(pair).prompt, config.prior.prompt)
-    mixes = [mixed_pair(subjects, recipe, index) for index in range(config.mix.mixes)]
+    parts = [mixable(subject, recipe) for subject in subjects]
+    mixes = [mixed_pair(parts, recipe, index) for index in range(config.mix.mixes)]
     with atomic_dir(mix_folder(pair)) as folder:
         rows = [_write_mix(folder, index, mix, list(entry.concepts)) for index, mix in enumerate(mixes)]
         pd.DataFrame(rows).to_csv(folder / "mixes.csv", index=False)
@@ -68,12 +71,12 @@ def make_mixes(config: Config, pair: str) -> Path:
             for part, images, digits in (("singles", subject.images, 2), ("priors", subject.priors, 3)):
                 (folder / part / name).mkdir(parents=True)
                 for index, image in enumerate(images):
-                    image.save(folder / part / name / f"{index:0{digits}d}.png")
+                    to_square(image, size).save(folder / part / name / f"{index:0{digits}d}.png")
         shown = mixes[:SHEET]
         sheet = contact_sheet(
             [mix.image for mix in shown],
             [mix.prompt for mix in shown],
-            beneath=[mix.prior_image for mix in shown],
+            beneath=[mix.prior_image for mix in shown if mix.prior_image],
         )
         sheet.save(folder / "sheet.png")
     return mix_folder(pair)
@@ -97,20 +100,23 @@ def mix_recipe(settings: MixConfig, size: int, prompt: str, prior_prompt: str) -
         split=SPLITS[settings.split],
         fit=settings.fit,
         draws=settings.draws,
+        mix_priors=settings.mix_priors,
         prompt=prompt,
         prior_prompt=prior_prompt,
     )
 
 
 def _write_mix(folder: Path, index: int, mix: MixedPair, names: list[str]) -> dict[str, object]:
-    """Save a mix and its prior counterpart; its row of mixes.csv."""
+    """Save a mix and its prior counterpart, where it has one; its row of mixes.csv."""
     (folder / "mixes").mkdir(exist_ok=True)
     file, prior_file = f"mixes/{index:03d}.png", f"mixes/{index:03d}-prior.png"
     mix.image.save(folder / file)
-    mix.prior_image.save(folder / prior_file)
-    return {
+    counterpart = {}
+    if mix.prior_image is not None:
+        mix.prior_image.save(folder / prior_file)
+        counterpart = {"prior_file": prior_file}
+    return counterpart | {
         "file": file,
-        "prior_file": prior_file,
         "prompt": mix.prompt,
         "prior_prompt": mix.prior_prompt,
         "first": names[mix.subjects[0]],
@@ -122,10 +128,10 @@ def _write_mix(folder: Path, index: int, mix: MixedPair, names: list[str]) -> di
 
 @dataclass(frozen=True)
 class StoredMix:
-    """A mix as the folder has it: pictures, prompts, and the region of each of its two concepts."""
+    """A mix as the folder has it: picture, prior counterpart where there is one, prompts, and the region of each of its two concepts."""
 
     image: Image.Image
-    prior_image: Image.Image
+    prior_image: Image.Image | None
     prompt: str
     prior_prompt: str
     regions: dict[str, Region]
@@ -164,7 +170,7 @@ def _stored(folder: Path, row: Mapping[Any, Any]) -> StoredMix:
     regions = split_regions(layout, float(str(row["split"])))
     return StoredMix(
         _open(folder / str(row["file"])),
-        _open(folder / str(row["prior_file"])),
+        _open(folder / str(row["prior_file"])) if "prior_file" in row else None,
         str(row["prompt"]),
         str(row["prior_prompt"]),
         dict(zip((str(row["first"]), str(row["second"])), regions, strict=True)),

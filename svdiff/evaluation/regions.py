@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-Mask = NDArray[np.bool_]
+from svdiff.data.foreground import Mask, foreground
 
-DISTINCT = 40  # of 255: how far a pixel's strongest channel is from the background's
 SHARE = 0.15  # of the foreground that a subject has at least
 SPECK = 0.01  # of the picture: foreground smaller than this is noise
 TOUCHING = 0.12  # of the picture's side: subjects that are joined by a part twice as thick as this are one
@@ -23,20 +21,6 @@ class Regions(NamedTuple):
     first: Image.Image
     second: Image.Image
     found: int
-
-
-def foreground(picture: Image.Image) -> Mask:
-    """(height, width): where a subject is. Background is what is reached from the border through the border's own colours.
-
-    Each side of the border has its colour, so that a picture stitched of two backgrounds has both.
-    """
-    pixels = np.asarray(picture.convert("RGB"), np.int16)
-    sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
-    colours = [np.median(side.reshape(-1, 3), axis=0) for side in sides]
-    plain: Mask = np.any([np.abs(pixels - colour).max(axis=2) < DISTINCT for colour in colours], axis=0)
-    background = ndimage.binary_propagation(np.zeros_like(plain), mask=plain, border_value=1)
-    found: Mask = ndimage.median_filter(~background, 3)
-    return found
 
 
 def find_two(picture: Image.Image, side: int = 64) -> Regions:

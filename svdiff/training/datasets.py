@@ -160,17 +160,19 @@ def _pair(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
         )
         prior = None
         if settings.prior_weight > 0:
-            images = [mix.prior_image for mix in mixes] + [image for _, images in priors for image in images]
+            mixed = [(mix.prior_image, mix.prior_prompt) for mix in mixes if mix.prior_image is not None]
+            images = [image for image, _ in mixed] + [image for _, images in priors for image in images]
             prior = Examples(
                 _encoded(family, images),
-                [mix.prior_prompt for mix in mixes]
+                [prompt for _, prompt in mixed]
                 + [
                     config.prior.prompt.format(subject=concept.class_word) for concept, images in priors for _ in images
                 ],
                 [()] * len(images),
             )
         counts = [[len(images) for _, images in part] for part in (singles, priors)]
-        order = _mixed(settings, len(mixes), *counts)
+        counterparts = sum(mix.prior_image is not None for mix in mixes)
+        order = _mixed(settings, len(mixes), counterparts, *counts)
         last = len(instance.prompts)
         validation = [*range(min(VALIDATION_MIXES, len(mixes))), *range(len(mixes), last)]
         return Dataset(instance, prior, order, validation)
@@ -180,20 +182,26 @@ def _pair(config: Config, entry: Entry, settings: TrainConfig) -> TrainingData:
 
 
 def _mixed(
-    settings: TrainConfig, mixes: int, singles: list[int], priors: list[int]
+    settings: TrainConfig, mixes: int, counterparts: int, singles: list[int], priors: list[int]
 ) -> Callable[[int], tuple[int, int]]:
-    """Cut-Mix-Unmix (Sec. 4.2): a mix and its own prior counterpart, or a concept at random and a prior of its class."""
+    """Cut-Mix-Unmix (Sec. 4.2): a mix and its own prior counterpart, or a concept at random and a prior of its class.
+
+    Of no `counterparts`, a prior of a class at random goes with a mix.
+    """
 
     def order(sample: int) -> tuple[int, int]:
         choice = choose(settings.seed, sample, subjects=len(singles), mixes=mixes, probability=settings.mix_probability)
-        if choice.mixed:
+
+        def alone(counts: list[int], subject: int, part: str) -> int:
+            start = sum(counts[:subject])
+            return start + draw_indices(counts[subject], sample, 1, settings.seed, part, subject)[0]
+
+        if choice.mixed and counterparts:
             return choice.number, choice.number
-
-        def alone(counts: list[int], part: str) -> int:
-            start = mixes + sum(counts[: choice.number])
-            return start + draw_indices(counts[choice.number], sample, 1, settings.seed, part, choice.number)[0]
-
-        return alone(singles, "instance"), alone(priors, "prior")
+        if choice.mixed:
+            return choice.number, alone(priors, choice.number % len(priors), "prior")
+        single = mixes + alone(singles, choice.number, "instance")
+        return single, counterparts + alone(priors, choice.number, "prior")
 
     return order
 

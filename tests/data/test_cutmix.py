@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from svdiff.data.cutmix import (
     Mix,
@@ -20,6 +20,7 @@ from svdiff.data.cutmix import (
     choose,
     make_mix,
     mix_prompts,
+    mixable,
     mixed_pair,
     prior_mix_prompts,
     seam_contrast,
@@ -100,6 +101,55 @@ def test_contained_pictures_stand_anywhere_so_that_few_pictures_make_many_mixes(
     assert (
         np.argwhere(np.asarray(high)[..., 1] < 99)[:, 0].max() < np.argwhere(np.asarray(low)[..., 1] < 99)[:, 0].min()
     )
+
+
+def ring(colour: str, background: str, side: int, at: tuple[int, int], size: int = 256) -> Image.Image:
+    """A subject with a hole through which its background is seen."""
+    picture = Image.new("RGB", (4 * size, 4 * size), background)
+    left, top = 4 * at[0], 4 * at[1]
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((left, top, left + 4 * side, top + 4 * side), fill=colour)
+    hole = side // 4
+    draw.ellipse((left + 4 * hole, top + 4 * hole, left + 12 * hole, top + 12 * hole), fill=background)
+    return picture.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def test_subjects_that_are_cut_out_stand_whole_and_as_large_as_they_were_on_one_background() -> None:
+    first, second = ring("red", "yellow", 96, (8, 40)), ring("blue", "white", 112, (132, 100))
+    mix = make_mix(first, second, size=64, fit="cut-out", places=(0.0, 0.99), colour=(0, 128, 0))
+    expected = Image.new("RGB", (64, 64), (0, 128, 0))
+    # Moved by eighths of the picture, and not at all where that would leave the half.
+    alone = {"red": (2, 2), "blue": (33, 33)}
+    for colour, side, (left, top) in (("red", 24, alone["red"]), ("blue", 28, alone["blue"])):
+        part = ring(colour, "#008000", 4 * side, (4 * left, 4 * top)).resize((64, 64), Image.Resampling.LANCZOS)
+        box = (left, top, left + side + 1, top + side + 1)
+        expected.paste(part.crop(box), box)
+    difference = np.abs(np.asarray(mix.image, int) - np.asarray(expected, int)).max(axis=2)
+    assert (difference > 60).mean() < 0.01
+    assert {mix.image.getpixel(spot) for spot in ((0, 63), (63, 0), (31, 63))} == {(0, 128, 0)}
+
+
+def test_a_subject_that_is_too_large_is_shrunk_into_its_half() -> None:
+    large = ring("red", "white", 200, (20, 20))
+    mix = make_mix(large, ring("blue", "white", 96, (40, 40)), size=64, fit="cut-out")
+    red = np.argwhere((np.asarray(mix.image)[..., 0] > 200) & (np.asarray(mix.image)[..., 1] < 90))
+    assert red[:, 1].max() < 32
+    assert np.ptp(red[:, 0]) > 25
+
+
+def test_mixes_of_cut_outs_are_made_of_pictures_whose_subject_fits_where_there_are_any() -> None:
+    small, large = ring("red", "white", 96, (40, 40)), ring("red", "white", 200, (20, 20))
+    recipe = MixRecipe(size=64, fit="cut-out")
+    assert list(mixable(Subject("sks dog", "dog", [large, small], [small, large]), recipe).images) == [small]
+    assert list(mixable(Subject("sks dog", "dog", [large], [large]), recipe).images) == [large]
+    contain = MixRecipe(size=64, fit="contain")
+    assert list(mixable(Subject("sks dog", "dog", [large, small], [small]), contain).images) == [large, small]
+
+
+def test_cutting_out_needs_a_subject_before_a_plain_background() -> None:
+    plain = Image.new("RGB", (64, 64), "white")
+    with pytest.raises(SvdiffError, match=r"mix\.fit is cut-out, and a picture shows no subject .* cover or contain"):
+        make_mix(plain, ring("red", "white", 20, (9, 9), size=64), size=64, fit="cut-out")
 
 
 def test_contain_fills_up_with_the_colours_of_the_border() -> None:

@@ -48,6 +48,16 @@ def checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+def test_mixes_need_no_counterparts_of_prior_images(checkout: Path) -> None:
+    params = yaml.safe_load((checkout / "params.yaml").read_text())
+    (checkout / "params.yaml").write_text(yaml.safe_dump(params | {"mix": {"mixes": 6, "mix_priors": False}}))
+    config = load_config()
+    folder = make_mixes(config, "two")
+    assert "prior_file" not in pd.read_csv(folder / "mixes.csv").columns
+    assert not list(folder.glob("mixes/*-prior.png"))
+    assert [mix.prior_image for mix in load_mixes(config.entry("two")).mixes] == [None] * 6
+
+
 @pytest.mark.parametrize("pair", ["two", "three"])
 def test_regions_show_the_subjects_that_the_prompt_names(checkout: Path, pair: str) -> None:
     config = load_config()

@@ -88,6 +88,27 @@ def test_samples_are_mixes_with_their_probability_and_priors_are_their_counterpa
     assert [again.order(n) for n in range(50)] == [dataset.order(n) for n in range(50)]
 
 
+@pytest.mark.parametrize("fit", ["cover", "cut-out"])
+def test_mixes_without_counterparts_go_with_prior_images_of_either_class(checkout: Path, fit: str) -> None:
+    params = yaml.safe_load((checkout / "params.yaml").read_text())
+    changed = {"mixes": 8, "mix_priors": False, "fit": fit}
+    (checkout / "params.yaml").write_text(yaml.safe_dump(params | {"mix": changed}))
+    config = load_config()
+    make_mixes(config, "both")
+    dataset = pair_dataset(config)
+    assert dataset.prior is not None
+    assert len(dataset.prior.prompts) == 10
+    seen: Counter[tuple[int, str]] = Counter()
+    for sample in range(200):
+        instance, prior = dataset.order(sample)
+        shown = dataset.instance.shown[instance]
+        seen[len(shown), dataset.prior.prompts[prior]] += 1
+        if len(shown) == 1:
+            assert dataset.prior.prompts[prior] == f"a {shown[0].class_word}"
+    assert {(count, f"a {word}") for count in (1, 2) for word in ("dog", "cat")} == set(seen)
+    assert train(config, "both").is_file()
+
+
 def test_without_cut_mix_unmix_only_single_subjects_are_shown(checkout: Path) -> None:
     dataset = pair_dataset(load_config(), mix_probability=0.0)
     assert len(dataset.instance.prompts) == 6
