@@ -34,7 +34,7 @@ class Place(NamedTuple):
 COMMANDS = {
     "prior": Place("svdiff.cli.stages", "Stage: prior images of a class word, from the base or your own."),
     "mix": Place("svdiff.cli.stages", "Stage: the Cut-Mix-Unmix dataset of a pair (Sec. 3.3), and a contact sheet of it."),
-    "train": Place("svdiff.cli.stages", "Stage: train a concept, a pair or an edit; resumes by itself."),
+    "train": Place("svdiff.cli.stages", "Stage: train a concept, a pair or an edit, or several as one batch; resumes by itself."),
     "sample": Place("svdiff.cli.stages", "Stage: the evaluation pictures of a concept or a pair. With --prompt: pictures of your own."),
     "score": Place("svdiff.cli.stages", "Stage: text and image alignment (Fig. 9b), beside the untrained base; for a pair also how well it is kept apart."),
     "edit": Place("svdiff.cli.editing", "Edit a picture (Sec. 3.4): train on it, then sample other prompts. With a name alone: the stage."),

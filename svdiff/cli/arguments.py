@@ -44,7 +44,7 @@ def named(kinds: str, help: str) -> Any:
     )
 
 
-Name = Annotated[str, named("concepts pairs edits", "a concept, pair or edit of params.yaml")]
+Names = Annotated[list[str], named("concepts pairs edits", "concepts, pairs or edits of params.yaml")]
 Entry = Annotated[str, named("concepts pairs", "a concept or pair of params.yaml")]
 Concept = Annotated[str, named("concepts", "a concept of params.yaml")]
 Pair = Annotated[str, named("pairs", "a pair of params.yaml")]

@@ -13,7 +13,7 @@ from svdiff.cli.arguments import (
     ClassWord,
     Concept,
     Entry,
-    Name,
+    Names,
     Pair,
     Params,
     finite,
@@ -47,13 +47,15 @@ def mix(name: Pair, params: Params = PARAMS) -> None:
 
 
 @app.command()
-def train(name: Name, params: Params = PARAMS) -> None:
-    """Stage: train a concept, a pair or an edit; resumes by itself."""
+def train(names: Names, params: Params = PARAMS) -> None:
+    """Stage: train a concept, a pair or an edit, or several as one batch; resumes by itself."""
     config = read(params)
-    config.entry(name)
-    from svdiff.training import train as run
+    for name in names:
+        config.entry(name)
+    from svdiff.training import train_together
 
-    wrote(run(config, name))
+    for path in train_together(config, names):
+        wrote(path)
 
 
 @app.command()

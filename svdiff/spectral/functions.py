@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -166,6 +165,8 @@ def _shift_gradient(per_picture: Tensor, alive: Tensor, rows: Tensor | None) -> 
     """Sum the pictures of each concept, and stop what ReLU stops."""
     if rows is None:
         return torch.where(alive, per_picture.view(alive.shape), 0.0)
-    # A product with zeros and ones: unlike adding in place it has the same order of sums on every device.
-    mine = F.one_hot(rows, len(alive)).to(per_picture.dtype)
-    return torch.where(alive, mine.T @ per_picture, 0.0)
+    # Unlike adding in place this has the same order of sums on every device; unlike a product with zeros and ones it keeps a
+    # concept whose numbers are no longer finite apart from the others.
+    pictures = torch.bincount(rows, minlength=len(alive))
+    by_concept = per_picture[rows.argsort(stable=True)]
+    return torch.where(alive, torch.segment_reduce(by_concept, "sum", lengths=pictures, unsafe=True), 0.0)

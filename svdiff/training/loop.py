@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,9 +25,37 @@ from svdiff.training.optimizers import make_optimizer
 
 VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss is taken
 
+T = TypeVar("T")
+Row: TypeAlias = "dict[str, float]"
+"""A row of the curve."""
+Asking: TypeAlias = "Generator[int, Loss, T]"
+"""Training that asks for losses: it yields the number of a batch, and goes on when the loss is sent to it and the gradients
+of that are in place. So several can share the passes of one network."""
+
+
+def drive(asking: Asking[T], answer: Callable[[int], Loss]) -> T:
+    """Answer what is asked until the end; returns what that returns."""
+    with closing(asking):
+        try:
+            number = next(asking)
+            while True:
+                number = asking.send(answer(number))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
 
 class Diverged(SvdiffError):
     """A training whose numbers are no longer finite; raised before the step that would spoil the parameters."""
+
+
+class Pass(NamedTuple):
+    """What one pass of the network is asked."""
+
+    batch: Batch
+    whole: Batch  # of all processes, of which `batch` is this one's share
+    noise: Tensor
+    timesteps: Tensor
 
 
 class Trainer:
@@ -66,7 +94,7 @@ class Trainer:
         self._conditions: dict[str, Conditions] = {}
         # Asked of the result: spectral shifts are not among a text encoder's own parameters.
         encoded = self.family.encode([dataset.instance.prompts[0]])
-        self._text_encoder_trains = any(condition.requires_grad for condition in encoded.values())
+        self.text_encoder_trains = any(condition.requires_grad for condition in encoded.values())
         network: Any = self.family.network
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -96,32 +124,41 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self.step = state["step"]
 
-    def run(self) -> Iterator[dict[str, float]]:
+    def run(self) -> Iterator[Row]:
         """Train to the end, yielding the row of the curve after every step."""
         while self.step < self.config.steps:
-            started = time.perf_counter()
-            parts: dict[str, float] = {}
-            for micro in range(self.config.accumulation):
-                # Recording goes on in the backward pass, where gradient checkpointing runs the layers again.
-                with self.attention_losses.recording():
-                    loss = self._loss(self.step * self.config.accumulation + micro)
-                    self.accelerator.backward(loss.total / self.config.accumulation)
-                for name, part in _named_parts(loss).items():
-                    parts[name] = parts.get(name, 0.0) + part / self.config.accumulation
-            parts = mean_over_processes(self.accelerator, self.parameters, parts)
-            self._check_finite("loss", parts["loss"])
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-            if self.accelerator.scaler is None:  # the scaler of fp16 leaves such steps out by itself
-                self._check_finite("gradient", float(norm))
-            rate = self.schedule.get_last_lr()[0]
-            self.optimizer.step()
-            if not self.optimizer.step_was_skipped:
-                self.schedule.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.average is not None:
-                self.average.step(self.parameters)
-            self.step += 1
-            yield {"step": self.step, **parts, "lr": rate, "seconds": time.perf_counter() - started}
+            yield drive(self.take_step(), self.answer)
+
+    def take_step(self) -> Asking[Row]:
+        """Make one optimiser step; returns the row of the curve."""
+        started = time.perf_counter()
+        parts: Row = {}
+        for micro in range(self.config.accumulation):
+            loss = yield self.step * self.config.accumulation + micro
+            for name, part in _named_parts(loss).items():
+                parts[name] = parts.get(name, 0.0) + part / self.config.accumulation
+        parts = mean_over_processes(self.accelerator, self.parameters, parts)
+        self._check_finite("loss", parts["loss"])
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if self.accelerator.scaler is None:  # the scaler of fp16 leaves such steps out by itself
+            self._check_finite("gradient", float(norm))
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.step(self.parameters)
+        self.step += 1
+        return {"step": self.step, **parts, "lr": rate, "seconds": time.perf_counter() - started}
+
+    def answer(self, number: int) -> Loss:
+        """The loss of batch `number`, its share of the step's gradients made."""
+        # Recording goes on in the backward pass, where gradient checkpointing runs the layers again.
+        with self.attention_losses.recording():
+            loss = self._loss(number)
+            self.accelerator.backward(loss.total / self.config.accumulation)
+        return loss.detach()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -148,31 +185,39 @@ class Trainer:
 
     def _loss(self, number: int) -> Loss:
         """Eq. 3 on batch `number`, with attention losses where asked."""
-        processes = self.accelerator.num_processes
-        random = generator(self.config.seed, "batch", number)
-        passes = draw_batch(self.dataset, number, self.config.batch_size * processes, random)
-        loss, *of_prior = (self._loss_of_pass(whole, random) for whole in passes)
+        passes = self.draw(number)
+        with self._compiling():
+            answers = [self._predict(one.batch.latents, one.noise, one.timesteps, one.batch.prompts) for one in passes]
+        return self.loss_of(passes, answers)
+
+    def draw(self, number: int) -> list[Pass]:
+        """What the network is asked in batch `number`: one pass, or two where prior samples have another shape."""
+        config, processes = self.config, self.accelerator.num_processes
+        random = generator(config.seed, "batch", number)
+        passes = []
+        for whole in draw_batch(self.dataset, number, config.batch_size * processes, random):
+            noise = draw_noise(whole.latents, config.noise_offset, random)
+            timesteps = self.family.objective.drawn(len(noise), random).to(noise.device)
+            rows = own_rows(whole, self.accelerator.process_index, processes)
+            passes.append(Pass(whole.take(rows), whole, noise[rows], timesteps[rows]))
+        return passes
+
+    def loss_of(self, passes: Sequence[Pass], answers: Sequence[tuple[Tensor, Tensor]]) -> Loss:
+        """Eq. 3 on what the network predicted in each pass and what would be true, with attention losses where asked."""
+        loss, *of_prior = (self._loss_of_pass(one, *answer) for one, answer in zip(passes, answers, strict=True))
         if not of_prior:
             return loss
         [prior] = of_prior
         return Loss(loss.total + self.config.prior_weight * prior.total, loss.instance, prior.total)
 
-    def _loss_of_pass(self, whole: Batch, random: torch.Generator) -> Loss:
-        """Eq. 3 on the samples of one pass of the network."""
-        config, processes = self.config, self.accelerator.num_processes
-        noise = draw_noise(whole.latents, config.noise_offset, random)
-        timesteps = self.family.objective.drawn(len(noise), random).to(noise.device)
-        rows = own_rows(whole, self.accelerator.process_index, processes)
-        batch, noise, timesteps = whole.take(rows), noise[rows], timesteps[rows]
-        with self._compiling():
-            predicted, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
-        weights = None
+    def _loss_of_pass(self, one: Pass, predicted: Tensor, target: Tensor) -> Loss:
+        config, batch, weights = self.config, one.batch, None
         if config.min_snr_gamma is not None:
             objective = self.family.objective
-            signal_and_noise = objective.signal_and_noise(timesteps)
+            signal_and_noise = objective.signal_and_noise(one.timesteps)
             weights = min_snr_weights(*signal_and_noise, config.min_snr_gamma, objective.prediction)
         loss = prior_preservation_loss(predicted, target, batch.instances, config.prior_weight, weights, batch.masks)
-        return self.attention_losses.add_to(loss, batch, whole)
+        return self.attention_losses.add_to(loss, batch, one.whole)
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -189,19 +234,22 @@ class Trainer:
         objective = self.family.objective
         noisy = objective.noised(latents, noise, timesteps)
         with self.accelerator.autocast():
-            predicted = self.family.predict(noisy, timesteps, self._encoded(prompts))
+            predicted = self.family.predict(noisy, timesteps, self.encoded(prompts))
         return predicted, objective.target(latents, noise, timesteps)
 
-    def _encoded(self, prompts: list[str]) -> Conditions:
-        """What the prompts mean to the network; computed once a prompt where the text encoders are frozen."""
-        if self._text_encoder_trains:
-            return self.family.encode(prompts)
+    def encoded(self, prompts: list[str]) -> Conditions:
+        """What prompts mean to the network. Each is encoded once, of a text encoder that is trained once a batch."""
+        if self.text_encoder_trains:
+            return taken(self.family.encode(list(dict.fromkeys(prompts))), prompts)
         for prompt in prompts:
-            if prompt not in self._conditions:
+            if not self.knows([prompt]):
                 with torch.no_grad():
                     self._conditions[prompt] = self.family.encode([prompt])
-        rows = [self._conditions[prompt] for prompt in prompts]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return joined([self._conditions[prompt] for prompt in prompts])
+
+    def knows(self, prompts: list[str]) -> bool:
+        """Whether none of the prompts is still to be encoded."""
+        return self._conditions.keys() >= set(prompts)
 
     @torch.no_grad()
     def fixed_noise_loss(self) -> float:
@@ -229,7 +277,19 @@ def _named_parts(loss: Loss) -> dict[str, float]:
     """Columns of the curve."""
     parts = {"loss": loss.total, "loss_instance": loss.instance, "loss_prior": loss.prior}
     parts |= {f"loss_{name}": part for name, part in loss.extra.items()}
-    return {name: float(part.detach()) for name, part in parts.items()}
+    return {name: float(part) for name, part in parts.items()}
+
+
+def taken(conditions: Conditions, asked: Sequence[Hashable]) -> Conditions:
+    """The row of each that is asked for, of conditions that have a row for each different one, in order."""
+    places = {one: place for place, one in enumerate(dict.fromkeys(asked))}
+    rows = [places[one] for one in asked]
+    return {name: condition[rows] for name, condition in conditions.items()}
+
+
+def joined(rows: Sequence[Conditions]) -> Conditions:
+    """Conditions one after another."""
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def rate_of(config: TrainConfig, name: str) -> float:

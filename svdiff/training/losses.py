@@ -22,6 +22,11 @@ class Loss(NamedTuple):
     prior: Tensor
     extra: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
 
+    def detach(self) -> Loss:
+        """The numbers without the graph behind them."""
+        extra = {name: part.detach() for name, part in self.extra.items()}
+        return Loss(self.total.detach(), self.instance.detach(), self.prior.detach(), extra)
+
 
 def denoising_loss(
     predicted: Tensor, target: Tensor, weights: Tensor | None = None, masks: Tensor | None = None

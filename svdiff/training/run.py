@@ -6,8 +6,11 @@ import json
 import shutil
 import signal
 import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
@@ -19,7 +22,9 @@ from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, write_atomic
 from svdiff.models import scratch
 from svdiff.sampling import Job, sample_images
-from svdiff.training.loop import Diverged, Trainer
+from svdiff.training.loop import Asking, Diverged, Row, Trainer
+from svdiff.training.losses import Loss
+from svdiff.training.methods import Method
 from svdiff.training.resume import load_state, save_state
 from svdiff.training.selection import is_over, kept_steps
 from svdiff.training.tracking import LiveCurve
@@ -75,18 +80,18 @@ class Run:
         return {"concept": entry.name, "kind": entry.kind} | words
 
 
-def train_resumably(trainer: Trainer, run: Run) -> list[dict[str, float]]:
-    """Run the trainer from the last saved state to the end; return the whole curve."""
-    rows: list[dict[str, float]] = []
+def train_resumably(trainer: Trainer, run: Run, stop: StopRequest) -> Asking[list[Row]]:
+    """Train from the last saved state to the end; returns the whole curve."""
+    rows: list[Row] = []
     try:
-        return _train_from(trainer, run, rows)
+        return (yield from _train_from(trainer, run, rows, stop))
     except Diverged as error:
         if trainer.accelerator.is_main_process and _save(trainer, run, rows):
             error.args = (f"{error}. The state after step {trainer.step} is kept: {run.state_path}",)
         raise
 
 
-def _train_from(trainer: Trainer, run: Run, rows: list[dict[str, float]]) -> list[dict[str, float]]:
+def _train_from(trainer: Trainer, run: Run, rows: list[Row], stop: StopRequest) -> Asking[list[Row]]:
     """Add to `rows` what the saved state has and what is trained, up to the last step or until `is_over`.
 
     Of several processes the first one alone validates and saves; the others wait for it.
@@ -99,34 +104,106 @@ def _train_from(trainer: Trainer, run: Run, rows: list[dict[str, float]]) -> lis
     elif accelerator.is_main_process:
         _validate(trainer, run)
     accelerator.wait_for_everyone()
-    if _over(trainer, run):
-        return rows
+    over = _over(trainer, run)
     main = accelerator.is_main_process
-    bar = tqdm(
-        total=settings.steps, initial=trainer.step, desc=f"train {run.entry.name}", unit="step", disable=not main
-    )
-    with bar, StopRequest(main and accelerator.num_processes == 1) as stop:
-        for row in trainer.run():
-            rows.append(row)
-            run.curve.add(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            bar.update()
-            last = trainer.step == settings.steps
-            if main and run.validates(trainer.step):
-                _validate(trainer, run)
-            over = run.validates(trainer.step) and _over(trainer, run)
-            if main and (trainer.step % settings.save_every == 0 or last or over or stop.requested):
-                _save(trainer, run, rows)
-            if stop.requested and not last and not over:
-                with trainer.averaged():
-                    _save_delta(trainer, run)
-                raise SvdiffError(
-                    f"stopped after step {trainer.step} of {settings.steps}. Pictures of it: svdiff sample --delta "
-                    f"{run.delta_path(trainer.step)} --prompt …; the same command again goes on"
-                )
-            if over:
-                break
+    while trainer.step < settings.steps and not over:
+        rows.append((yield from trainer.take_step()))
+        run.curve.add(rows[-1])
+        last = trainer.step == settings.steps
+        if main and run.validates(trainer.step):
+            _validate(trainer, run)
+        over = run.validates(trainer.step) and _over(trainer, run)
+        if main and (trainer.step % settings.save_every == 0 or last or over or stop.requested):
+            _save(trainer, run, rows)
+        if stop.requested and not last and not over:
+            with trainer.averaged():
+                _save_delta(trainer, run)
+            raise SvdiffError(
+                f"stopped after step {trainer.step} of {settings.steps}. Pictures of it: svdiff sample --delta "
+                f"{run.delta_path(trainer.step)} --prompt …; the same command again goes on"
+            )
     return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A training from its start to its result."""
+
+    trainer: Trainer
+    run: Run
+    out_dir: Path
+
+
+class Network(Protocol):
+    """What trainings side by side share."""
+
+    @property
+    def methods(self) -> Sequence[Method]:
+        """What each of them trains."""
+        ...
+
+    def turn(self, method: Method) -> None:
+        """From now on something is done for one of them alone."""
+        ...
+
+    def answer(self, asked: Mapping[Trainer, int]) -> list[Loss]:
+        """The loss of the batch that each trainer asks for, by its number, with its share of the step's gradients made."""
+        ...
+
+    def detach(self) -> None:
+        """Give the pipeline its base weights back."""
+        ...
+
+
+def train_side_by_side(
+    trainings: Sequence[Training], network: Network
+) -> Iterator[tuple[Training, list[Row] | SvdiffError]]:
+    """Bring trainings forward step by step; yields each that has ended, with its curve or why it failed.
+
+    One that ends leaves the others as they are.
+    """
+    accelerator = trainings[0].trainer.accelerator
+    stop = StopRequest(accelerator.is_main_process and accelerator.num_processes == 1)
+    ended: list[tuple[Training, list[Row] | SvdiffError]] = []
+    asked: dict[Training, int] = {}
+    with ExitStack() as open_:
+        asking = {one: open_.enter_context(closing(train_resumably(one.trainer, one.run, stop))) for one in trainings}
+
+        def go_on(one: Training, loss: Loss | None) -> None:
+            network.turn(one.trainer.method)
+            try:
+                asked[one] = asking[one].send(loss)  # type: ignore[arg-type]  # None begins it
+            except StopIteration as end:
+                ended.append((one, end.value))
+            except SvdiffError as error:
+                ended.append((one, error))
+
+        for one in trainings:
+            go_on(one, None)
+        yield from ended
+        names = ", ".join(one.run.entry.name for one in asked)
+        bar = tqdm(
+            total=sum(one.run.settings.steps for one in asked),
+            initial=sum(one.trainer.step for one in asked),
+            desc=f"train {names}",
+            unit="step",
+            disable=not accelerator.is_main_process or not asked,
+        )
+        with bar, stop:
+            while asked:
+                now, done = list(asked), bar.n
+                numbers = {one.trainer: asked.pop(one) for one in now}
+                losses = network.answer(numbers)
+                ended.clear()
+                for one, loss in zip(now, losses, strict=True):
+                    before = one.trainer.step
+                    go_on(one, loss)
+                    bar.update(one.trainer.step - before)
+                if bar.n > done:
+                    bar.set_postfix(
+                        loss=f"{sum(float(loss.total) for loss in losses) / len(losses):.4f}", refresh=False
+                    )
+                yield from ended
 
 
 def _over(trainer: Trainer, run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""The stage `train`: trains a concept, pair or edit and writes its delta; killed and started again, it resumes."""
+"""The stage `train`: trains concepts, pairs or edits and writes their deltas; killed and started again, it resumes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import platform
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from svdiff.sampling.images import check_prompts
 from svdiff.spectral import weights_hash
 from svdiff.training.compatibility import check_compile, check_family
 from svdiff.training.datasets import TrainingData, read_training_data
-from svdiff.training.loop import Trainer
+from svdiff.training.loop import Row, Trainer
 from svdiff.training.methods import Method, apply_method
 from svdiff.training.optimizers import check_optimizer
-from svdiff.training.run import Run, continue_shorter, train_resumably
+from svdiff.training.run import Network, Run, Training, continue_shorter, train_side_by_side
 from svdiff.training.selection import best_step
+from svdiff.training.together import OwnNetwork, SharedNetwork, check_together
 from svdiff.training.tracking import LiveCurve, check_tracker
 
 PACKAGE = Path(svdiff.__file__).parent
@@ -58,53 +60,105 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     Raises:
         SvdiffError: bad pictures, missing prior images or an impossible setting; before any work.
     """
-    entry, settings = config.entry(name), config.train_config(name, overrides)
-    validation_prompts = config.validation_prompts(name, settings)
-    out_dir = out_dir or Path("out/train") / name
-    check_optimizer(settings.optimizer)
-    check_tracker(config.tracking.live)
-    data = read_training_data(config, entry, settings)
+    [path] = _train(config, {name: config.train_config(name, overrides)}, out_dir)
+    return path
 
-    accelerator = _accelerator(config, settings)
-    check_compile(settings, accelerator.device)
+
+def train_together(config: Config, names: Sequence[str]) -> list[Path]:
+    """Train several entries as one batch, each into out/train/<name> as `train` does; the deltas' paths.
+
+    Each picture takes its own entry's shifts. Results are those of training each alone, but for the order in which floats
+    are added. One that fails, or is through, leaves the others as they are. No live curves are sent meanwhile.
+
+    Raises:
+        SvdiffError: as `train`; settings that a network cannot be shared with, before any work; or which of them failed,
+            after the others are trained.
+    """
+    names = list(dict.fromkeys(names))
+    if len(names) > 1:
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"live": "none"})})
+    return _train(config, {name: config.train_config(name) for name in names})
+
+
+def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | None = None) -> list[Path]:
+    check_tracker(config.tracking.live)
+    entries, data, several = {name: config.entry(name) for name in settings}, {}, len(settings) > 1
+    validation = {name: config.validation_prompts(name, own) for name, own in settings.items()}
+    if several:
+        check_together(settings)
+    for name, own in settings.items():
+        check_optimizer(own.optimizer)
+        data[name] = read_training_data(config, entries[name], own)
+
+    first_name, first = next(iter(settings.items()))
+    accelerator = _accelerator(config, first)
+    if several and accelerator.num_processes > 1:
+        raise SvdiffError(
+            f"{len(settings)} trainings together in {accelerator.num_processes} processes: `accelerate launch` shares the "
+            "batch of one training; leave it out, or name one"
+        )
+    check_compile(first, accelerator.device)
     pipe = load_pipeline(config.base, accelerator.device)
     family = family_of(pipe)
-    check_family(family, settings)
-    family.check_tokens(entry.tokens)
-    set_seed(settings.seed)  # methods with random starts (LoRA) draw from the global generator
-    dataset = data.encode(family)
-    check_prompts(pipe, [*dataset.prompts, *validation_prompts])
+    for name, own in settings.items():
+        check_family(family, own)
+        family.check_tokens(entries[name].tokens)
+    set_seed(first.seed)  # methods with random starts (LoRA) draw from the global generator
+    datasets = {name: of.encode(family) for name, of in data.items()}
+    check_prompts(pipe, [text for name in settings for text in (*datasets[name].prompts, *validation[name])])
     others = [part for name, part in family.parts.items() if name != family.network_name]
     frozen = [*(weights_hash(part) for part in others), pipe.scheduler.to_json_string()]
-    method = apply_method(pipe, settings, entry.tokens)
-    try:
-        trainer = Trainer(pipe, method, settings, dataset, accelerator)
+
+    def start(name: str, method: Method) -> Training:
+        entry, own = entries[name], settings[name]
+        trainer = Trainer(pipe, method, own, datasets[name], accelerator)
         starts = [str(embedding.change.tolist()) for embedding in getattr(method, "tokens", {}).values()]
         base = [method.base_hash, *frozen, *starts]
-        facts = _facts(config, entry, settings, data, base, accelerator.num_processes)
+        facts = _facts(config, entry, own, data[name], base, accelerator.num_processes)
         key, lineage = _hash(facts), _hash(facts | {"settings": facts["settings"] | {"steps": None}})
-        curve = LiveCurve(accelerator, config.tracking)
-        run = Run(config, entry, settings, validation_prompts, key, lineage, curve)
+        run = Run(config, entry, own, validation[name], key, lineage, LiveCurve(accelerator, config.tracking))
         if accelerator.is_main_process:
             continue_shorter(run)
         accelerator.wait_for_everyone()
-        run.curve.start(name, key, settings.model_dump(mode="json"), run.state_dir / "tracker.json")
-        rows = train_resumably(trainer, run)
-        run.curve.end()
-        if accelerator.is_main_process:
-            _write_result(out_dir, run, method, rows)
+        run.curve.start(name, key, own.model_dump(mode="json"), run.state_dir / "tracker.json")
+        return Training(trainer, run, out_dir or Path("out/train") / name)
+
+    tokens = [entries[name].tokens for name in settings]
+    network: Network = (
+        SharedNetwork(pipe, list(settings.values()), tokens)
+        if several
+        else OwnNetwork(apply_method(pipe, first, tokens[0]))
+    )
+    try:
+        trainings = []
+        for name, method in zip(settings, network.methods, strict=True):
+            network.turn(method)
+            trainings.append(start(name, method))
+        failures: dict[str, SvdiffError] = {}
+        for training, outcome in train_side_by_side(trainings, network):
+            training.run.curve.end()
+            if isinstance(outcome, SvdiffError):
+                failures[training.run.entry.name] = outcome
+            elif accelerator.is_main_process:
+                _write_result(training, outcome)
         accelerator.wait_for_everyone()
     finally:
-        method.detach()
-    return out_dir / "delta.safetensors"
+        network.detach()
+    if failures and not several:
+        raise failures[first_name]
+    if failures:
+        said = "\n".join(f"{name}: {error}" for name, error in failures.items())
+        raise SvdiffError(f"{len(failures)} of {len(trainings)} trainings did not end; the others are written:\n{said}")
+    return [training.out_dir / "delta.safetensors" for training in trainings]
 
 
-def _write_result(out_dir: Path, run: Run, method: Method, rows: list[dict[str, float]]) -> None:
-    """Publish the finished training as one folder."""
+def _write_result(training: Training, rows: list[Row]) -> None:
+    """Publish a finished training as one folder."""
+    run, method = training.run, training.trainer.method
     settings, state_dir, fixed = run.settings, run.state_dir, run.losses
     versions = {"svdiff": svdiff.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
     chosen = best_step(fixed) if settings.choose == "best" else max(fixed)
-    with atomic_dir(out_dir) as folder:
+    with atomic_dir(training.out_dir) as folder:
         shutil.copyfile(run.delta_path(chosen), folder / "delta.safetensors")
         curve = pd.DataFrame(rows)
         curve["fixed_noise_loss"] = curve["step"].map(fixed)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from svdiff.config import TrainConfig
 from svdiff.models import family_of
-from svdiff.training.methods.tokens import WithTokens, special_tokens
+from svdiff.training.methods.tokens import WithTokens, special_tokens, wants_tokens
 
 
 class Method(Protocol):
@@ -48,8 +48,7 @@ class Method(Protocol):
 
 def apply_method(pipe: Any, config: TrainConfig, tokens: Sequence[str]) -> Method:
     """Make `pipe` trainable by `config.method`, with the embeddings of the special `tokens` where they are trained or set."""
-    chosen = config.method == "custom-diffusion" or config.train_token or config.token_init != "keep"
-    embeddings = special_tokens(family_of(pipe), tokens, config) if chosen else {}
+    embeddings = special_tokens(family_of(pipe), tokens, config) if wants_tokens(config) else {}
     try:
         method = _apply(pipe, config)
     except BaseException:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 NAMES = "names.json"  # beside a tokenizer's files: words that the base was trained to take for somebody's name
 
 
+def wants_tokens(config: TrainConfig) -> bool:
+    """Whether a training changes the embeddings of special tokens."""
+    return config.method == "custom-diffusion" or config.train_token or config.token_init != "keep"
+
+
 def special_tokens(family: Family, tokens: Sequence[str], config: TrainConfig) -> dict[str, TokenEmbedding]:
     """The embeddings of special tokens at their start, in every text encoder that can be trained, by `token_name`."""
     trained = config.train_token or config.method == "custom-diffusion"
