@@ -59,10 +59,13 @@ class TokenEmbedding:
             self._hooks.append(layer.register_state_dict_post_hook(save))
 
     def _insert(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        mine = inputs[0] == self.token_id
+        if not mine.any():
+            return output  # without gradients where none are due
         value = self.value.to(output.device, output.dtype)
         if self.batch.index is not None:
             value = value[rows_of(self.batch.index, inputs[0])][:, None]
-        return torch.where((inputs[0] == self.token_id).unsqueeze(-1), value, output)
+        return torch.where(mine.unsqueeze(-1), value, output)
 
     def _save(self, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
         """What saves the model saves the table with the value in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -91,10 +91,7 @@ class Trainer:
         )
         self.average = None if config.ema_decay is None else EMAModel(self.parameters, decay=config.ema_decay)
         self.step = 0
-        self._conditions: dict[str, Conditions] = {}
-        # Asked of the result: spectral shifts are not among a text encoder's own parameters.
-        encoded = self.family.encode([dataset.instance.prompts[0]])
-        self.text_encoder_trains = any(condition.requires_grad for condition in encoded.values())
+        self._conditions: dict[str, Conditions | None] = {}
         network: Any = self.family.network
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -238,17 +235,23 @@ class Trainer:
         return predicted, objective.target(latents, noise, timesteps)
 
     def encoded(self, prompts: list[str]) -> Conditions:
-        """What prompts mean to the network. Each is encoded once, of a text encoder that is trained once a batch."""
-        if self.text_encoder_trains:
-            return taken(self.family.encode(list(dict.fromkeys(prompts))), prompts)
-        for prompt in prompts:
-            if not self.knows([prompt]):
-                with torch.no_grad():
-                    self._conditions[prompt] = self.family.encode([prompt])
-        return joined([self._conditions[prompt] for prompt in prompts])
+        """What prompts mean to the network; each is encoded once, those whose meaning is trained once a batch."""
+        trained = [prompt for prompt in dict.fromkeys(prompts) if self.fixed(prompt) is None]
+        return taken(prompts, self.fixed, trained, self.family.encode(trained) if trained else None)
 
-    def knows(self, prompts: list[str]) -> bool:
-        """Whether none of the prompts is still to be encoded."""
+    def fixed(self, prompt: str) -> Conditions | None:
+        """What a prompt means to the network all through the training; None for one whose meaning is trained."""
+        if prompt not in self._conditions:
+            with (
+                torch.enable_grad()
+            ):  # asked of the result: what is trained need not be among a text encoder's own parameters
+                found = self.family.encode([prompt])
+            trained = any(condition.requires_grad for condition in found.values())
+            self._conditions[prompt] = None if trained else found
+        return self._conditions[prompt]
+
+    def knows(self, prompts: Sequence[str]) -> bool:
+        """Whether `fixed` has an answer for all prompts without asking the text encoders."""
         return self._conditions.keys() >= set(prompts)
 
     @torch.no_grad()
@@ -280,16 +283,16 @@ def _named_parts(loss: Loss) -> dict[str, float]:
     return {name: float(part) for name, part in parts.items()}
 
 
-def taken(conditions: Conditions, asked: Sequence[Hashable]) -> Conditions:
-    """The row of each that is asked for, of conditions that have a row for each different one, in order."""
-    places = {one: place for place, one in enumerate(dict.fromkeys(asked))}
-    rows = [places[one] for one in asked]
-    return {name: condition[rows] for name, condition in conditions.items()}
-
-
-def joined(rows: Sequence[Conditions]) -> Conditions:
-    """Conditions one after another."""
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+def taken(
+    asked: Sequence[T], fixed: Callable[[T], Conditions | None], trained: Sequence[T], found: Conditions | None
+) -> Conditions:
+    """A row for each that is asked for: what is fixed of it, or else its row of those that were just found."""
+    rows = [known for one in dict.fromkeys(asked) if (known := fixed(one)) is not None]
+    order = [*trained, *(one for one in dict.fromkeys(asked) if fixed(one) is not None)]
+    places = {one: place for place, one in enumerate(order)}
+    parts = [*([] if found is None else [found]), *rows]
+    index = [places[one] for one in asked]
+    return {name: torch.cat([part[name] for part in parts])[index] for name in parts[0]}
 
 
 def rate_of(config: TrainConfig, name: str) -> float:

@@ -32,4 +32,6 @@ def make_optimizer(name: str, groups: list[dict[str, Any]]) -> Optimizer:
         from prodigyopt import Prodigy
 
         return Prodigy(groups, weight_decay=0.0)
-    return AdamW(groups, weight_decay=0.0)
+    return AdamW(
+        groups, weight_decay=0.0, fused=True
+    )  # the same arithmetic, in one call for hundreds of small parameters

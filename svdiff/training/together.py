@@ -17,7 +17,7 @@ from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
 from svdiff.spectral.tokens import TokenEmbedding
-from svdiff.training.loop import Pass, Trainer, joined, taken
+from svdiff.training.loop import Trainer, taken
 from svdiff.training.losses import Loss
 from svdiff.training.methods import Method
 from svdiff.training.methods.spectral import SpectralMethod
@@ -177,19 +177,23 @@ class SharedNetwork:
             return [loss]
         trainers = list(asked)
         passes = [one for trainer, number in asked.items() for one in trainer.draw(number)]
-        frozen = (
-            []
-            if trainers[0].text_encoder_trains
-            else [self._frozen(*one) for one in zip(trainers, passes, strict=True)]
-        )
-        self._hold([trainer.method for trainer in trainers])
+        for trainer, one in zip(trainers, passes, strict=True):
+            if not trainer.knows(one.batch.prompts):
+                self.turn(trainer.method)
+                trainer.encoded(one.batch.prompts)
         prompts = [(row, prompt) for row, one in enumerate(passes) for prompt in one.batch.prompts]
-        texts = list(dict.fromkeys(prompts))
-        self._assign([row for row, _ in prompts], [row for row, _ in texts])
+
+        def fixed(text: tuple[int, str]) -> Conditions | None:
+            return trainers[text[0]].fixed(text[1])
+
+        trained = [text for text in dict.fromkeys(prompts) if fixed(text) is None]
+        self._hold([trainer.method for trainer in trainers])
+        self._assign([row for row, _ in prompts], [row for row, _ in trained] or None)
         objective, accelerator = self.family.objective, trainers[0].accelerator
         noisy = torch.cat([objective.noised(one.batch.latents, one.noise, one.timesteps) for one in passes])
         with accelerator.autocast():
-            conditions = joined(frozen) if frozen else taken(self.family.encode([text for _, text in texts]), prompts)
+            found = self.family.encode([prompt for _, prompt in trained]) if trained else None
+            conditions = taken(prompts, fixed, trained, found)
             predicted = self.family.predict(noisy, torch.cat([one.timesteps for one in passes]), conditions)
         losses = []
         parts = predicted.split([len(one.noise) for one in passes])
@@ -205,12 +209,6 @@ class SharedNetwork:
         self._share_out([trainer.method for trainer in trainers])
         # The graph must be gone before the parameters of the networks take another shape.
         return [loss.detach() for loss in losses]
-
-    def _frozen(self, trainer: Trainer, one: Pass) -> Conditions:
-        """What the prompts of one training mean, where no text encoder is trained."""
-        if not trainer.knows(one.batch.prompts):
-            self.turn(trainer.method)
-        return trainer.encoded(one.batch.prompts)
 
     def _share_out(self, methods: Sequence[Any]) -> None:
         """Give each training its gradients, and what the networks hold of them up."""
