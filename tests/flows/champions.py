@@ -34,8 +34,9 @@ class Champions(Project):
             folder = root / "data" / "concepts" / name
             folder.mkdir(parents=True)
             for number in range(2):
-                noise = np.random.default_rng([index, number]).normal(0, 20, (32, 32, 3))
-                pixels = (COLOURS[index % len(COLOURS)] + noise).clip(0, 255).astype(np.uint8)
+                noise = np.random.default_rng([index, number]).normal(0, 20, (20, 20, 3))
+                pixels = np.full((32, 32, 3), 255, np.uint8)  # a plain background: of pairs the subjects are cut out
+                pixels[6:26, 6:26] = (COLOURS[index % len(COLOURS)] + noise).clip(0, 255)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
         self.concepts = concepts
         self.write_params(root)
