@@ -15,6 +15,7 @@ import yaml
 from svdiff.check import check_written
 from svdiff.config import Config, load_config
 from svdiff.errors import SvdiffError
+from svdiff.experiments import cells
 
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -60,6 +61,27 @@ def imports() -> Any:
 def code_of(module: str) -> set[str]:
     """The module and all modules of svdiff that it imports, in however many steps, but for what decides no result."""
     return {name for name in {module, *imports().find_upstream_modules(module)} if not re.fullmatch(NEUTRAL, name)}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "entry", "unused"),
+    [
+        (cells.TRAINING, "train", r"svdiff\.sampling.*"),  # draws validation pictures, which no cell shows
+        (cells.DRAWING, "sample", UNUSED["sample"]),
+        (cells.DRAWING, "sample-pair", r"svdiff\.data\.(cutmix|foreground)"),  # negatives are in the key themselves
+        (cells.SCORING, "score", "-"),
+        (cells.SCORING, "score-pair", "-"),
+    ],
+)
+def test_a_cell_of_an_experiment_depends_on_all_the_code_that_decides_its_result(
+    patterns: tuple[str, ...], entry: str, unused: str
+) -> None:
+    covered = {path.relative_to(cells.PACKAGE) for pattern in patterns for path in cells.PACKAGE.glob(pattern)}
+    code = {name for name in code_of(ENTRY[entry]) if not re.fullmatch(unused, name)}
+    files = {Path(*name.split(".")[1:]) for name in code}
+    assert (
+        sorted(str(f) for f in files if f.with_suffix(".py") not in covered and f / "__init__.py" not in covered) == []
+    )
 
 
 def is_covered(module: str, dependencies: list[str]) -> bool:

@@ -10,7 +10,7 @@ app = typer.Typer()
 
 
 @app.command("config")
-def showread(params: Params = PARAMS) -> None:
+def show(params: Params = PARAMS) -> None:
     """Describe every key of params.yaml, with the values in force."""
     from svdiff.base.config import load_base_training
     from svdiff.check import check_written

@@ -14,13 +14,15 @@ from typing import NamedTuple, get_args
 import numpy as np
 from PIL import Image, ImageOps
 
-from svdiff.data.foreground import Colour, CutOut, cut_out_onto, ground
+from svdiff.data.foreground import Colour, cut_out, ground
 from svdiff.errors import SvdiffError
 from svdiff.sections import Fit, Layout
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PROBABILITY = 0.6  # Sec. 4.2
+WHITE: Colour = (255, 255, 255)
 EIGHTHS = 8  # of a picture, by which subjects that are cut out are moved
+HALF = 128  # of 255: what is less covered than this is not counted as the subject's size
 # In the words of each layout: with positions, with positions in the other order, without.
 _POSITIONS = {
     "left-right": ("{a} on the left and {article} {b} on the right", "{b} on the right and {article} {a} on the left"),
@@ -71,12 +73,12 @@ def make_mix(
     split: float = 0.5,
     fit: Fit = "cover",
     places: tuple[float, float] = (0.5, 0.5),
-    colour: Colour = (255, 255, 255),
+    colour: Colour = WHITE,
 ) -> Mix:
     """Put `first` into the left (upper) part of a `size` × `size` picture and `second` into the other.
 
     Args:
-        first, second: RGB pictures of any size.
+        first, second: RGB pictures of any size; RGBA ones are taken as cut out already by `cut-out`.
         size: side of the result in pixels.
         layout: side by side, or one above the other.
         split: share of the first part, between 0 and 1; the seam lies at the nearest pixel.
@@ -100,53 +102,60 @@ def make_mix(
     regions = split_regions(layout, seam / size)
     mixed = Image.new("RGB", (size, size), colour)
     for picture, region, place in zip((first, second), regions, places, strict=True):
-        left, top, right, bottom = region.pixels(size, size)
+        box = region.pixels(size, size)
+        part = mixed.crop(box)
         if fit == "cut-out":
-            part, corner = _placed(_subject(picture, size, colour), (left, top, right, bottom), size // EIGHTHS, place)
+            _lay(part, _found(cut_subject(picture, size), "a picture"), (box[0], box[1]), size // EIGHTHS, place)
         else:
-            part, corner = _fitted(picture.convert("RGB"), (right - left, bottom - top), fit, place), (left, top)
-        mixed.paste(part, corner)
+            part = _fitted(picture.convert("RGB"), part.size, fit, place)
+        mixed.paste(part, box)
     return Mix(mixed, regions)
 
 
-def fits_unscaled(picture: Image.Image, size: int) -> bool:
-    """Whether the picture's subject is at most half as wide and high as a picture of `size` pixels."""
-    left, top, right, bottom = _subject(picture, size, (0, 0, 0)).box
-    return max(right - left, bottom - top) <= size // 2
+def cut_subject(picture: Image.Image, size: int) -> Image.Image | None:
+    """The subject of a picture's middle square, as RGBA of `size` × `size`; None where it shows none before a plain background.
+
+    It is cut out before it is reduced, so that it is sharp.
+    """
+    square = (min(picture.size),) * 2
+    if picture.mode == "RGBA":
+        cut: Image.Image | None = ImageOps.fit(picture, square)
+    else:
+        cut = cut_out(ImageOps.fit(picture.convert("RGB"), square))
+    return None if cut is None else cut.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _subject(picture: Image.Image, size: int, colour: Colour) -> CutOut:
-    """The subject as it is in the picture at `size` pixels; cut out of the whole picture, whose edges are sharper."""
-    picture = ImageOps.fit(picture.convert("RGB"), (min(picture.size),) * 2)
-    cut = cut_out_onto(picture, colour)
+def _found(cut: Image.Image | None, what: str) -> Image.Image:
     if cut is None:
         raise SvdiffError(
-            "mix.fit is cut-out, and a picture shows no subject before a plain background; expected one whose border has "
-            "one colour: set mix.fit to cover or contain"
+            f"mix.fit is cut-out, and {what} shows no subject before a plain background; expected one whose border has one "
+            "colour: set mix.fit to cover or contain"
         )
-    whole = Image.new("RGB", picture.size, colour)
-    whole.paste(cut.image, cut.box)
-    scale = size / picture.width
-    left, top, right, bottom = (round(edge * scale) for edge in cut.box)
-    box = left, top, right, bottom
-    return CutOut(whole.resize((size, size), Image.Resampling.LANCZOS).crop(box), box)
+    return cut
 
 
-def _placed(
-    subject: CutOut, part: tuple[int, int, int, int], step: int, place: float
-) -> tuple[Image.Image, tuple[int, int]]:
-    """The subject, shrunk if it must, and its left upper corner in a part of the picture, moved by whole steps if it can."""
-    room = part[2] - part[0], part[3] - part[1]
-    image = subject.image
-    if image.width > room[0] or image.height > room[1]:
-        image = ImageOps.contain(image, room, method=Image.Resampling.LANCZOS)
-    corner = []
-    for axis in (0, 1):
-        last = part[axis + 2] - image.size[axis]
-        kept = [spot for spot in range(subject.box[axis] % step, last + 1, step) if spot >= part[axis]]
-        spots = kept if image is subject.image and kept else range(part[axis], last + 1)
-        corner.append(spots[min(int(place * len(spots)), len(spots) - 1)])
-    return image, (corner[0], corner[1])
+def _extent(subject: Image.Image) -> tuple[int, int, int, int]:
+    """Where in an RGBA picture the subject is: left, top, right, bottom."""
+    covered = subject.getchannel("A").point([255 * (alpha >= HALF) for alpha in range(256)])
+    return covered.getbbox() or (0, 0, *subject.size)
+
+
+def _lay(part: Image.Image, subject: Image.Image, corner: tuple[int, int], step: int, place: float) -> None:
+    """Lay a subject over a part of a picture that has its left upper corner at `corner`.
+
+    It keeps its size and is moved by multiples of `step` pixels; where it is too large or no such place is left, it is shrunk
+    and stands anywhere.
+    """
+    left, top, right, bottom = _extent(subject)
+    if right - left > part.width or bottom - top > part.height:
+        subject = ImageOps.contain(subject.crop((left, top, right, bottom)), part.size, method=Image.Resampling.LANCZOS)
+        left, top, right, bottom, step = 0, 0, *subject.size, 1
+    spot = []
+    for start, end, room, shift in ((left, right, part.width, corner[0]), (top, bottom, part.height, corner[1])):
+        spots = range(room - (end - start) + 1)
+        kept = [at for at in spots if (at + shift - start) % step == 0] or spots
+        spot.append(kept[min(int(place * len(kept)), len(kept) - 1)])
+    part.paste(subject, (spot[0] - left, spot[1] - top), subject)
 
 
 def seam_contrast(mix: Mix, layout: Layout) -> float:
@@ -204,12 +213,16 @@ def prior_mix_prompts(
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the subjects that are trained together: 'sks dog', its pictures, and the prior images of its class."""
+    """One of the subjects that are trained together: 'sks dog', its pictures, and the prior images of its class.
+
+    `grounds` are colours of backgrounds, one of which is drawn for each mix of subjects that are cut out.
+    """
 
     words: str
     class_word: str
     images: Sequence[Image.Image]
     priors: Sequence[Image.Image]
+    grounds: Sequence[Colour] = (WHITE,)
 
 
 @dataclass(frozen=True)
@@ -243,25 +256,41 @@ class MixedPair:
     prior_prompt: str
 
 
-def mixable(subject: Subject, recipe: MixRecipe) -> Subject:
-    """The subject with those of its pictures and prior images that mixes are made of.
+def with_cut_outs(subject: Subject, recipe: MixRecipe) -> Subject:
+    """The subject for mixes by `cut-out`: its pictures, and priors that are mixed, cut out once, and the priors' backgrounds.
 
-    To cut out, those whose subject fits its part as large as it is, where there are any: to shrink it blurs it.
+    Those are used that show it at most half as wide and high as they are, where there are any: to shrink it blurs it. Prior
+    images that show nothing are left out.
+
+    Raises:
+        SvdiffError: a picture, or every prior image, shows no subject before a plain background.
     """
-    if recipe.fit != "cut-out":
-        return subject
+    images = [
+        _found(cut_subject(image, recipe.size), f"picture {number} of '{subject.words}'")
+        for number, image in enumerate(subject.images, 1)
+    ]
+    prepared = replace(subject, images=_small(images), grounds=[ground(prior) for prior in subject.priors])
+    if not recipe.mix_priors:
+        return prepared
+    cuts = [cut for image in subject.priors if (cut := cut_subject(image, recipe.size)) is not None]
+    return replace(prepared, priors=_small(cuts or [_found(None, f"every prior image of '{subject.class_word}'")]))
 
-    def fitting(pictures: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        return [picture for picture in pictures if fits_unscaled(picture, recipe.size)] or pictures
 
-    priors = fitting(subject.priors) if recipe.mix_priors else subject.priors
-    return replace(subject, images=fitting(subject.images), priors=priors)
+def _small(subjects: list[Image.Image]) -> list[Image.Image]:
+    """Those at most half as wide and high as their pictures; all, where none is."""
+    boxes = [_extent(subject) for subject in subjects]
+    small = [
+        subject
+        for subject, (left, top, right, bottom) in zip(subjects, boxes, strict=True)
+        if max(right - left, bottom - top) <= subject.width // 2
+    ]
+    return small or subjects
 
 
 def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> MixedPair:
     """Mix number `index`: two subjects drawn without replacement, a picture of each, layout, split, kind of prompt.
 
-    Raises SvdiffError for fewer than two subjects, or one without pictures or prior images.
+    By `cut-out`, `subjects` are as `with_cut_outs` makes them. Raises SvdiffError for fewer than two, or one without pictures or prior images.
     """
     if len(subjects) < 2:
         raise SvdiffError(f"Cut-Mix-Unmix mixes two subjects; found {len(subjects)}")
@@ -286,7 +315,7 @@ def mixed_pair(subjects: Sequence[Subject], recipe: MixRecipe, index: int) -> Mi
                 split=split,
                 fit=recipe.fit,
                 places=(draw.random(), draw.random()),
-                colour=ground(draw.choice(subjects[i].priors)) if recipe.fit == "cut-out" else (255, 255, 255),
+                colour=draw.choice(first.grounds),
             )
             for two in drawn
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -12,16 +10,17 @@ from scipy import ndimage
 Mask = NDArray[np.bool_]
 Colour = tuple[int, int, int]
 
-DISTINCT = 40  # of 255: how far a pixel's strongest channel is from the background's
-# To cut out, where a background is really plain.
-CLOSE = 20
-SAME = 10
+# How far a pixel's strongest channel is from the background's, of 255:
+DISTINCT = 40  # to find a subject, also in a drawn picture
+CLOSE = 20  # to cut one out, where the background is really plain
+SAME = 10  # background that is seen through a loop of the subject, and not reached from the border
 
 
 def foreground(picture: Image.Image, distinct: int = DISTINCT) -> Mask:
     """(height, width): where a subject is. Background is what is reached from the border through the border's own colours.
 
-    Pixels are of the background's colour that differ from it by less than `distinct`, of 255, in every channel. Each side of the border has its colour, so that a picture stitched of two backgrounds has both.
+    A pixel has the background's colour if no channel differs from it by `distinct` or more. Each side of the border has its
+    own colour, so that a picture stitched of two backgrounds has both.
     """
     pixels = np.asarray(picture.convert("RGB"), np.int16)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
@@ -32,13 +31,6 @@ def foreground(picture: Image.Image, distinct: int = DISTINCT) -> Mask:
     return found
 
 
-class CutOut(NamedTuple):
-    """A subject with nothing but a pixel around it, and where that is in its picture: left, top, right, bottom."""
-
-    image: Image.Image
-    box: tuple[int, int, int, int]
-
-
 def ground(picture: Image.Image) -> Colour:
     """The colour of a plain background: the median of the picture's border."""
     pixels = np.asarray(picture.convert("RGB"))
@@ -47,11 +39,11 @@ def ground(picture: Image.Image) -> Colour:
     return red, green, blue
 
 
-def cut_out_onto(picture: Image.Image, colour: Colour) -> CutOut | None:
-    """The subject of a picture, as if its background had another colour; None if the picture shows none.
+def cut_out(picture: Image.Image) -> Image.Image | None:
+    """The subject of a picture before a really plain background, the rest transparent (RGBA); None if it shows none.
 
-    A pixel that the subject covers to the share α is α f + (1 − α) b, so that (1 − α)(b′ − b) is added to it; f is the
-    colour of the subject next to the pixel.
+    A pixel is p = α f + (1 − α) b: α is how far it lies from the background's colour b on the way to f, the colour of the
+    subject next to it, and f = (p − (1 − α) b) / α is what is seen of the subject.
     """
     pixels, behind = np.asarray(picture.convert("RGB"), np.float32), np.array(ground(picture), np.float32)
     same = np.abs(pixels - behind).max(axis=2) < SAME
@@ -61,9 +53,8 @@ def cut_out_onto(picture: Image.Image, colour: Colour) -> CutOut | None:
         return None
     nearest = ndimage.distance_transform_edt(~inner, return_distances=False, return_indices=True)
     own = pixels[tuple(nearest)] - behind
-    covered = ((pixels - behind) * own).sum(axis=2) / np.maximum((own * own).sum(axis=2), 1)
-    covered = np.where(inner, 1, np.where(ndimage.binary_dilation(mask), covered.clip(0, 1), 0))[..., None]
-    laid = np.where(covered > 0, pixels + (1 - covered) * (colour - behind), colour)
-    rows, columns = ndimage.find_objects(ndimage.binary_dilation(mask).astype(np.uint8))[0]
-    box = columns.start, rows.start, columns.stop, rows.stop
-    return CutOut(Image.fromarray(laid.round().clip(0, 255).astype(np.uint8)).crop(box), box)
+    alpha = ((pixels - behind) * own).sum(axis=2) / np.maximum((own * own).sum(axis=2), 1)
+    alpha = np.where(inner, 1, np.where(ndimage.binary_dilation(mask), alpha.clip(0, 1), 0))[..., None]
+    subject = (pixels - (1 - alpha) * behind) / np.maximum(alpha, 1e-3)
+    layers = np.concatenate([subject.clip(0, 255), 255 * alpha], axis=2)
+    return Image.fromarray(layers.round().astype(np.uint8))

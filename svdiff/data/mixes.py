@@ -13,7 +13,7 @@ It is all that the pair's training reads, so a picture that is replaced or remov
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from svdiff.catalogue import Entry
 from svdiff.config import Config, MixConfig
 from svdiff.data.check import gated_pictures
 from svdiff.data.concepts import to_square
-from svdiff.data.cutmix import MixedPair, MixRecipe, Region, Subject, mixable, mixed_pair, split_regions
+from svdiff.data.cutmix import MixedPair, MixRecipe, Region, Subject, mixed_pair, split_regions, with_cut_outs
 from svdiff.data.grid import contact_sheet
 from svdiff.data.prior import load_prior_images
 from svdiff.errors import SvdiffError
@@ -35,7 +35,6 @@ from svdiff.sections import Layout
 MIXES = Path("out/mix")
 SPLITS = {"even": (0.5, 0.5), "random": (0.3, 0.7)}
 SHEET = 24  # mixes shown
-SHARP = 4  # times the base's size: what subjects are cut out of
 
 
 def mix_folder(pair: str) -> Path:
@@ -51,18 +50,24 @@ def make_mixes(config: Config, pair: str) -> Path:
     """
     entry = pair_entry(config, pair)
     size, fit = native_size(config.base), "pad" if config.mix.fit == "contain" else "crop"
-    side = SHARP * size if config.mix.fit == "cut-out" else size
+    pictures = {name: gated_pictures(config, name, fit) for name in entry.concepts}
     subjects = [
         Subject(
             words=concept.subject,
             class_word=concept.class_word,
-            images=[to_square(picture.image, side, fit) for picture in gated_pictures(config, name, fit)],
+            images=[to_square(picture.image, size, fit) for picture in pictures[name]],
             priors=[to_square(image, size) for image in load_prior_images(concept.class_word)],
         )
         for name, concept in entry.concepts.items()
     ]
     recipe = mix_recipe(config.mix, size, config.train_config(pair).prompt, config.prior.prompt)
-    parts = [mixable(subject, recipe) for subject in subjects]
+    parts = subjects
+    if config.mix.fit == "cut-out":  # of pictures at their own size
+        own = [[picture.image for picture in found] for found in pictures.values()]
+        parts = [
+            with_cut_outs(replace(subject, images=images), recipe)
+            for subject, images in zip(subjects, own, strict=True)
+        ]
     mixes = [mixed_pair(parts, recipe, index) for index in range(config.mix.mixes)]
     with atomic_dir(mix_folder(pair)) as folder:
         rows = [_write_mix(folder, index, mix, list(entry.concepts)) for index, mix in enumerate(mixes)]
@@ -71,7 +76,7 @@ def make_mixes(config: Config, pair: str) -> Path:
             for part, images, digits in (("singles", subject.images, 2), ("priors", subject.priors, 3)):
                 (folder / part / name).mkdir(parents=True)
                 for index, image in enumerate(images):
-                    to_square(image, size).save(folder / part / name / f"{index:0{digits}d}.png")
+                    image.save(folder / part / name / f"{index:0{digits}d}.png")
         shown = mixes[:SHEET]
         sheet = contact_sheet(
             [mix.image for mix in shown],
@@ -128,7 +133,7 @@ def _write_mix(folder: Path, index: int, mix: MixedPair, names: list[str]) -> di
 
 @dataclass(frozen=True)
 class StoredMix:
-    """A mix as the folder has it: picture, prior counterpart where there is one, prompts, and the region of each of its two concepts."""
+    """A mix as the folder has it: picture, prior counterpart if any, prompts, and the region of each of its two concepts."""
 
     image: Image.Image
     prior_image: Image.Image | None

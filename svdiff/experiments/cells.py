@@ -38,7 +38,7 @@ from svdiff.sampling.stage import default_negatives, draw_pictures, personalise
 PACKAGE = Path(__file__).parents[1]
 TRAINING = ("data/*.py", "models/*.py", "spectral/**/*.py", "training/**/*.py")  # code that decides each result
 DRAWING = ("models/*.py", "sampling/*.py", "spectral/**/*.py", "editing/edits.py")
-SCORING = ("data/concepts.py", "data/reading.py", "evaluation/*.py", "editing/scores.py")
+SCORING = ("data/concepts.py", "data/foreground.py", "data/reading.py", "evaluation/*.py", "editing/scores.py")
 SMALL = 10_000_000  # bytes: larger deltas, of whole weights, are removed when their pictures are drawn
 
 

@@ -237,7 +237,7 @@ class Trainer:
     def encoded(self, prompts: list[str]) -> Conditions:
         """What prompts mean to the network; each is encoded once, those whose meaning is trained once a batch."""
         trained = [prompt for prompt in dict.fromkeys(prompts) if self.fixed(prompt) is None]
-        return taken(prompts, self.fixed, trained, self.family.encode(trained) if trained else None)
+        return conditions_of(prompts, self.fixed, trained, self.family.encode(trained) if trained else None)
 
     def fixed(self, prompt: str) -> Conditions | None:
         """What a prompt means to the network all through the training; None for one whose meaning is trained."""
@@ -283,10 +283,10 @@ def _named_parts(loss: Loss) -> dict[str, float]:
     return {name: float(part) for name, part in parts.items()}
 
 
-def taken(
+def conditions_of(
     asked: Sequence[T], fixed: Callable[[T], Conditions | None], trained: Sequence[T], found: Conditions | None
 ) -> Conditions:
-    """A row for each that is asked for: what is fixed of it, or else its row of those that were just found."""
+    """Conditions with a row for each prompt `asked`: the one that is `fixed`, else its row of `found`, those of `trained`."""
     rows = [known for one in dict.fromkeys(asked) if (known := fixed(one)) is not None]
     order = [*trained, *(one for one in dict.fromkeys(asked) if fixed(one) is not None)]
     places = {one: place for place, one in enumerate(order)}

@@ -17,7 +17,7 @@ from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
 from svdiff.spectral.tokens import TokenEmbedding
-from svdiff.training.loop import Trainer, taken
+from svdiff.training.loop import Trainer, conditions_of
 from svdiff.training.losses import Loss
 from svdiff.training.methods import Method
 from svdiff.training.methods.spectral import SpectralMethod
@@ -193,7 +193,7 @@ class SharedNetwork:
         noisy = torch.cat([objective.noised(one.batch.latents, one.noise, one.timesteps) for one in passes])
         with accelerator.autocast():
             found = self.family.encode([prompt for _, prompt in trained]) if trained else None
-            conditions = taken(prompts, fixed, trained, found)
+            conditions = conditions_of(prompts, fixed, trained, found)
             predicted = self.family.predict(noisy, torch.cat([one.timesteps for one in passes]), conditions)
         losses = []
         parts = predicted.split([len(one.noise) for one in passes])

@@ -18,12 +18,13 @@ from svdiff.data.cutmix import (
     Region,
     Subject,
     choose,
+    cut_subject,
     make_mix,
     mix_prompts,
-    mixable,
     mixed_pair,
     prior_mix_prompts,
     seam_contrast,
+    with_cut_outs,
 )
 from svdiff.errors import SvdiffError
 
@@ -138,12 +139,32 @@ def test_a_subject_that_is_too_large_is_shrunk_into_its_half() -> None:
 
 
 def test_mixes_of_cut_outs_are_made_of_pictures_whose_subject_fits_where_there_are_any() -> None:
-    small, large = ring("red", "white", 96, (40, 40)), ring("red", "white", 200, (20, 20))
-    recipe = MixRecipe(size=64, fit="cut-out")
-    assert list(mixable(Subject("sks dog", "dog", [large, small], [small, large]), recipe).images) == [small]
-    assert list(mixable(Subject("sks dog", "dog", [large], [large]), recipe).images) == [large]
-    contain = MixRecipe(size=64, fit="contain")
-    assert list(mixable(Subject("sks dog", "dog", [large, small], [small]), contain).images) == [large, small]
+    small, large, blank = (
+        ring("red", "white", 96, (40, 40)),
+        ring("red", "white", 200, (20, 20)),
+        Image.new("RGB", (64, 64)),
+    )
+    recipe, fitting = MixRecipe(size=64, fit="cut-out"), cut_subject(small, 64)
+    prepared = with_cut_outs(Subject("sks dog", "dog", [large, small], [blank, small, large]), recipe)
+    assert list(prepared.images) == list(prepared.priors) == [fitting]
+    assert list(with_cut_outs(Subject("sks dog", "dog", [large], [large]), recipe).images) == [cut_subject(large, 64)]
+    with pytest.raises(SvdiffError, match="picture 2 of 'sks dog' shows no subject"):
+        with_cut_outs(Subject("sks dog", "dog", [small, blank], [small]), recipe)
+    with pytest.raises(SvdiffError, match="every prior image of 'dog' shows no subject"):
+        with_cut_outs(Subject("sks dog", "dog", [small], [blank]), recipe)
+
+
+def test_cut_outs_stand_on_the_backgrounds_of_prior_images() -> None:
+    pictures = [ring(colour, "white", 96, (40, 40)) for colour in ("red", "blue")]
+    priors = [ring("black", colour, 200, (20, 20)) for colour in ("#800000", "#008000", "#000080")]
+    recipe = MixRecipe(size=64, fit="cut-out", mix_priors=False)
+    group = [
+        with_cut_outs(Subject(f"sks {word}", word, [picture], priors), recipe)
+        for word, picture in zip("ab", pictures, strict=True)
+    ]
+    mixes = [mixed_pair(group, recipe, index) for index in range(60)]
+    assert {mix.image.getpixel((0, 63)) for mix in mixes} >= {(128, 0, 0), (0, 128, 0), (0, 0, 128)}
+    assert len({mix.image.tobytes() for mix in mixes}) > 40
 
 
 def test_cutting_out_needs_a_subject_before_a_plain_background() -> None:
