@@ -61,7 +61,7 @@ def write_tiny_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
 
-def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
+def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon", **unet_settings: bool) -> Path:
     """Write a random Stable Diffusion of about a hundred thousand parameters to `folder`."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -81,6 +81,7 @@ def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon"
             cross_attention_dim=16,
             attention_head_dim=2,
             norm_num_groups=8,
+            **unet_settings,
         )
         vae = AutoencoderKL(
             block_out_channels=(8, 16),

@@ -197,7 +197,9 @@ def export(
     precision: Precision = "fp32",
     lora: Annotated[bool, typer.Option("--lora", help="LoRA instead of plain diffusers weights")] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="of the LoRA [default: full, exact but for norms]")] = None,
-    kohya: Annotated[bool, typer.Option("--kohya", help="kohya's names, which some tools want")] = False,
+    kohya: Annotated[
+        bool, typer.Option("--kohya", help="kohya's names, which ComfyUI wants of Stable Diffusion and SDXL")
+    ] = False,
     half: Half = False,
 ) -> None:
     """A delta as plain diffusers weights (exact), or as LoRA for every other tool (without its norms' shifts)."""
@@ -216,12 +218,15 @@ def export(
 
     delta, dtype = _load(file), torch.float16 if half else torch.float32
     concepts = SpectralPipeline(_pipeline(base, precision), cache=_cache_folder())
+    family = family_of(concepts.pipe)
+    if kohya and not family.lora_names:
+        raise SvdiffError(f"--kohya is for UNets; of {family.title} all tools read diffusers' names: leave it out")
     if lora:
         modules = {prefix: getattr(concepts.pipe, prefix) for prefix in delta.prefixes()}
         bases = {p: concepts.basis(p, delta.part(p), rank=delta.directions(p)) for p in modules}
-        layout = "kohya" if kohya else "diffusers"
-        names = family_of(concepts.pipe).lora_names
-        export_lora(modules, bases, delta, output, rank=rank, dtype=dtype, layout=layout, kohya=names)  # type: ignore[arg-type]
+        layout: Literal["diffusers", "kohya"] = "kohya" if kohya else "diffusers"
+        names = family.lora_names
+        export_lora(modules, bases, delta, output, rank=rank, dtype=dtype, layout=layout, kohya=names)
         for path in export_tokens(concepts.pipe, delta.tokens, output):
             typer.echo(str(path))
     else:

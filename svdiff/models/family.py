@@ -62,8 +62,8 @@ class Family:
     """Whether pictures look at the text in layers of their own, as the attention losses need, or both at both."""
     patch: ClassVar[int] = 1
     """Side in latents of what is one position to the network."""
-    lora_names: ClassVar[Mapping[str, str]]
-    """What LoRA files in kohya's layout call each network."""
+    lora_names: ClassVar[Mapping[str, str]] = {}
+    """What LoRA files in kohya's layout call each network; none where all tools read diffusers' names."""
     sizes: ClassVar[Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]]]
     """Well-known bases by a short name: of each network its class and configuration, for tables without a download."""
 

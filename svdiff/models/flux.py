@@ -30,7 +30,6 @@ class Flux(Family):
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     attention = "joint"
     patch = 2
-    lora_names = {"transformer": "lora_transformer", "text_encoder": "lora_te1"}  # noqa: RUF012
     sizes = {  # noqa: RUF012
         "flux": {
             "transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}),

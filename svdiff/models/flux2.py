@@ -22,7 +22,6 @@ class Flux2(Flux):
     title = "Flux.2"
     pipeline = "Flux2Pipeline"
     encoder_names = ()
-    lora_names = {"transformer": "lora_transformer"}  # noqa: RUF012
     sizes = {"flux2": {"transformer": ("Flux2Transformer2DModel", {})}}  # noqa: RUF012
     layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
     """Whose outputs of the language model are the text's embedding."""

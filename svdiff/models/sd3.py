@@ -51,11 +51,6 @@ class StableDiffusion3(Family):
     encoder_names = ("text_encoder", "text_encoder_2")
     attention = "joint"
     patch = 2
-    lora_names = {  # noqa: RUF012
-        "transformer": "lora_transformer",
-        "text_encoder": "lora_te1",
-        "text_encoder_2": "lora_te2",
-    }
     sizes = {  # noqa: RUF012
         "sd3.5-medium": {"transformer": ("SD3Transformer2DModel", MEDIUM)} | ENCODERS,
         "sd3.5-large": {"transformer": ("SD3Transformer2DModel", LARGE)} | ENCODERS,

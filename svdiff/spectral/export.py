@@ -109,7 +109,12 @@ def _has_lora(owner: nn.Module) -> bool:
 
 
 def _named(prefix: str, path: str, a: Tensor, b: Tensor, kohya: str | None) -> dict[str, Tensor]:
-    """Keys of one layer in a LoRA file; without alphas, which some readers mislay, every tool scales by 1."""
+    """Keys of one layer in a LoRA file; without alphas, which some readers mislay, every tool scales by 1.
+
+    Other tools know CLIP's layers under `text_model`, as files always had them; transformers 5 leaves that out.
+    """
+    if prefix.startswith("text_encoder") and path.startswith("encoder.layers."):
+        path = f"text_model.{path}"
     if kohya is None:
         return {f"{prefix}.{path}.lora_A.weight": a, f"{prefix}.{path}.lora_B.weight": b}
     root = f"{kohya}_{path.replace('.', '_')}"

@@ -26,7 +26,7 @@ def drawn(frame) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(image)), int) for image in frame["image"]])
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "flux2-klein"])
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3", "sd3.5", "flux", "flux2", "flux2-klein"])
 def test_a_registered_version_draws_what_was_trained(project: Project, tmp_path: Path, family: str) -> None:
     base = base_settings(family, make_tiny(family, tmp_path / "base")) | {"precision": "bf16"}
     write_params(project.root, "dog", base=base)

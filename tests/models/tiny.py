@@ -12,18 +12,21 @@ from tests.conftest import WORDS, make_tiny_base, write_tiny_tokenizer
 PIXELS = 16  # pictures are 16 × 16, latents 8 × 8
 LENGTH = 16  # tokens
 CHAT = "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }} {% endfor %}"
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux-schnell", "flux2", "flux2-klein")
+FAMILIES = ("sd", "sd2", "sdxl", "sd3", "sd3.5", "flux", "flux-schnell", "flux2", "flux2-klein")
 
 
 def make_tiny(family: str, folder: Path) -> Path:
     """Write a random base of `family` to `folder`."""
     if family == "sd":
         return make_tiny_base(folder)
+    if family == "sd2":
+        return make_tiny_base(folder, prediction_type="v_prediction", use_linear_projection=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = {
             "sdxl": _sdxl,
             "sd3": _sd3,
+            "sd3.5": lambda words: _sd3(words, qk_norm="rms_norm", dual_attention_layers=(0,)),
             "flux": _flux,
             "flux-schnell": lambda words: _flux(words, guidance_embeds=False),
             "flux2": _flux2,
@@ -136,7 +139,7 @@ def _sdxl(words: Path) -> Any:
     )
 
 
-def _sd3(words: Path) -> Any:
+def _sd3(words: Path, **settings: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     tokenizer, (tokenizer_3, text_encoder_3) = _clip_tokenizer(words), _t5()
@@ -152,8 +155,7 @@ def _sd3(words: Path) -> Any:
         joint_attention_dim=32,
         pooled_projection_dim=32,
         pos_embed_max_size=8,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0,),
+        **settings,
     )
     return StableDiffusion3Pipeline(
         vae=_vae(4, scaling_factor=1.5305, shift_factor=0.0609),

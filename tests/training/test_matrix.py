@@ -168,7 +168,7 @@ def test_compiling_is_refused_where_it_does_not_work(monkeypatch: pytest.MonkeyP
     refused("cuda", "needs the package triton")
 
 
-FAMILIES = ("sdxl", "sd3", "flux", "flux2-klein")
+FAMILIES = ("sdxl", "sd3.5", "flux", "flux2-klein")
 FAMILY_SETTINGS = {"family": FAMILIES} | SETTINGS
 
 
