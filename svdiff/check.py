@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from svdiff.errors import SvdiffError
 from svdiff.evaluation.evaluators import describe_evaluators
 from svdiff.files import write_atomic
 from svdiff.models import load_words
+from svdiff.models.compatibility import check_family, check_precision
 from svdiff.sections import BaseModelConfig, EvaluatorsConfig
 from svdiff.words import is_folder
 
@@ -43,17 +45,21 @@ def check(config: Config) -> Path:
             )
     family = load_words(config.base)
     for name, concept in config.concepts.items():
-        try:
+        with _named_in(f"concepts.{name}"):
             family.check_token(concept.token)
-        except SvdiffError as error:
-            raise SvdiffError(f"concepts.{name}: {error}") from None
     for name in config.pairs:
         family.check_tokens(config.entry(name).tokens)
+    for name in [*config.concepts, *config.pairs, *config.edits]:
+        settings = config.train_config(name)
+        with _named_in(name):
+            check_family(family, settings)
+            check_precision(config.base, settings)
+    for place, eta in _etas(config):
+        with _named_in(place):
+            family.check_eta(eta)
     for place, prompt in _prompts(config):
-        try:
+        with _named_in(place):
             family.check_prompt(prompt)
-        except SvdiffError as error:
-            raise SvdiffError(f"{place}: {error}") from None
     write_atomic(EVALUATORS, json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
     write_atomic(OUTPUT, "params.yaml can be worked with\n")
     return OUTPUT
@@ -116,6 +122,24 @@ def _check_places(evaluators: EvaluatorsConfig) -> None:
             raise SvdiffError(
                 f"evaluators.{key} is '{path}', and the pipeline follows evaluators by the files in models/: copy it there"
             )
+
+
+@contextmanager
+def _named_in(place: str) -> Iterator[None]:
+    """Say of what is refused where it comes from."""
+    try:
+        yield
+    except SvdiffError as error:
+        raise SvdiffError(f"{place}: {error}") from None
+
+
+def _etas(config: Config) -> Iterator[tuple[str, float]]:
+    """Each η that something is sampled with, with its place in params.yaml."""
+    if config.classes:
+        yield "prior.eta", config.prior.eta
+    yield "sample.eta", config.sample.eta
+    if config.edits:
+        yield from ((f"edit.starts.{name}.eta", start.eta) for name, start in config.edit.starts.items())
 
 
 def _prompts(config: Config) -> Iterator[tuple[str, str]]:

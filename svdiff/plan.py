@@ -49,8 +49,13 @@ def plan(config: Config) -> list[str]:
 
 
 def memory(config: Config) -> list[str]:
-    """One line: what a training of shifts holds, and the rank up to which it fits each card; none for other methods."""
-    from svdiff.models.memory import CARDS, largest_rank, said, training_memory
+    """What a training of shifts holds, the rank up to which it fits each card, and whether it fits the one that is here.
+
+    Nothing for other methods.
+    """
+    import torch
+
+    from svdiff.models.memory import CARDS, largest_rank, said, training_memory, verdict
     from svdiff.models.sizes import build
 
     if config.train.method != "svdiff":
@@ -60,9 +65,14 @@ def memory(config: Config) -> list[str]:
         network = build(config.base.model)
     except SvdiffError as error:
         return [f"memory: unknown, {error}"]
-    holds = training_memory(network, config.train.subset, config.train.rank, itemsize).total
-    fits = (f"{card} GB: {said(largest_rank(network, card, config.train.subset, itemsize))}" for card in CARDS)
-    return [f"memory: the network in training holds {holds / 2**30:.2f} GiB beside activations; {', '.join(fits)}"]
+    subset, rank = config.train.subset, config.train.rank
+    holds = training_memory(network, subset, rank, itemsize).total
+    fits = (f"{card} GB: {said(largest_rank(network, card, subset, itemsize))}" for card in CARDS)
+    lines = [f"memory: the network in training holds {holds / 2**30:.2f} GiB beside activations; {', '.join(fits)}"]
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_properties(0).total_memory / 2**30
+        lines.append(f"memory: on this GPU of {here:.0f} GB it {verdict(network, here, subset, rank, itemsize)}")
+    return lines
 
 
 def stages_to_run() -> dict[str, list[str]]:

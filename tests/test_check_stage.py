@@ -22,6 +22,7 @@ from svdiff.config import BaseModelConfig, load_config
 from svdiff.errors import SvdiffError
 from svdiff.models import load_words
 from svdiff.models.stable_diffusion import StableDiffusion
+from tests.models.tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
 LONG = "a red dog and a red dog and a red dog and a red dog"  # the tiny base reads 14 words
@@ -261,3 +262,41 @@ def test_dvc_removes_nothing_that_a_name_in_params_points_at(tiny_base: Path, tm
     assert "../../notes" in done.stderr
     assert "failed to reproduce 'check'" in done.stderr
     assert Path("notes/diary.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"prior": {"eta": 1.0}}, "prior.eta: η is 1.0"),
+        ({"sample": {"prompts": ["a {subject}"], "eta": 0.5}}, "sample.eta: η is 0.5"),
+        (
+            {"edits": {"red": {"image": "a.png", "prompt": "a dog", "targets": ["a cat"]}}},
+            "edit.starts.inversion.eta: η is 0.5",
+        ),
+        (
+            {"train": {"single_subject_weight": 0.1}},
+            "one: train.single_subject_weight is a loss on cross-attention maps",
+        ),
+        ({"train": {"min_snr_gamma": 5}}, "one: train.min_snr_gamma is 5.0, and Stable Diffusion 3 predicts a flow"),
+    ],
+)
+def test_what_the_family_of_the_base_cannot_do_is_refused_before_its_weights_are_loaded(
+    tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    base = make_tiny("sd3", tmp_path / "sd3")
+    for weights in base.rglob("*.safetensors"):
+        weights.unlink()
+    checked(base)
+    with pytest.raises(SvdiffError, match=message) as error:
+        checked(base, **sections)
+    assert "\n" not in str(error.value)
+
+
+def test_gradients_that_would_vanish_are_refused(tiny_base: Path) -> None:
+    written = params(tiny_base)
+    written["base"]["precision"] = "fp16"
+    Path("params.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(SvdiffError, match=r"one: base\.precision is fp16 and train\.precision no"):
+        check(load_config())
+    Path("params.yaml").write_text(yaml.safe_dump(written | {"train": {"precision": "fp16"}}))
+    check(load_config())

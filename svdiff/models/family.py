@@ -60,6 +60,8 @@ class Family:
     """The tokenizer in whose vocabulary a special token is one word."""
     attention: ClassVar[Literal["cross", "joint"]]
     """Whether pictures look at the text in layers of their own, as the attention losses need, or both at both."""
+    flow: ClassVar[bool] = False
+    """Whether it learns a flow, along which sampling has no place for noise."""
     patch: ClassVar[int] = 1
     """Side in latents of what is one position to the network."""
     lora_names: ClassVar[Mapping[str, str]] = {}
@@ -187,6 +189,13 @@ class Family:
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """What prompts mean to the network, with gradients where a text encoder is trained."""
         raise NotImplementedError
+
+    def check_eta(self, eta: float) -> None:
+        """Raise SvdiffError for an η of DDIM that the base is not sampled with."""
+        if self.flow:
+            from svdiff.models.objective import no_eta
+
+            no_eta(eta)
 
     # -- pictures ------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class Flux(Family):
     network_name = "transformer"
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     attention = "joint"
+    flow = True
     patch = 2
     sizes = {  # noqa: RUF012
         "flux": {

@@ -59,7 +59,7 @@ def training_memory(network: nn.Module, subset: str = "all", rank: int | None = 
     return Memory(weights, factors, shifts)
 
 
-def largest_rank(network: nn.Module, card: int, subset: str = "all", itemsize: int = 2) -> int | None:
+def largest_rank(network: nn.Module, card: float, subset: str = "all", itemsize: int = 2) -> int | None:
     """The largest rank that fits a card of so many GiB; 0 where none does, None where the full rank does."""
     room = SHARE * card * 2**30
     if training_memory(network, subset, None, itemsize).total <= room:
@@ -72,6 +72,16 @@ def largest_rank(network: nn.Module, card: int, subset: str = "all", itemsize: i
         else:
             high = middle - 1
     return low
+
+
+def verdict(network: nn.Module, card: float, subset: str, rank: int | None, itemsize: int) -> str:
+    """Whether a training at `rank` fits a card of so many GiB, and if not, which does."""
+    if training_memory(network, subset, rank, itemsize).total <= SHARE * card * 2**30:
+        return "fits"
+    largest = largest_rank(network, card, subset, itemsize)
+    if largest == 0:
+        return "does not fit at any rank"
+    return f"does not fit; set train.rank: {'null' if largest is None else largest}"
 
 
 def said(rank: int | None) -> str:

@@ -50,6 +50,7 @@ class StableDiffusion3(Family):
     network_name = "transformer"
     encoder_names = ("text_encoder", "text_encoder_2")
     attention = "joint"
+    flow = True
     patch = 2
     sizes = {  # noqa: RUF012
         "sd3.5-medium": {"transformer": ("SD3Transformer2DModel", MEDIUM)} | ENCODERS,

@@ -14,6 +14,7 @@ from svdiff.data.prior import prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import family_of, load_pipeline, native_size, scratch
+from svdiff.models.peaks import Peaks
 from svdiff.sampling.images import Job, sample_images
 from svdiff.spectral import weights_hash
 from svdiff.words import did_you_mean, fill
@@ -38,19 +39,22 @@ def make_prior_images(config: Config, class_word: str) -> Path:
     prompt = fill(settings.prompt, subject=class_word)
     if class_word in config.regularisation:
         return _own_images(config, class_word, prompt)
-    pipe = load_pipeline(config.base)
+    peaks = Peaks()
+    with peaks.phase("loading"):
+        pipe = load_pipeline(config.base)
     store = scratch() / "prior" / _key(config, prompt, pipe)
     missing = [i for i in range(settings.images) if not (store / f"{i:05d}.png").is_file()]
     for start in range(0, len(missing), CHUNK):
         chunk = missing[start : start + CHUNK]
-        images = sample_images(
-            pipe,
-            [Job(prompt, settings.seed + i) for i in chunk],
-            steps=settings.steps,
-            guidance=settings.guidance,
-            eta=settings.eta,
-            progress=f"prior {class_word} {start}/{len(missing)}",
-        )
+        with peaks.phase("sampling"):
+            images = sample_images(
+                pipe,
+                [Job(prompt, settings.seed + i) for i in chunk],
+                steps=settings.steps,
+                guidance=settings.guidance,
+                eta=settings.eta,
+                progress=f"prior {class_word} {start}/{len(missing)}",
+            )
         for i, image in zip(chunk, images, strict=True):
             with atomic_file(store / f"{i:05d}.png") as temporary:
                 image.save(temporary)
@@ -61,6 +65,7 @@ def make_prior_images(config: Config, class_word: str) -> Path:
             (folder / file).write_bytes((store / f"{i:05d}.png").read_bytes())
             rows.append({"file": file, "prompt": prompt, "seed": settings.seed + i})
         pd.DataFrame(rows).to_csv(folder / "prompts.csv", index=False)
+    peaks.say()
     return prior_folder(class_word)
 
 

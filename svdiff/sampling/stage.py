@@ -14,6 +14,7 @@ from svdiff.data.cutmix import prior_mix_prompts
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, atomic_file, check_writable
 from svdiff.models import load_pipeline, scratch
+from svdiff.models.peaks import Peaks
 from svdiff.sampling.guidance import sample_guided
 from svdiff.sampling.images import Job, sample_images
 from svdiff.sampling.weights_delta import is_weights_delta, load_weights_deltas
@@ -136,8 +137,11 @@ def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: 
     drift = class_jobs(config, entry)
     wanted = {"": [Job(prompt, seed) for prompt in config.sample_prompts(name) for seed in settings.seeds]}
     wanted |= {"drift": drift} if drift else {}
-    pipe = load_pipeline(config.base)
-    personal = personalise(pipe, delta or delta_path(name))
+    peaks = Peaks()
+    with peaks.phase("loading"):
+        pipe = load_pipeline(config.base)
+    with peaks.phase("decomposition"):
+        personal = personalise(pipe, delta or delta_path(name))
     rows: dict[str, list[dict[str, object]]] = {part: [] for part in wanted}
     with atomic_dir(out_dir) as folder:
         for model in ("trained", "base"):
@@ -145,10 +149,12 @@ def sample_entry(config: Config, name: str, out_dir: Path | None = None, delta: 
                 personal.unload()
             for part, jobs in wanted.items():
                 progress = f"sample {name} ({model}{part and ', ' + part})"
-                images = draw_pictures(pipe, jobs, settings, default_negatives(config, entry), progress)
+                with peaks.phase("sampling"):
+                    images = draw_pictures(pipe, jobs, settings, default_negatives(config, entry), progress)
                 rows[part] += _save_pictures(folder / part, model, jobs, images)
         for part, of_models in rows.items():
             pd.DataFrame(of_models).to_csv(folder / part / "images.csv", index=False)
+    peaks.say()
     return out_dir
 
 

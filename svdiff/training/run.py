@@ -21,6 +21,7 @@ from svdiff.data.grid import image_grid
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, write_atomic
 from svdiff.models import scratch
+from svdiff.models.peaks import Peaks
 from svdiff.sampling import Job, sample_images
 from svdiff.training.loop import Asking, Diverged, Row, Trainer
 from svdiff.training.losses import Loss
@@ -46,6 +47,7 @@ class Run:
     key: str
     lineage: str  # the same for trainings that differ in their number of steps alone
     curve: LiveCurve
+    peaks: Peaks
 
     @property
     def state_dir(self) -> Path:
@@ -193,7 +195,8 @@ def train_side_by_side(
             while asked:
                 now, done = list(asked), bar.n
                 numbers = {one.trainer: asked.pop(one) for one in now}
-                losses = network.answer(numbers)
+                with now[0].run.peaks.phase("training"):
+                    losses = network.answer(numbers)
                 ended.clear()
                 for one, loss in zip(now, losses, strict=True):
                     before = one.trainer.step
@@ -274,7 +277,7 @@ def _save_delta(trainer: Trainer, run: Run) -> None:
 def _validate(trainer: Trainer, run: Run) -> None:
     """The delta so far, the loss at fixed noise, and pictures at fixed seeds (rows: prompts, columns: seeds)."""
     seeds, step = run.settings.validation_seeds, trainer.step
-    with trainer.averaged():
+    with run.peaks.phase("validation"), trainer.averaged():
         loss = trainer.fixed_noise_loss()
         jobs = [Job(prompt, seed) for prompt in run.prompts for seed in seeds]
         images = sample_images(trainer.pipe, jobs, **run.config.sample.sampler)

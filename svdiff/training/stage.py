@@ -25,9 +25,10 @@ from svdiff.config import Config, TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, sha256_file
 from svdiff.models import family_of, load_pipeline, scratch
+from svdiff.models.compatibility import check_compile, check_family, check_precision
+from svdiff.models.peaks import Peaks
 from svdiff.sampling.images import check_prompts
 from svdiff.spectral import weights_hash
-from svdiff.training.compatibility import check_compile, check_family
 from svdiff.training.datasets import TrainingData, read_training_data
 from svdiff.training.loop import Row, Trainer
 from svdiff.training.methods import Method, apply_method
@@ -98,13 +99,17 @@ def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | 
             "batch of one training; leave it out, or name one"
         )
     check_compile(first, accelerator.device)
-    pipe = load_pipeline(config.base, accelerator.device)
+    peaks = Peaks()
+    with peaks.phase("loading"):
+        pipe = load_pipeline(config.base, accelerator.device)
     family = family_of(pipe)
     for name, own in settings.items():
         check_family(family, own)
+        check_precision(config.base, own)
         family.check_tokens(entries[name].tokens)
     set_seed(first.seed)  # methods with random starts (LoRA) draw from the global generator
-    datasets = {name: of.encode(family) for name, of in data.items()}
+    with peaks.phase("encoding"):
+        datasets = {name: of.encode(family) for name, of in data.items()}
     check_prompts(pipe, [text for name in settings for text in (*datasets[name].prompts, *validation[name])])
     others = [part for name, part in family.parts.items() if name != family.network_name]
     frozen = [*(weights_hash(part) for part in others), pipe.scheduler.to_json_string()]
@@ -116,7 +121,7 @@ def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | 
         base = [method.base_hash, *frozen, *starts]
         facts = _facts(config, entry, own, data[name], base, accelerator.num_processes)
         key, lineage = _hash(facts), _hash(facts | {"settings": facts["settings"] | {"steps": None}})
-        run = Run(config, entry, own, validation[name], key, lineage, LiveCurve(accelerator, config.tracking))
+        run = Run(config, entry, own, validation[name], key, lineage, LiveCurve(accelerator, config.tracking), peaks)
         if accelerator.is_main_process:
             continue_shorter(run)
         accelerator.wait_for_everyone()
@@ -124,11 +129,12 @@ def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | 
         return Training(trainer, run, out_dir or Path("out/train") / name)
 
     tokens = [entries[name].tokens for name in settings]
-    network: Network = (
-        SharedNetwork(pipe, list(settings.values()), tokens)
-        if several
-        else OwnNetwork(apply_method(pipe, first, tokens[0]))
-    )
+    with peaks.phase("decomposition"):
+        network: Network = (
+            SharedNetwork(pipe, list(settings.values()), tokens)
+            if several
+            else OwnNetwork(apply_method(pipe, first, tokens[0]))
+        )
     try:
         trainings = []
         for name, method in zip(settings, network.methods, strict=True):
@@ -144,6 +150,8 @@ def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | 
         accelerator.wait_for_everyone()
     finally:
         network.detach()
+    if accelerator.is_main_process:
+        peaks.say()
     if failures and not several:
         raise failures[first_name]
     if failures:
@@ -176,6 +184,7 @@ def _write_result(training: Training, rows: list[Row]) -> None:
             "seconds": round(sum(row["seconds"] for row in rows), 2),
             "fixed_noise_loss": fixed,
             "versions": versions | {"accelerate": accelerate.__version__, "python": platform.python_version()},
+            "peak_bytes": run.peaks.bytes,
             "machine": {"device": str(torch.device(method_device(method))), "threads": torch.get_num_threads()},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "config": settings.model_dump(mode="json"),

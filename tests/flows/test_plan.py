@@ -5,11 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from svdiff.config import load_config
-from svdiff.plan import estimate, stages_to_run
+from svdiff.models.memory import SHARE, training_memory
+from svdiff.models.sizes import build
+from svdiff.plan import estimate, memory, stages_to_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,3 +53,26 @@ def test_every_stage_of_the_default_pipeline_has_an_estimate() -> None:
         suffix = "" if kind == "concept" else f"-{kind}"
         for name in names:
             assert estimate(config, f"train{suffix}@{name}", 0.01) > estimate(config, f"train{suffix}@{name}", 0.001)
+
+
+def test_a_gpu_that_is_here_is_said_to_fit_or_which_rank_would(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(ROOT / "params.yaml")
+    config = config.model_copy(update={"base": config.base.replaced({"model": str(tiny_base)})})
+
+    def said(gib: float, **settings: Any) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+        return memory(config.model_copy(update={"train": config.train.replaced(settings)}))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert len(said(24)) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert said(24)[1] == "memory: on this GPU of 24 GB it fits"
+    assert said(1e-9)[1].endswith("it does not fit at any rank")
+    network = build(str(tiny_base))
+    between = (training_memory(network, rank=3).total + training_memory(network, rank=4).total) / 2
+    assert training_memory(network).total > between, "the whole decomposition would fit as well"
+    assert said(between / SHARE / 2**30)[1].endswith("it does not fit; set train.rank: 3")
+    assert said(between / SHARE / 2**30, rank=3)[1].endswith("it fits")
+    assert said(between / SHARE / 2**30, rank=4)[1].endswith("it does not fit; set train.rank: 3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -127,6 +128,8 @@ def test_from_params_to_a_delta_to_pictures_and_back(checkout: Any, family: str)
     checkout(family)
     config = load_config()
     path = train(config, "pet")
+    peaks = json.loads(path.with_name("train.json").read_text())["peak_bytes"]
+    assert set(peaks) == {"loading", "encoding", "decomposition", "training", "validation"}
     delta = SpectralDelta.load(path)
     pipe = load_pipeline(config.base)
     network = family_of(pipe).network_name

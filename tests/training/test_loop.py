@@ -16,8 +16,8 @@ from torch import Tensor
 from svdiff.config import BaseModelConfig, TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline
+from svdiff.models.compatibility import check_family
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown, draw_indices, generator
-from svdiff.training.compatibility import check_family
 from svdiff.training.loop import Trainer, draw_noise
 from svdiff.training.losses import min_snr_weights
 from svdiff.training.methods import apply_method

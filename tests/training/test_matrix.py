@@ -15,8 +15,8 @@ from svdiff.config import BaseModelConfig, TrainConfig
 from svdiff.data.cutmix import Region
 from svdiff.errors import SvdiffError
 from svdiff.models import family_of, load_pipeline
+from svdiff.models.compatibility import check_compile, check_family
 from svdiff.training.batches import Dataset, Examples, LatentImages, Shown
-from svdiff.training.compatibility import check_compile, check_family
 from svdiff.training.loop import Trainer
 from svdiff.training.methods import apply_method
 from tests.models.tiny import base_settings, make_tiny

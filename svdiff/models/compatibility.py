@@ -7,16 +7,16 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from svdiff.config import TrainConfig
+from svdiff.config import BaseModelConfig, TrainConfig
 from svdiff.errors import SvdiffError
-from svdiff.models import Family
+from svdiff.models.family import Family
 
 if TYPE_CHECKING:
     import torch
 
 
 def check_family(family: Family, settings: TrainConfig) -> None:
-    """Raise SvdiffError for settings that the loaded base has no place for."""
+    """Raise SvdiffError for settings that the base has no place for; of the base nothing need be loaded."""
     joint = f"{family.title} has joint attention of picture and text instead"
     if family.attention != "cross" and settings.method == "custom-diffusion":
         raise SvdiffError(
@@ -41,12 +41,16 @@ def check_family(family: Family, settings: TrainConfig) -> None:
             f"train.token_init is {settings.token_init}, and the text encoder of {family.title} is a language model, whose "
             "embeddings are not changed: set it to keep"
         )
-    if settings.min_snr_gamma is not None and family.objective.prediction == "flow":
+    if settings.min_snr_gamma is not None and family.flow:
         raise SvdiffError(
             f"train.min_snr_gamma is {settings.min_snr_gamma}, and {family.title} predicts a flow, which has no such weights: "
             "set it to null"
         )
-    if str(family.dtype) == "torch.float16" and settings.precision != "fp16":
+
+
+def check_precision(base: BaseModelConfig, settings: TrainConfig) -> None:
+    """Raise SvdiffError for gradients that would vanish."""
+    if base.precision == "fp16" and settings.precision != "fp16":
         raise SvdiffError(
             f"base.precision is fp16 and train.precision {settings.precision}: gradients in fp16 vanish without the "
             "scaling of train.precision fp16; set that, or base.precision to bf16"
