@@ -23,7 +23,7 @@ from prefect.states import State
 from flows.orchestration.artifacts import Progress
 from flows.orchestration.gpus import own_gpu
 from flows.orchestration.logs import StageLog
-from flows.pipeline.stages import SHARE, StageRun, StageWaits, push_stage, run_stage
+from flows.pipeline.stages import SHARE, StageRun, StageWaits, push_stage, run_stage, train_together
 
 GPU = "gpu"  # tag of the tasks that a concurrency limit holds back where GPUs are scarce
 LIGHT = {"check", "register", "register-pair", "correlate", "report"}  # stages that need none
@@ -96,6 +96,26 @@ def _stage(stage: str, timeout_minutes: float | None) -> str:
             raise
     log.info("stage %s: %s in %.1f s", done.stage, done.outcome, done.seconds)
     return done.outcome
+
+
+@task(name="together", task_run_name="train together", cache_policy=NO_CACHE, persist_result=False)
+def train_group(names: list[str], timeout_minutes: float | None) -> None:
+    """Train several as one batch on one GPU; their stages then find each finished."""
+    log, lines, progress = get_run_logger(), StageLog("together", Path.cwd()), Progress(f"together {names[0]}")
+
+    def on_line(line: str) -> None:
+        log.info(line)
+        lines.write(line)
+
+    with own_gpu() as gpu:
+        train_together(
+            names,
+            root=Path.cwd(),
+            on_line=on_line,
+            on_progress=progress.show,
+            timeout=None if timeout_minutes is None else 60 * timeout_minutes * len(names),
+            environment=_link() | gpu,
+        )
 
 
 @contextmanager

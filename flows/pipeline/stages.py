@@ -6,6 +6,7 @@ outputs go there.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,11 +14,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from flows.pipeline.mend import mend_checkout
 from flows.pipeline.process_tree import running, stop
@@ -168,6 +169,36 @@ def push_stage(stage: str, *, root: Path, on_line: Callable[[str], None]) -> Non
         raise RemoteAway(stage, problem, error.tail) from None
 
 
+def changed(stages: Sequence[str], *, root: Path) -> list[str]:
+    """Those of `stages` that read something else than when they were last run; not those whose outputs are merely missing.
+
+    Raises StageFailed if DVC cannot say.
+    """
+    lines: list[str] = []
+    _run_dvc(["status", "--json", *stages], "status", root=root, on_line=lines.append, on_progress=lines.append)
+    found: dict[str, list[Any]] = json.loads("".join(line for line in lines if line.startswith("{")) or "{}")
+    return [stage for stage in stages if any("changed deps" in why for why in found.get(stage, []))]
+
+
+def train_together(
+    names: Sequence[str],
+    *,
+    root: Path,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[str], None] | None = None,
+    timeout: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Train entries as one batch, as `run_stage` runs a stage; the stage of each then finds its training finished.
+
+    Raises:
+        StageTimeout: it took too long.
+        StageFailed: anything else; those that are through are finished all the same.
+    """
+    command = [sys.executable, "-m", "svdiff.cli", "train", *names]
+    _run(command, f"train {', '.join(names)}", root, on_line, on_progress or on_line, timeout, environment or {})
+
+
 def _run_dvc(
     command: list[str],
     stage: str,
@@ -179,12 +210,25 @@ def _run_dvc(
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a DVC command to its end and pass on what it says. Raises StageBusy, StageTimeout or StageFailed."""
+    whole = [sys.executable, "-m", "dvc", "--wait-for-lock", *command]
+    _run(whole, stage, root, on_line, on_progress, timeout, environment or {})
+
+
+def _run(
+    command: list[str],
+    stage: str,
+    root: Path,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[str], None],
+    timeout: float | None,
+    environment: Mapping[str, str],
+) -> None:
     tail, shown, timed_out = deque[str](maxlen=TAIL), 0.0, threading.Event()
     with (
         running(
-            [sys.executable, "-m", "dvc", "--wait-for-lock", *command],
+            command,
             cwd=root,
-            env=_environment(environment or {}),
+            env=_environment(environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         ) as process,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import psutil
 import pytest
 from team import alive
 
-from flows.pipeline.stages import StageBusy, StageFailed, StageTimeout, run_stage
+from flows.pipeline.stages import StageBusy, StageFailed, StageTimeout, changed, run_stage, train_together
+from svdiff.config import Config, load_config
 
 
 def pids(root: Path, patience: float = 300) -> list[int]:
@@ -47,6 +49,38 @@ def test_runs_once_then_is_unchanged_then_restored(dvc_project: Path) -> None:
     restored = run_stage("train@dog", root=dvc_project, on_line=lines.append)
     assert [first.outcome, second.outcome, restored.outcome] == ["ran", "unchanged", "restored"]
     assert "prior of dog begins" in lines
+
+
+def test_only_what_reads_something_else_has_changed(dvc_project: Path) -> None:
+    stages = ["train@dog", "train@dog2"]
+    run_stage("prior@dog", root=dvc_project, on_line=print)
+    assert changed(stages, root=dvc_project) == stages
+    run_stage("train@dog", root=dvc_project, on_line=print)
+    assert changed(stages, root=dvc_project) == ["train@dog2"]
+    shutil.rmtree(dvc_project / "out/train/dog")  # DVC's cache has it
+    assert changed(stages, root=dvc_project) == ["train@dog2"]
+
+
+def test_groups_are_of_trainings_that_are_due_and_share_a_network(dvc_project: Path) -> None:
+    from flows.orchestration.train import _groups
+
+    values = load_config().model_dump(exclude_unset=True)
+    run_stage("prior@dog", root=dvc_project, on_line=print)
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8) == [["dog", "dog2"]]
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 1) == []
+    values["concepts"]["dog2"]["train"] = {"rank": 2}
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8) == []
+    del values["concepts"]["dog2"]["train"]
+    run_stage("train@dog", root=dvc_project, on_line=print)
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8) == []
+
+
+def test_training_together_fails_with_the_reason(dvc_project: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(StageFailed, match=r"(?s)train dog, dog2 failed with status 2.*(prior images|models/base)"):
+        train_together(["dog", "dog2"], root=dvc_project, on_line=lines.append)
+    assert not (dvc_project / "out/train").exists()
+    assert lines
 
 
 @pytest.mark.slow
