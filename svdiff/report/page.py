@@ -1,12 +1,13 @@
 """Stage `report`: pages that show every concept and pair beside its neighbours, and a table of all scores.
 
 Pictures and figures are part of the pages, nothing is loaded from anywhere: they can be mailed, archived and
-opened offline. Of many concepts the first page has the table of those with the lowest gain, scores.csv has all, and each
-further page shows the next PER_PAGE.
+opened offline. Of many concepts the first page has the table of those with the lowest gain and a scatter of some, scores.csv
+has all, and each further page shows the next PER_PAGE.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +34,9 @@ from svdiff.report.figures import Figure, chart, figure_file, picture_figure, re
 
 REPORT = Path("out/report")
 PER_PAGE = 20  # concepts and pairs shown on a page
-LISTED = 50  # in the table of the first page
+LISTED = 50  # in the table of the first page, and with their entries of params.yaml
+DRAWN = 300  # in its scatter
+NEAR = 5  # pages that a page links to on either side, beside the first and the last
 DRIFT_SEEDS = 8  # pictures of a class prompt shown
 THUMBNAIL = 192  # largest side of a sample in the page, in pixels
 FILM = 6  # validation grids shown a concept
@@ -105,18 +108,22 @@ def report(config: Config) -> Path:
     placed = {name: values for name, values in metrics.items() if "identity" in values}  # not so of older scores
     lowest = sorted(names, key=lambda name: metrics.get(name, {}).get("identity_gain", -9.0))
     listed = names if len(names) <= LISTED else lowest[:LISTED]
+    drawn = [name for name in lowest if name in placed]
+    drawn = drawn[:: math.ceil(len(drawn) / DRAWN)] if len(drawn) > DRAWN else list(placed)
+    scattered = {name: placed[name] for name in drawn}
     common = {
         "version": svdiff.__version__,
         "date": datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
         "config": config,
         "place": place,
-        "files": [file_name(number) for number in range(len(chunks))],
         "edits": edit_parts(config),
     }
     first = {
         "listed": [_row_of_table(config, name, metrics.get(name, {})) for name in listed],
         "entries": len(names),
-        "scatter": chart(plots.alignment_scatter(placed), _scatter_alt(placed)) if placed else None,
+        "scatter": chart(plots.alignment_scatter(scattered), _scatter_alt(scattered)) if scattered else None,
+        "scattered": len(scattered),
+        "scored": len(placed),
         "correlation": correlation,
         "heat_map": figure_file(CORRELATION / "heatmap.png", _correlation_alt(correlation)),
         "params": _parameters(config),
@@ -126,7 +133,8 @@ def report(config: Config) -> Path:
     with atomic_dir(REPORT) as folder:
         for number, chunk in enumerate(tqdm(chunks, desc="report", unit="page")):
             pages = [_shown(config, name) for name in chunk]
-            html = template.render(**common, **first, pages=pages, number=number)
+            files = {near: file_name(near) for near in _near(number, len(chunks))}
+            html = template.render(**common, **first, pages=pages, number=number, files=files)
             (folder / file_name(number)).write_text(html, encoding="utf-8")
         scores_table(metrics).to_csv(folder / "scores.csv", index_label="name")
     return REPORT / "index.html"
@@ -135,6 +143,11 @@ def report(config: Config) -> Path:
 def file_name(number: int) -> str:
     """Of a page of the report, counted from 0."""
     return "index.html" if number == 0 else f"page-{number + 1}.html"
+
+
+def _near(number: int, count: int) -> list[int]:
+    """Pages that a page links to: all would be the square of their number."""
+    return sorted({0, count - 1, *range(max(0, number - NEAR), min(count, number + NEAR + 1))})
 
 
 def scores_table(metrics: dict[str, dict[str, Any]]) -> pd.DataFrame:
@@ -150,8 +163,11 @@ def _row_of_table(config: Config, name: str, metrics: dict[str, Any]) -> Shown:
 
 
 def _parameters(config: Config) -> str:
-    """What the results depend on, as YAML. Not `tracking`: its address may hold a password."""
+    """What the results depend on, as YAML; of many concepts not their entries. Not `tracking`: its address may hold a password."""
     values = config.model_dump(mode="json", exclude={"tracking", "promote", "base_training"})
+    for kind in ("concepts", "pairs", "edits"):
+        if len(values[kind]) > LISTED:
+            values[kind] = f"{len(values[kind])}, in params.yaml"
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -151,7 +151,8 @@ def test_hundreds_of_concepts_are_paged_and_the_worst_are_listed(
         (checkout / "out/score" / name).mkdir(parents=True)
         metrics = known | {"identity_gain": number / 100}
         (checkout / "out/score" / name / "metrics.json").write_text(json.dumps(metrics))
-    monkeypatch.setattr("svdiff.report.page.LISTED", 10)
+    for bound, value in {"LISTED": 10, "DRAWN": 20, "NEAR": 0}.items():
+        monkeypatch.setattr(f"svdiff.report.page.{bound}", value)
     folder = report(many).parent
     assert {path.name for path in folder.iterdir()} == {"index.html", "page-2.html", "page-3.html", "scores.csv"}
     table = pd.read_csv(folder / "scores.csv", index_col="name")
@@ -166,7 +167,12 @@ def test_hundreds_of_concepts_are_paged_and_the_worst_are_listed(
             assert not anchor or f"#{anchor}" in ids[file or name], link
     rows = [str(a["href"]) for a in pages["index.html"].all("a") if "#concept-dog" in str(a["href"])]
     assert rows[-10:] == [f"#concept-{name}" for name in names[:10]], "the lowest gains of identity"
-    assert "The 10 of 45 with the lowest gain" in " ".join(pages["index.html"].text.split())
+    text = " ".join(pages["index.html"].text.split())
+    assert "The 10 of 45 with the lowest gain" in text
+    assert "15 of 45, evenly over the gains" in text
+    assert "concepts: 45, in params.yaml" in text
+    assert {str(a["href"]) for a in pages["index.html"].all("a")}.isdisjoint({"page-2.html"})
+    assert {"index.html", "page-3.html"} <= {str(a["href"]) for a in pages["page-2.html"].all("a")}
 
 
 def test_names_and_prompts_are_escaped(checkout: Path, config: Config) -> None:
