@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svdiff.cli.arguments import PARAMS, Entry, Params, wrote
+from svdiff.models.loading import DTYPES
 
 if TYPE_CHECKING:
     from flows.pipeline.results import Results
-    from svdiff.config import Config
+    from svdiff.config import BaseModelConfig, Config
 
 app = typer.Typer()
 
@@ -71,10 +72,19 @@ def _readme(config: Config, results: Results) -> str:
         "## How to draw with it\n\n"
         "The delta fits these base weights alone, in the precision that they were trained in.\n\n"
         "```python\n"
+        "import torch\n"
         "from diffusers import DiffusionPipeline\n"
         "from svdiff.spectral import SpectralPipeline\n\n"
-        f'personal = SpectralPipeline(DiffusionPipeline.from_pretrained("{model}"))\n'
+        f"base = DiffusionPipeline.from_pretrained({_loaded(config.base)})\n"
+        "personal = SpectralPipeline(base)\n"
         f'personal.load_delta("delta.safetensors", "{results.concept}")\n'
         f'personal.pipe("a {entry.subject}").images[0]\n'
         "```\n"
     )
+
+
+def _loaded(base: BaseModelConfig) -> str:
+    """Arguments with which diffusers loads a base as the delta fits it."""
+    asked = {"revision": base.revision, "variant": base.variant}
+    named = "".join(f', {key}="{value}"' for key, value in asked.items() if value is not None)
+    return f'"{base.model}", dtype=torch.{DTYPES[base.precision]}{named}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdiff.errors import SvdiffError
@@ -28,6 +29,11 @@ def family_named(base: str) -> type[Family]:
     from svdiff.config import BaseModelConfig
 
     known = known_sizes()
+    if base not in known and "/" not in base and not Path(base).exists():
+        raise SvdiffError(
+            f"base '{base}' is no folder here and no Hub id, which would be owner/name; sizes that are known by name: "
+            f"{', '.join(known)}"
+        )
     return known[base] if base in known else family_at(BaseModelConfig(model=base))
 
 

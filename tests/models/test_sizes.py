@@ -77,6 +77,13 @@ def test_a_subset_by_role_of_a_transformer_counts_its_shifts() -> None:
         select(network, "UNet-4D")
 
 
+def test_a_name_that_is_no_base_is_refused_with_those_that_are() -> None:
+    with pytest.raises(
+        SvdiffError, match=r"'sd3\.5' is no folder here and no Hub id, .* sd3\.5-medium, sd3\.5-large, flux"
+    ):
+        build("sd3.5")
+
+
 def test_a_part_that_is_not_there_is_refused() -> None:
     with pytest.raises(SvdiffError, match="no size of 'text_encoder' is known for flux2"):
         build("flux2", "text_encoder")
