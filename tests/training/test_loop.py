@@ -350,9 +350,6 @@ def test_the_best_delta_and_the_end_follow_the_written_rule() -> None:
     ],
 )
 def test_what_a_flow_without_a_trainable_text_encoder_has_no_place_for(settings: dict, message: str) -> None:
-    objective = SimpleNamespace(prediction="flow")
-    family = SimpleNamespace(
-        title="Flow", attention="joint", encoder_names=(), dtype=torch.float32, objective=objective
-    )
+    family = SimpleNamespace(title="Flow", attention="joint", encoder_names=(), flow=True)
     with pytest.raises(SvdiffError, match=message):
         check_family(family, TrainConfig(**settings))  # type: ignore[arg-type]
