@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from flows.registry.tracking import Tracking
     from svdiff.evaluation.evaluators import Evaluators
     from svdiff.sampling import Job
+    from svdiff.sampling.stage import Switch
 
 BASE_VARIABLE = "SVDIFF_BASE_MODEL"  # as in concept_model.py, which must not depend on this module
 
@@ -54,7 +56,7 @@ class VersionScorer:
 
     def __init__(self, config: Config, root: Path) -> None:
         self.config, self.root = config, root
-        self._loaded: tuple[BaseModelConfig, Any, str] | None = None
+        self._loaded: tuple[BaseModelConfig, Switch, str] | None = None
 
     def conditions(self, version: ModelVersion) -> Conditions:
         """The conditions that scores of `version` would be measured under today."""
@@ -75,7 +77,7 @@ class VersionScorer:
         """
         from svdiff.evaluation.score import real_pictures
         from svdiff.sampling import Job
-        from svdiff.sampling.stage import class_jobs, default_negatives, draw_pictures, personalise
+        from svdiff.sampling.stage import class_jobs, default_negatives, draw_pictures
 
         entry = entry_of(version)
         jobs = [Job(prompt, seed) for prompt, seed in self._shown(entry)]
@@ -84,17 +86,15 @@ class VersionScorer:
         real = real_pictures(entry, self.root)
         with tempfile.TemporaryDirectory() as folder:
             delta, description = fetch(tracking, version, Path(folder))
-            pipe = self._pipeline(version, description)
-            try:
-                personal = personalise(pipe, delta)
-            except SvdiffError as error:
-                raise BrokenVersion(str(error)) from error
-            try:
+            switch = self._switch(version, description)
+            with ExitStack() as on:
+                try:
+                    on.enter_context(switch.on([(delta, 1.0)]))
+                except SvdiffError as error:
+                    raise BrokenVersion(str(error)) from error
                 negatives = default_negatives(self.config, entry)
-                images = draw_pictures(pipe, jobs, self.config.sample, negatives)
-                class_images = draw_pictures(pipe, bare, self.config.sample, negatives) if bare else []
-            finally:
-                personal.unload()
+                images = draw_pictures(switch.pipe, jobs, self.config.sample, negatives)
+                class_images = draw_pictures(switch.pipe, bare, self.config.sample, negatives) if bare else []
         of_class = self._score_drift(bare, class_images, real) if bare else None
         return Measurement(self._score(entry, jobs, images, real), images, of_class)
 
@@ -134,23 +134,25 @@ class VersionScorer:
 
         return load_evaluators(self.config.evaluators)
 
-    def _pipeline(self, version: ModelVersion, description: dict[str, Any]) -> Any:
+    def _switch(self, version: ModelVersion, description: dict[str, Any]) -> Switch:
+        """The version's base, on which deltas are switched."""
         from svdiff.models import family_of, load_pipeline
+        from svdiff.sampling.stage import Switch
         from svdiff.spectral import weights_hash
 
         base = self._base(description)
         if self._loaded is None or self._loaded[0] != base:
             self._loaded = None  # before the next is loaded: two would not fit everywhere
             pipe = load_pipeline(base)
-            self._loaded = (base, pipe, weights_hash(family_of(pipe).network))
-        _, pipe, found = self._loaded
+            self._loaded = (base, Switch(pipe), weights_hash(family_of(pipe).network))
+        _, switch, found = self._loaded
         registered = version.tags.get("base_hash")
         if found != registered:
             raise BrokenVersion(
                 f"it was trained on a base with weights {str(registered)[:16]}…, {base.model} has {found[:16]}…; bring "
                 f"that base back, name its folder in {BASE_VARIABLE}, or train the concept again"
             )
-        return pipe
+        return switch
 
     def _base(self, description: dict[str, Any]) -> BaseModelConfig:
         """The base that the version names; this checkout's own where that folder is on another machine."""

@@ -18,7 +18,7 @@ from svdiff.files import atomic_file, check_writable
 from svdiff.models import family_of, load_pipeline
 from svdiff.sampling.images import check_prompts
 from svdiff.sampling.noise import seeded_generators
-from svdiff.sampling.stage import personalise
+from svdiff.sampling.stage import Switch
 from svdiff.training.attention import AttentionRecorder, token_map, token_positions
 
 VIEW = 192  # pixels of a drawn map
@@ -56,10 +56,10 @@ def draw_attention(
     pipe = load_pipeline(config.base)
     check_prompts(pipe, [prompt])
     seen = {BEFORE: picture_and_maps(pipe, config, prompt, words, seed, layers, sides)}
+    switch = Switch(pipe)
     for name, delta in deltas.items():
-        personal = personalise(pipe, delta)
-        seen[name] = picture_and_maps(pipe, config, prompt, words, seed, layers, sides)
-        personal.unload()
+        with switch.on([(delta, 1.0)]):
+            seen[name] = picture_and_maps(pipe, config, prompt, words, seed, layers, sides)
     highest = [max(float(maps[place].max()) for _, maps in seen.values()) for place in range(len(words))]
     rows = [
         [picture, *(heat(picture, map_ / top) for map_, top in zip(maps, highest, strict=True))]

@@ -13,7 +13,7 @@ from svdiff.evaluation import plots
 from svdiff.files import atomic_file, check_writable
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import Job
-from svdiff.sampling.stage import Part, draw_pictures, personalise_with
+from svdiff.sampling.stage import Part, Switch, draw_pictures
 from svdiff.spectral import SpectralDelta, mix_by_layer
 
 STYLE_SUBSET = "UNet-2D"  # of Fig. 10
@@ -123,11 +123,10 @@ def draw_strip(
     jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
     settings = settings or config.sample.replaced({"eta": 0.0})
     pipe = load_pipeline(config.base)
-    drawn = []
+    switch, drawn = Switch(pipe), []
     for caption, parts in columns:
-        personal = personalise_with(pipe, parts)
-        drawn.append(draw_pictures(pipe, jobs, settings, progress=f"strip {caption}"))
-        personal.unload()
+        with switch.on(parts):
+            drawn.append(draw_pictures(pipe, jobs, settings, progress=f"strip {caption}"))
     rows = [[images[place] for images in drawn] for place in range(len(jobs))]
     labels = [job.prompt if len(seeds) == 1 else f"{job.prompt}, seed {job.seed}" for job in jobs]
     with atomic_file(path) as temporary:

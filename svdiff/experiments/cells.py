@@ -33,7 +33,7 @@ from svdiff.files import atomic_file, read_table, sha256_file, sha256_tree, writ
 from svdiff.models import load_pipeline, scratch
 from svdiff.sampling.images import Job
 from svdiff.sampling.prior import make_prior_images
-from svdiff.sampling.stage import default_negatives, draw_pictures, personalise
+from svdiff.sampling.stage import Switch, default_negatives, draw_pictures
 
 PACKAGE = Path(__file__).parents[1]
 TRAINING = ("data/*.py", "models/*.py", "spectral/**/*.py", "training/**/*.py")  # code that decides each result
@@ -161,14 +161,12 @@ class Runner:
     def _personalised(self, cell: Cell, trained: str | None) -> Iterator[Any]:
         """The pipeline with the cell's training on it."""
         if trained is None:
+            self._switch.off()
             yield self.pipe
             return
         delta = self._delta(cell, trained)
-        personal = personalise(self.pipe, delta)
-        try:
+        with self._switch.on([(delta, 1.0)]):
             yield self.pipe
-        finally:
-            personal.unload()
         if delta.stat().st_size > SMALL:
             shutil.rmtree(delta.parent)
 
@@ -176,6 +174,10 @@ class Runner:
     def pipe(self) -> Any:
         """The untrained base."""
         return load_pipeline(self.config.base)
+
+    @cached_property
+    def _switch(self) -> Switch:
+        return Switch(self.pipe)
 
     @cached_property
     def evaluators(self) -> Evaluators:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,21 +74,78 @@ def personalise_with(pipe: Any, parts: Sequence[Part]) -> Personalised:
 
     Raises SvdiffError for a missing file, one that was trained on another base, or shifts and weights together.
     """
+    if weights := _weights_of(parts):
+        return load_weights_deltas(pipe, weights)
+    spectral = SpectralPipeline(pipe, cache=scratch() / "bases")
+    _load(spectral, parts)
+    return spectral
+
+
+def _weights_of(parts: Sequence[Part]) -> list[tuple[Path, float]]:
+    """The parts, where they are the baselines' and change weights; none where they are shifts."""
     for delta, _ in parts:
         if isinstance(delta, Path) and not delta.is_file():
             raise SvdiffError(f"{delta} not found; train it first, with `svdiff train {delta.parent.name}`")
     weights = [(delta, weight) for delta, weight in parts if isinstance(delta, Path) and is_weights_delta(delta)]
-    if weights and len(weights) == len(parts):
-        return load_weights_deltas(pipe, weights)
-    if weights:
+    if weights and len(weights) < len(parts):
         raise SvdiffError(
             f"{weights[0][0]} changes weights, others shift singular values: they do not add up; give deltas of one kind"
         )
-    spectral = SpectralPipeline(pipe, cache=scratch() / "bases")
+    return weights
+
+
+def _load(spectral: SpectralPipeline, parts: Sequence[Part]) -> None:
     for place, (delta, _) in enumerate(parts):
         spectral.load_delta(delta, str(place))
     spectral.set_deltas({str(place): weight for place, (_, weight) in enumerate(parts)})
-    return spectral
+
+
+class Switch:
+    """Weighted sums of deltas on a pipeline, one after the other.
+
+    The base is hashed, decomposed and attached once for deltas that shift the same weights: from one to the next the
+    shifts are copied. For others it is attached anew, so that pictures never depend on what was drawn before them.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._attached: tuple[object, SpectralPipeline] | None = None
+
+    @contextmanager
+    def on(self, parts: Sequence[Part]) -> Iterator[None]:
+        """With these deltas in force. Raises as `personalise_with`, before the block runs."""
+        if _weights_of(parts):
+            self.off()
+            personal = personalise_with(self.pipe, parts)
+            try:
+                yield
+            finally:
+                personal.unload()
+            return
+        loaded = [(SpectralDelta.load(delta) if isinstance(delta, Path) else delta, weight) for delta, weight in parts]
+        shifted = {
+            prefix: (
+                {name for delta, _ in loaded for name in delta.part(prefix)},
+                {delta.directions(prefix) for delta, _ in loaded if prefix in delta.prefixes()},
+            )
+            for prefix in sorted({prefix for delta, _ in loaded for prefix in delta.prefixes()})
+        }
+        if self._attached is None or self._attached[0] != shifted:
+            self.off()
+            self._attached = (shifted, SpectralPipeline(self.pipe, cache=scratch() / "bases"))
+        _, spectral = self._attached
+        try:
+            _load(spectral, loaded)
+            yield
+        finally:
+            for name in spectral.deltas:
+                spectral.delete_delta(name)
+
+    def off(self) -> None:
+        """The base's own layers and weights again, bit for bit."""
+        if self._attached is not None:
+            self._attached[1].unload()
+            self._attached = None
 
 
 def default_negatives(config: Config, entry: Entry) -> list[str]:

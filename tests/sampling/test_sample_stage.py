@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,8 @@ from svdiff.config import Config, SampleConfig
 from svdiff.errors import SvdiffError
 from svdiff.sampling import Job, sample_images
 from svdiff.sampling.guidance import sample_guided
-from svdiff.sampling.stage import default_negatives, delta_path, draw_pictures, personalise_with, sample_entry
-from svdiff.spectral import attach, load_basis
+from svdiff.sampling.stage import Switch, default_negatives, delta_path, draw_pictures, personalise_with, sample_entry
+from svdiff.spectral import SpectralDelta, attach, load_basis, weights_hash
 from svdiff.training.methods import apply_method
 
 JOBS = [Job("a sks dog beside a zwx cat", 0), Job("a cat", 1)]
@@ -116,3 +117,69 @@ def test_shifts_and_weights_do_not_add_up(tiny_pipe, tmp_path: Path, monkeypatch
         method.detach()
     with pytest.raises(SvdiffError, match=r"full\.safetensors changes weights"):
         personalise_with(tiny_pipe, [(tmp_path / f"{name}.safetensors", 1.0) for name in ("svdiff", "full")])
+
+
+def test_deltas_of_the_same_weights_are_switched_on_layers_attached_once(
+    tiny_pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))
+    plain, basis = weights_hash(tiny_pipe.unet), load_basis(tiny_pipe.unet, tmp_path / "scratch/bases", progress=False)
+
+    def delta(subset: str, value: float) -> SpectralDelta:
+        shifts = attach(tiny_pipe.unet, basis, subset=subset)
+        zero = shifts.delta()
+        shifts.detach()
+        return zero.map(lambda _, v: v + value)
+
+    columns = [
+        [(delta("UNet", 0.5), 1.0)],
+        [(delta("UNet", -0.3), 1.0)],
+        [(delta("UNet", 0.5), 0.5), (delta("UNet", -0.3), 0.5)],
+        [(delta("UNet-CA", 0.4), 1.0)],
+        [(delta("UNet", 0.5), 1.0)],
+    ]
+
+    def draw() -> list[bytes]:
+        return [image.tobytes() for image in sample_images(tiny_pipe, JOBS, steps=2, guidance=3.0)]
+
+    expected = []
+    for parts in columns:
+        personal = personalise_with(tiny_pipe, parts)
+        expected.append(draw())
+        personal.unload()
+    asked: list[str] = []
+    for what, where in (
+        ("hashed", "svdiff.spectral.cache.weights_hash"),
+        ("attached", "svdiff.spectral.pipeline.SpectralShifts"),
+    ):
+        original = resolve_name(where.replace("cache.", "cache:").replace("pipeline.", "pipeline:"))
+        monkeypatch.setattr(
+            where, lambda *a, what=what, original=original, **k: asked.append(what) or original(*a, **k)
+        )
+    switch, seen = Switch(tiny_pipe), []
+    for parts in columns:
+        with switch.on(parts):
+            seen.append(draw())
+    assert seen == expected
+    assert len({tuple(pictures) for pictures in expected}) == 4
+    assert asked == ["hashed", "attached"] * 3  # for the first three at once, and for each of the others
+    switch.off()
+    assert weights_hash(tiny_pipe.unet) == plain
+
+
+def test_a_delta_that_cannot_be_switched_to_leaves_the_base_as_it_was(
+    tiny_pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))
+    shifts = attach(tiny_pipe.unet, load_basis(tiny_pipe.unet, None, progress=False))
+    good = shifts.delta()
+    shifts.detach()
+    stranger = SpectralDelta(good.tensors, dict(good.metadata) | {"base_hash": "0" * 64})
+    before, switch = sample_images(tiny_pipe, JOBS, steps=2, guidance=3.0), Switch(tiny_pipe)
+    with pytest.raises(SvdiffError, match="trained on a unet with weights 0000"), switch.on([(stranger, 1.0)]):
+        pytest.fail("the block must not run")
+    with pytest.raises(SvdiffError, match="not found"), switch.on([(tmp_path / "no.safetensors", 1.0)]):
+        pytest.fail("the block must not run")
+    switch.off()
+    after = sample_images(tiny_pipe, JOBS, steps=2, guidance=3.0)
+    assert [image.tobytes() for image in before] == [image.tobytes() for image in after]
