@@ -12,9 +12,12 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
-from team import alive
+import torch
+from miniature import DVC_YAML, write_params
+from team import alive, until
 
 from flows.pipeline.stages import StageBusy, StageFailed, StageTimeout, changed, run_stage, train_together
 from svdiff.config import Config, load_config
@@ -81,6 +84,46 @@ def test_training_together_fails_with_the_reason(dvc_project: Path) -> None:
         train_together(["dog", "dog2"], root=dvc_project, on_line=lines.append)
     assert not (dvc_project / "out/train").exists()
     assert lines
+
+
+@pytest.mark.slow
+def test_each_stage_goes_on_where_a_killed_batch_was(dvc_project: Path) -> None:
+    """The real trainer, on the embedded base."""
+    steps, names = 30, ["dog", "dog2"]
+    settings = {"steps": steps, "batch_size": 1, "prior_weight": 0.0, "save_every": 1, "validate_every": steps}
+    write_params(
+        dvc_project,
+        *names,
+        base={"model": str(Path(__file__).parents[2] / "models/base")},
+        train=settings | {"validation_prompts": ["a {subject}"], "validation_seeds": [0]},
+        sample={"prompts": ["a {subject}"], "steps": 1},
+        tracking={"live": "none"},
+    )
+    pipeline = DVC_YAML.replace("python stage.py train ${key}", "python -m svdiff.cli train ${key}")
+    (dvc_project / "dvc.yaml").write_text(pipeline)
+    run_stage("prior@dog", root=dvc_project, on_line=print)
+
+    def states() -> list[Path]:
+        return sorted((dvc_project / ".svdiff").rglob("state.pt"))
+
+    def kill() -> None:
+        until(lambda: len(states()) == 2)
+        *_, batch = [p for p in psutil.Process().children(recursive=True) if p.cmdline()[-3:] == ["train", *names]]
+        batch.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(StageFailed, match="train dog, dog2 was killed by signal 9"):
+        train_together(names, root=dvc_project, on_line=print)
+    killer.join()
+    before = [torch.load(path, weights_only=True)["rows"] for path in states()]
+    assert all(0 < len(rows) < steps for rows in before)
+    for name in names:
+        run_stage(f"train@{name}", root=dvc_project, on_line=print)
+        curve = pd.read_csv(dvc_project / f"out/train/{name}/curve.csv")
+        assert len(curve) == steps
+        # Its first steps are the batch's, times included.
+        assert any(rows == curve[list(rows[0])].head(len(rows)).to_dict("records") for rows in before)
 
 
 @pytest.mark.slow
