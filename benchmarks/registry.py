@@ -134,7 +134,7 @@ def measure(tracking: Tracking, config: Config, root: Path, repeats: int) -> dic
     operations: dict[str, Callable[[], object]] = {
         "list": lambda: list_concepts(tracking),
         "plan of a re-evaluation": lambda: Round(tracking, config, root).plan(),
-        "promotion by the rule": lambda: decide_again(tracking, config.promote, challenged),
+        "promotion by the rule": lambda: decide_again(tracking, config, challenged),
         "lineage": lambda: read_lineage(tracking, find(tracking, names[-1])),
     }
     times = {name: seconds(run, repeats) for name, run in operations.items()}

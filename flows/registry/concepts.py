@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 RETIRED = "retired"  # tag of a concept or a version: when and why
 REASON = "promotion_reason"
-PAGE = 1000  # entries a request; MLflow takes no more for registered models
+# Entries a request. MLflow takes no more for registered models; of versions it sorts all for each page.
+MODELS, VERSIONS = 1_000, 20_000
+FEW = 20  # names that are read one by one, however many others there are
 
 
 class BrokenVersion(SvdiffError):
@@ -61,11 +63,14 @@ def _concept(model: RegisteredModel, versions: Iterable[ModelVersion]) -> Regist
 
 def read_concepts(tracking: Tracking, names: Iterable[str] | None = None) -> list[RegisteredConcept]:
     """All registered concepts by name, or those called `names`. Raises SvdiffError for a name that is not there."""
+    wanted = None if names is None else list(dict.fromkeys(names))
+    if wanted is not None and len(wanted) <= FEW:
+        return [read_concept(tracking, name) for name in wanted]
     versions: dict[str, list[ModelVersion]] = {}
-    for version in all_pages(tracking.client.search_model_versions, max_results=PAGE):
+    for version in all_pages(tracking.client.search_model_versions, max_results=VERSIONS):
         versions.setdefault(version.name, []).append(version)
-    models = {model.name: model for model in all_pages(tracking.client.search_registered_models, max_results=PAGE)}
-    chosen = sorted(models) if names is None else list(dict.fromkeys(names))
+    models = {model.name: model for model in all_pages(tracking.client.search_registered_models, max_results=MODELS)}
+    chosen = sorted(models) if wanted is None else wanted
     for name in chosen:
         if name not in models:
             raise SvdiffError(_unknown(tracking, name))
