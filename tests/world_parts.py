@@ -42,7 +42,12 @@ def tiny_config(folder: Path, **parts: dict[str, object]) -> BaseTrainingConfig:
         "autoencoder": {"steps": 4, "batch_size": 4, "channels": (16, 48, 48, 48), "latent_channels": 8},
         "text": {"steps": 4, "batch_size": 4, "layers": 1, "width": 32},
         "unet": {"steps": 4, "batch_size": 4, "channels": (32, 64), "heads": 2},
-        "identity": {"steps": 4, "batch_size": 4, "channels": (8, 8, 16, 16)},
+        "identity": {
+            "steps": 4,
+            "batch_size": 4,
+            "channels": (8, 8, 16, 16),
+            "look_alikes": {"steps": 2, "batch_size": 8},
+        },
         "clip": {"steps": 3, "batch_size": 6, "width": 8},
         "lpips": {"steps": 4, "batch_size": 4},
     }

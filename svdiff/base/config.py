@@ -23,13 +23,15 @@ class WorldSettings(_Section):
     held_out: int = Field(160, ge=100, description="individuals a style that nothing is trained on")
 
 
-class _Training(_Section):
+class Training(_Section):
+    """What every training has."""
+
     steps: int = Field(ge=1, description="optimiser steps")
     batch_size: int = Field(64, ge=2, description="pictures or captions a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate, after a warm-up, then a cosine to zero")
 
 
-class AutoencoderTraining(_Training):
+class AutoencoderTraining(Training):
     """Training of the decoder; the encoder is a linear code that is fitted."""
 
     steps: int = Field(12000, ge=1, description="optimiser steps of the decoder")
@@ -40,7 +42,7 @@ class AutoencoderTraining(_Training):
     latent_noise: float = Field(0.05, ge=0, description="largest noise on the decoder's input, in deviations")
 
 
-class TextTraining(_Training):
+class TextTraining(Training):
     """Training of the text encoder on captions alone."""
 
     steps: int = Field(8000, ge=1, description="optimiser steps")
@@ -50,7 +52,7 @@ class TextTraining(_Training):
     width: int = Field(192, ge=8, description="width of the text encoder")
 
 
-class UNetTraining(_Training):
+class UNetTraining(Training):
     """Training of the UNet, under the frozen text encoder."""
 
     steps: int = Field(25000, ge=1, description="optimiser steps; the learning rate decays over the last of them")
@@ -66,7 +68,7 @@ class UNetTraining(_Training):
     named: float = Field(0.3, ge=0, le=1, description="share of individuals with names of their own")
 
 
-class ClipTraining(_Training):
+class ClipTraining(Training):
     """Training of the evaluator that scores pictures against captions."""
 
     steps: int = Field(8000, ge=1, description="optimiser steps")
@@ -76,20 +78,29 @@ class ClipTraining(_Training):
     dimensions: int = Field(128, ge=8, description="of the common space")
 
 
-class LpipsTraining(_Training):
+class LpipsTraining(Training):
     """Training of the backbone of the perceptual distance."""
 
     steps: int = Field(2000, ge=1, description="optimiser steps")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
 
 
-class IdentityTraining(_Training):
+class LookAlikeTraining(Training):
+    """Training of the identity embedding against look-alikes, after the other."""
+
+    steps: int = Field(4500, ge=1, description="optimiser steps")
+    batch_size: int = Field(64, ge=8, multiple_of=8, description="individuals a step, in eights, three pictures each")
+    lr: float = Field(6e-4, gt=0, description="peak learning rate")
+
+
+class IdentityTraining(Training):
     """Training of the embedding that tells individuals apart."""
 
     steps: int = Field(10000, ge=1, description="optimiser steps")
     batch_size: int = Field(192, ge=2, description="individuals a step, two pictures each")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     channels: tuple[int, int, int, int] = Field((32, 64, 128, 256), description="channels of the stages")
+    look_alikes: LookAlikeTraining = Field(default_factory=LookAlikeTraining, description="against look-alikes")
 
 
 class BaseTrainingConfig(_Section):

@@ -27,13 +27,22 @@ def identity(pictures: Array, concept: Array) -> Array:
 def identity_rank(pictures: Array, concept: Array, rivals: Sequence[Array]) -> NDArray[np.int_]:
     """(n,): how many of the rivals each picture is at least as like as the concept; 0: the concept is identified.
 
+    Likeness is the cosine with the mean direction of an individual's pictures. The mean of the cosines, as `identity` has it,
+    would favour whoever has the more uniform pictures.
+
     Args:
         pictures: (n, d).
         concept: (m, d), the concept's pictures. A picture of its own must not be among them.
         rivals: other individuals, each (k, d) or (d,); 99 of the concept's own style make a hard test.
     """
-    own = identity(pictures, concept)
-    return np.asarray(sum((identity(pictures, rival) >= own).astype(int) for rival in rivals) + np.zeros(len(own), int))
+    own, *others = (pictures @ _direction(one) for one in (concept, *rivals))
+    return np.asarray(sum((other >= own).astype(int) for other in others) + np.zeros(len(own), int))
+
+
+def _direction(pictures: Array) -> Array:
+    """(d,): the unit vector along the mean of some pictures' vectors."""
+    mean = np.atleast_2d(pictures).mean(axis=0)
+    return np.asarray(mean / np.linalg.norm(mean))
 
 
 def identity_top1(pictures: Array, concept: Array, rivals: Sequence[Array]) -> Flags:

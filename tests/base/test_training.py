@@ -56,6 +56,8 @@ def test_a_training_resumes_bit_for_bit_and_writes_again_what_was_removed(
     assert part.train(config, tmp_path / "one")
     home("halves")
     assert not part.train(config, tmp_path / "two", stop_after=2)
+    if part is identity:  # in its second phase
+        assert not part.train(config, tmp_path / "two", stop_after=config.identity.steps + 1)
     halfway = weights(tmp_path / "two") if (tmp_path / "two").exists() else {}
     assert part.train(config, tmp_path / "two")
     one = weights(tmp_path / "one")
@@ -183,6 +185,39 @@ def test_views_for_identity_show_the_individual_and_companions_as_unseen_as_aske
             world.array(scene)
 
 
+def test_look_alikes_are_those_of_a_style_that_differ_least_and_visibly(world: World) -> None:
+    alike = identity.LookAlikes(world, {style: group for style, group in world.known.items() if group})
+    chance = random.Random(0)
+    for _ in range(20):
+        first, *others = alike.draw(chance, 3, among=2)
+        group = world.known[first.style]
+        drawings = dict(zip(group, alike.drawings[first.style].astype(int), strict=True))
+        distances = {one: abs(drawings[one] - drawings[first]).mean() for one in group}
+        visible = sorted((one for one in group if distances[one] >= identity.VISIBLE), key=lambda one: distances[one])
+        assert first not in others
+        assert set(others) == set(visible[:2])
+
+
+def test_contrast_tells_each_picture_from_the_others_of_its_individual() -> None:
+    individuals = torch.eye(4)[None].repeat(3, 1, 1)
+    loss, right = identity.contrast(individuals, 100.0)
+    assert loss < 1e-3
+    assert right == 1
+    strangers = torch.stack([torch.eye(4), torch.eye(4).roll(1, 0), torch.eye(4).roll(2, 0)])
+    _, right = identity.contrast(strangers, 100.0)
+    assert right == 0
+    views, scale = (
+        torch.nn.functional.normalize(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), dim=2),
+        7.0,
+    )
+    of_pairs = scale * views[0] @ views[1].T
+    expected = (
+        torch.nn.functional.cross_entropy(of_pairs, torch.arange(5))
+        + torch.nn.functional.cross_entropy(of_pairs.T, torch.arange(5))
+    ) / 2
+    torch.testing.assert_close(identity.contrast(views, scale)[0], expected)
+
+
 def test_identity_loads_as_a_transformers_model_with_its_preprocessing(
     world_folder: Path, world: World, tmp_path: Path
 ) -> None:
@@ -193,7 +228,7 @@ def test_identity_loads_as_a_transformers_model_with_its_preprocessing(
     prepare = AutoImageProcessor.from_pretrained(tmp_path / "identity")
     picture = world.picture(world.scene(0, 0)).resize((256, 256))
     x = prepare(picture, return_tensors="pt").pixel_values
-    assert x.shape == (1, 3, 64, 64)
+    assert x.shape == (1, 3, 128, 128)
     assert x.min() >= -1
     assert model(x).pooler_output.flatten(1).shape == (1, 16)
 

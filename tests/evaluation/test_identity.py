@@ -50,6 +50,15 @@ def test_the_concept_is_found_among_others_and_strangers_are_not() -> None:
     assert identity_top1(around(CENTRES[0], 20, 0.1, 4), CONCEPT, single).all()
 
 
+def test_nobody_is_favoured_for_having_uniform_pictures() -> None:
+    picture = CENTRES[0]
+    near, spread = picture + 0.5 * CENTRES[1], np.stack([picture + side * CENTRES[2] for side in (2, -2)])
+    uniform = np.repeat(near[None] / np.linalg.norm(near), 2, axis=0)
+    varied = spread / np.linalg.norm(spread, axis=1, keepdims=True)  # in the mean exactly the picture's direction
+    assert identity(picture[None], uniform) > identity(picture[None], varied)
+    assert identity_top1(picture[None], varied, [uniform]).all()
+
+
 def test_chance_finds_one_in_as_many_as_there_are() -> None:
     noise = np.random.default_rng(0).standard_normal((20_000, 16))
     found = identity_top1(noise, CENTRES[0], list(CENTRES[1:10])).mean()
