@@ -5,10 +5,13 @@
 
 - `mixed_over_plain`: guided denoising steps of 8 pictures of 8 concepts over those of 8 pictures of one concept;
 - `singles_over_mixed`: the same steps picture by picture with a switch before each, over those mixed: the gain;
-- `together_over_alone`: a training step of 8 concepts as one batch over 8 steps of one concept each;
+- `together_over_alone`: `svdiff train` of 8 concepts as one batch over the same one after the other, from pictures to deltas, with
+  `--train-steps` steps and a validation at either end; `cpu_` is the same of processor time;
+- `memory_together_over_one`: peak memory of the process that trains 8 over that of a process that trains one;
 - `switch_p99_ms`: switching between resident concepts, text encoder included.
 
-What is compared runs in turn in one process. `--latents` sets the size of the latents.
+Batches run in turn in one process, trainings (`benchmarks/together.py`) in a process each. Of `sd15` the base is written to build/sd15
+and decomposed once, 12 GB in all; a step of a concept is one picture there. The tiny UNet has no pipeline to train.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import machine, make_inputs, make_unet, median, memory_gb, reset_peak_memory, table
+from benchmarks.common import machine, make_inputs, make_unet, median, table
+from benchmarks.together import measure
 from svdiff.models.sizes import build
 from svdiff.spectral import Basis, SpectralDelta, SpectralPipeline, load_basis
 from svdiff.spectral.basis import Factors, matrix_weights
@@ -132,40 +136,24 @@ def switch(personal: SpectralPipeline, resident: int) -> dict[str, float]:
     return {"resident": len(names), "switch_p50_ms": median(times), "switch_p99_ms": times[989]}
 
 
-def train(personal: SpectralPipeline, latents: int, batch: int, rounds: int) -> dict[str, float]:
-    """A training step of all concepts as one batch, and one of each; the same arithmetic for every picture."""
-    unet, shifts = personal.pipe.unet, personal._shifts["unet"]
-    parameters, total = shifts.parameters(), sum(shifts.sizes.values())
-    packed = 0.01 * torch.randn(CONCEPTS, total)
-    index = torch.arange(CONCEPTS).repeat_interleave(batch)
-    peaks: dict[str, float] = {}
-
-    def steps(rows: torch.Tensor, concept: torch.Tensor | None) -> Callable[[], None]:
-        shifts.write(rows)
-        optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-        sample, timesteps, text = make_inputs(unet, latents, batch * (CONCEPTS if concept is not None else 1))
-        noise = torch.randn_like(sample)
-
-        def step() -> None:
-            reset_peak_memory()
-            shifts.write(rows, concept)
-            for _ in range(1 if concept is not None else CONCEPTS):
-                torch.nn.functional.mse_loss(unet(sample, timesteps, text).sample, noise).backward()
-                optimiser.step()
-                optimiser.zero_grad()
-            which = "alone" if concept is None else "together"
-            peaks[which] = memory_gb()
-
-        return step
-
-    runs = {"alone": steps(packed[0].clone(), None), "together": steps(packed, index)}
-    times = in_turn(runs, rounds)
-    return {
-        "together_over_alone": ratio(times, "together", "alone"),
-        "together_step_s": median(times["together"]),
-        "memory_together_over_alone": peaks["together"] / peaks["alone"],
-        "pictures_a_concept": batch,
-    }
+def batches(options: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    """What is measured on one pipeline in this process."""
+    large = options.model == "sd15"
+    unet: Any = make_unet(options.model).eval()
+    latents = options.latents or (32 if large else unet.config.sample_size)
+    encoder = make_text_encoder(options.model)
+    parts = {"unet": unet} | ({} if encoder is None else {"text_encoder": encoder})
+    bases = {prefix: make_basis(options.model, module, options.cache) for prefix, module in parts.items()}
+    personal = SpectralPipeline(SimpleNamespace(**parts), bases=bases, progress=False)
+    names = [f"concept {number}" for number in range(CONCEPTS)]
+    for seed, name in enumerate(names):
+        personal.load_delta(random_delta(parts, bases, seed), name)
+    result: dict[str, Any] = {"latents": latents}
+    if "draw" in options.only:
+        result |= draw(personal, names, latents, rounds, options.steps or (1 if large else 25))
+    if "switch" in options.only:
+        result |= switch(personal, options.resident)
+    return result
 
 
 def main() -> None:
@@ -175,33 +163,22 @@ def main() -> None:
     parser.add_argument("--latents", type=int, help="side of the latents [default: 32; the model's own]")
     parser.add_argument("--rounds", type=int, help="times that each is timed [default: 3; 5 for small models]")
     parser.add_argument("--steps", type=int, help="denoising steps of a picture [default: 1; 25 for small models]")
-    parser.add_argument("--batch", type=int, help="training pictures a concept [default: 1; 4 for small models]")
     parser.add_argument("--resident", type=int, default=1000, help="concepts in memory while switching")
     parser.add_argument("--only", nargs="+", choices=["draw", "switch", "train"], default=["draw", "switch", "train"])
     parser.add_argument("--cache", default=".svdiff/bases", help="where decompositions are stored")
+    parser.add_argument(
+        "--train-steps", type=int, help="optimiser steps of each training [default: 3; 100 for small models]"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     large = options.model == "sd15"
-    rounds, batch = options.rounds or (3 if large else 5), options.batch or (1 if large else 4)
+    rounds = options.rounds or (3 if large else 5)
 
-    unet: Any = make_unet(options.model).eval()
-    latents = options.latents or (32 if large else unet.config.sample_size)
-    encoder = make_text_encoder(options.model)
-    parts = {"unet": unet} | ({} if encoder is None else {"text_encoder": encoder})
-    bases = {prefix: make_basis(options.model, module, options.cache) for prefix, module in parts.items()}
-    personal = SpectralPipeline(SimpleNamespace(**parts), bases=bases, progress=False)
-    names = [f"concept {number}" for number in range(CONCEPTS)]
-    deltas = [random_delta(parts, bases, seed) for seed in range(CONCEPTS)]
-    for name, delta in zip(names, deltas, strict=True):
-        personal.load_delta(delta, name)
-
-    result: dict[str, Any] = {"model": options.model, "latents": latents, "concepts": CONCEPTS}
-    if "draw" in options.only:
-        result |= draw(personal, names, latents, rounds, options.steps or (1 if large else 25))
-    if "train" in options.only:
-        result |= train(personal, latents, batch, rounds)
-    if "switch" in options.only:
-        result |= switch(personal, options.resident)
+    result: dict[str, Any] = {"model": options.model, "concepts": CONCEPTS}
+    if "train" in options.only and options.model != "tiny":  # first, while this process holds no network
+        result |= measure(options.model, CONCEPTS, options.train_steps or (3 if large else 100), options.cache)
+    if {"draw", "switch"} & set(options.only):
+        result |= batches(options, rounds)
     if options.json:
         print(json.dumps({**machine(), **result}, indent=1))
         return
