@@ -37,9 +37,7 @@ ENTRY = {
     "correlate": "svdiff.evaluation.correlation",
 }
 #: Modules that decide no result: how settings are read (their values are `params`), files written, names found, curves shown.
-NEUTRAL = (
-    r"svdiff(\.(errors|secrets|files|words|config|sections|catalogue))?|svdiff\.data\.prior|svdiff\.training\.tracking"
-)
+NEUTRAL = r"svdiff(\.(errors|secrets|files|words|config|sections|catalogue|peaks))?|svdiff\.data\.prior|svdiff\.training\.tracking"
 #: What a stage imports and does not use: the baselines' file format comes with what puts it on a pipeline, and so on.
 UNUSED = {
     "prior": r"svdiff\.spectral.*|svdiff\.data\.(concepts|reading)",  # the hash of the base's weights names a cache; own pictures

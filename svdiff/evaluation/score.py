@@ -45,6 +45,7 @@ from svdiff.evaluation.identity import identity, variety_kept
 from svdiff.evaluation.intervals import paired_gain
 from svdiff.evaluation.pairs import PAIR_MEASURES, PER_SUBJECT, reference, score_regions
 from svdiff.files import atomic_dir, check_writable, read_table
+from svdiff.peaks import Peaks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,14 +77,19 @@ def score(
     real = real_pictures(entry)
     samples, pictures = read_samples(samples_dir)
     of_class = read_samples(samples_dir / DRIFT) if (samples_dir / DRIFT).is_dir() else None
-    evaluators = evaluators or load_evaluators(config.evaluators)
-    scored = samples.join(score_pictures(entry, samples["prompt"].tolist(), pictures, real, evaluators))
+    peaks = Peaks()
+    with peaks.phase("loading"):
+        evaluators = evaluators or load_evaluators(config.evaluators)
+    with peaks.phase("scoring"):
+        scored = samples.join(score_pictures(entry, samples["prompt"].tolist(), pictures, real, evaluators))
+        drift = pd.DataFrame(columns=[*samples.columns, "identity", "embedding"])
+        if of_class is not None:
+            drift = score_drift(*of_class, real, evaluators)
     measures = (*PAIR_MEASURES, *PER_SUBJECT) if entry.kind == "pair" else MEASURES
     metrics = summarise(scored, config.score, measures)
-    drift = pd.DataFrame(columns=[*samples.columns, "identity", "embedding"])
     if of_class is not None:
-        drift = score_drift(*of_class, real, evaluators)
         metrics |= summarise_drift(drift, config.score)
+    peaks.say()
     with atomic_dir(out_dir) as folder:
         for file, table in (("images.csv", scored), ("drift.csv", drift.drop(columns="embedding"))):
             table.to_csv(folder / file, index=False, float_format="%.6f")

@@ -14,7 +14,7 @@ from svdiff.data.prior import prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, atomic_file
 from svdiff.models import family_of, load_pipeline, native_size, scratch
-from svdiff.models.peaks import Peaks
+from svdiff.peaks import Peaks
 from svdiff.sampling.images import Job, sample_images
 from svdiff.spectral import weights_hash
 from svdiff.words import did_you_mean, fill

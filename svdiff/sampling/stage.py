@@ -15,7 +15,7 @@ from svdiff.data.cutmix import prior_mix_prompts
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, atomic_file, check_writable
 from svdiff.models import load_pipeline, scratch
-from svdiff.models.peaks import Peaks
+from svdiff.peaks import Peaks
 from svdiff.sampling.guidance import sample_guided
 from svdiff.sampling.images import Job, sample_images
 from svdiff.sampling.weights_delta import is_weights_delta, load_weights_deltas

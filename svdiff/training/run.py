@@ -21,7 +21,7 @@ from svdiff.data.grid import image_grid
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, write_atomic
 from svdiff.models import scratch
-from svdiff.models.peaks import Peaks
+from svdiff.peaks import Peaks
 from svdiff.sampling import Job, sample_images
 from svdiff.training.loop import Asking, Diverged, Row, Trainer
 from svdiff.training.losses import Loss

@@ -26,7 +26,7 @@ from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, sha256_file
 from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.models.compatibility import check_compile, check_family, check_precision
-from svdiff.models.peaks import Peaks
+from svdiff.peaks import Peaks
 from svdiff.sampling.images import check_prompts
 from svdiff.spectral import weights_hash
 from svdiff.training.datasets import TrainingData, read_training_data

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from svdiff.models import peaks
-from svdiff.models.peaks import Peaks
+from svdiff import peaks
+from svdiff.peaks import Peaks
 
 MEGABYTE = 1 << 20
 
