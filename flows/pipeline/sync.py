@@ -88,7 +88,9 @@ def _bring(repo: Any, root: Path, config: Config) -> Iterator[str]:
     missing = [str(root / source.path) for source, action in actions.items() if action == "bring"]
     if missing:
         repo.fetch(targets=missing)
-    record = {source.path.as_posix(): seen.get(source.path.as_posix(), []) for source in sources}
+    # Of a folder that this commit says nothing of, too, while it lies here: another commit may have it otherwise.
+    record = {path: hashes for path, hashes in seen.items() if (root / path).exists()}
+    record |= {source.path.as_posix(): seen.get(source.path.as_posix(), []) for source in sources}
     for source, action in actions.items():
         path, now = source.path.as_posix(), [source.recorded]
         if action == "bring":

@@ -270,6 +270,50 @@ def test_a_shallow_clone_and_a_worktree_are_checkouts_like_others(one: Clone, wa
     assert one.catalogue() == two.catalogue()
 
 
+def _three_commits(one: Clone) -> list[str]:
+    """A concept, then none of that name, then one of that name again with other pictures."""
+    commits = []
+    for pictures in ({"0.png": b"old"}, None, {"1.png": b"new"}):
+        if pictures:
+            one.add("vase", pictures)
+        else:
+            one.remove("vase")
+        one.sync()
+        commits.append(one.commit())
+    one.push()
+    return commits
+
+
+def test_a_concept_that_a_commit_lacks_is_as_the_next_commit_has_it(one: Clone) -> None:
+    old, without, new = _three_commits(one)
+    two = one.clone("two")
+    for commit in (old, without, new, without, old):
+        two.git("checkout", "--quiet", commit)
+        two.sync()
+        if commit != without:
+            assert two.pictures("vase") == ({"0.png": b"old"} if commit == old else {"1.png": b"new"})
+        assert two.git("status", "--short").stdout == ""
+
+
+def test_what_was_done_to_a_folder_that_no_commit_speaks_of_counts(one: Clone) -> None:
+    old, without, new = _three_commits(one)
+    two = one.clone("two")
+    for commit in (old, without):
+        two.git("checkout", "--quiet", commit)
+        two.sync()
+    two.write("vase", {"0.png": b"mine"})
+    two.git("checkout", "--quiet", new)
+    two.sync()
+    assert two.pictures("vase") == {"0.png": b"mine"}
+    two.git("checkout", "--quiet", "--force", without)
+    two.sync()
+    shutil.rmtree(two.folder("vase"))
+    two.sync()
+    two.git("checkout", "--quiet", new)
+    two.sync()
+    assert two.pictures("vase") == {"1.png": b"new"}
+
+
 def test_a_conflict_that_waits_for_somebody_is_left_alone(one: Clone) -> None:
     conflict = "<<<<<<< ours\nouts: [\n=======\n"
     (one.root / "data/concepts/first.dvc").write_text(conflict)
