@@ -31,7 +31,7 @@ from svdiff.config import Config, ScoreConfig, load_config
 from svdiff.evaluation.score import summarise
 
 BASE_HASH = "b" * 64
-SEEDS = [0, 1]
+SEEDS = [0, 1, 2, 3]  # with two prompts as many pairs of pictures as the rule wants
 PROMPTS = ["a {subject} on a blue background", "a big {subject}"]
 
 

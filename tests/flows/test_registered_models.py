@@ -73,6 +73,11 @@ def picture(frame: pd.DataFrame, row: int = 0) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(frame["image"][row])), dtype=int)
 
 
+def alike(drawn: np.ndarray, stored: Image.Image) -> bool:
+    """Whether two pictures are the same but for rounding: one was drawn alone, the other in a batch."""
+    return bool(np.abs(drawn - np.asarray(stored, dtype=int)).max() <= 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["concept", "pair"])
 @pytest.mark.parametrize("method", METHODS)
@@ -96,12 +101,12 @@ def test_whatever_is_registered_can_be_loaded_drawn_scored_again_and_reproduced(
     row = drawn[drawn["model"] == "trained"].iloc[0]
     again = model.predict({"prompt": [row["prompt"]]}, params={"seed": int(row["seed"])})
     with Image.open(f"out/sample/{name}/{row['file']}") as sampled:
-        assert np.array_equal(picture(again), np.asarray(sampled, dtype=int))
+        assert alike(picture(again), sampled)
     bare = model.predict([row["prompt"]], params={"seed": int(row["seed"]), "scale": 0.0})
     base = drawn[(drawn["model"] == "base") & (drawn["prompt"] == row["prompt"]) & (drawn["seed"] == row["seed"])]
     with Image.open(f"out/sample/{name}/{base.iloc[0]['file']}") as sampled:
-        assert np.array_equal(picture(bare), np.asarray(sampled, dtype=int))
-    assert not np.array_equal(picture(bare), picture(again))
+        assert alike(picture(bare), sampled)
+        assert not alike(picture(again), sampled)
     assert np.array_equal(picture(model.predict([row["prompt"]], params={"seed": int(row["seed"])})), picture(again))
 
     round_ = Round(made.tracking, made.config, made.root)

@@ -1,0 +1,386 @@
+"""`svdiff serve` under load: many concepts asked for at random by several clients, against the pipeline in a loop.
+
+    python -m benchmarks.serving --json                                      # 50 concepts, 8 clients, 2 minutes, 2 replicas of Ray Serve
+    python -m benchmarks.serving --concepts 4 --clients 2 --seconds 10 --replicas 0
+
+The embedded base with random shifts as concepts, through the real registration into a registry of its own.
+
+- `served_over_loop`: pictures a second of the server over the most that the pipeline draws in a loop, at any batch size, in one process
+  with all processors and in as many processes as there are replicas;
+- `p50_s`, `p99_s`: from a request to its picture;
+- then, for half as long, with a new champion and a killed replica (kill -9, where there are several) in the middle: `errors` counts
+  requests of both times without a picture, `wrong` pictures that are not the library's own of that version and seed, drawn in
+  batches of one concept. `largest_difference` is of all pictures to the library's, in values of 255; `nearest_other` of the
+  library's pictures of one seed to those of the nearest other concept: only where it is far larger does equality tell concepts apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks.common import machine, table
+
+SEEDS = 4
+TOLERANCE = 2  # of 255: sums of batches of other sizes round otherwise
+PROMPT = "a {subject} on a blue background"
+BATCHES = (1, 2, 4, 8, 16)
+PATIENCE = 600.0  # seconds for a server to answer
+
+
+def make_registry(root: Path, model: str, concepts: int) -> list[str]:
+    """A project with `concepts` champions, and a challenger of the first; their names."""
+    from benchmarks.registry import stages
+    from flows.pipeline.results import read_results
+    from flows.registry.register import register
+    from flows.registry.tracking import connect
+    from svdiff.config import load_config
+
+    names = [f"concept-{number:04d}" for number in range(concepts)]
+    sample = load_config().sample.model_dump(mode="json") | {"prompts": [PROMPT]}
+    values: dict[str, Any] = {
+        "base": {"model": str(Path(model).resolve())},
+        "classes": ["cat"],
+        "concepts": {name: {"class_word": "cat", "token": "sks"} for name in names},
+        "sample": sample,
+        "rank": {"concepts": names[:1]},
+    }
+    (root / "params.yaml").write_text(yaml.safe_dump(values))
+    for name in names:
+        (root / "data/concepts" / name).mkdir(parents=True)
+        shutil.copy(next(Path("data/concepts").glob("*/00.png")), root / "data/concepts" / name / "00.png")
+    os.chdir(root)
+    config = load_config()
+    tracking = connect(config.tracking, root)
+    pipe = open_pipeline(config)
+    # Second versions have lower scores, and do not become champions by themselves.
+    for seed, (name, version) in enumerate([*((name, 1) for name in names), (names[0], 2)]):
+        stages(root, name, version)
+        shifts_of(pipe, seed).save(root / f"out/train/{name}/delta.safetensors")
+        register(tracking, config, read_results(config, name, root))
+    return names
+
+
+def open_pipeline(config: Any) -> Any:
+    """The base of `config`."""
+    from svdiff.models import load_pipeline
+
+    return load_pipeline(config.base)
+
+
+def shifts_of(pipe: Any, seed: int) -> Any:
+    """A delta of random shifts, strong enough that concepts are told apart in every picture."""
+    import torch
+
+    from svdiff.models import scratch
+    from svdiff.spectral import attach, load_basis
+
+    shifts = attach(pipe.unet, load_basis(pipe.unet, scratch() / "bases", progress=False))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in shifts.parameters_spectral():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    delta = shifts.delta(class_word="cat", token="sks")
+    shifts.detach()
+    return delta
+
+
+class Library:
+    """The registered deltas on a pipeline in this process, as `out/` and the registry never touch them."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        from svdiff.config import load_config
+        from svdiff.models import scratch
+        from svdiff.spectral import SpectralPipeline
+
+        os.chdir(root)
+        self.config = load_config()
+        pipe = open_pipeline(self.config)
+        deltas = {f"{name}@1": shifts_of(pipe, seed) for seed, name in enumerate(names)}
+        deltas[f"{names[0]}@2"] = shifts_of(pipe, len(names))
+        self.personal = SpectralPipeline(pipe, cache=scratch() / "bases", progress=False)
+        for name, delta in deltas.items():
+            self.personal.load_delta(delta, name)
+
+    def draw(self, versions: list[str], seeds: list[int]) -> list[np.ndarray]:
+        """A batch, each picture of a version and a seed of its own."""
+        from svdiff.sampling import Job, sample_images
+
+        sample, prompt = self.config.sample, PROMPT.format(subject="sks cat")
+        with self.personal.concepts(versions) as pipe:
+            images = sample_images(
+                pipe,
+                [Job(prompt, seed) for seed in seeds],
+                steps=sample.steps,
+                guidance=sample.guidance,
+                eta=sample.eta,
+                batch_size=len(seeds),
+            )
+        return [np.asarray(image, dtype=int) for image in images]
+
+
+def loop(root: str, names: list[str], seconds: float) -> dict[str, float]:
+    """Pictures a second of the pipeline in a loop in this process, by batch size; each picture of a concept at random."""
+    library, chance, rates = Library(Path(root), names), random.Random(0), dict[str, float]()
+    for size in BATCHES:
+        done, start = -1, 0.0
+        while done < 1 or time.perf_counter() - start < seconds / len(BATCHES):
+            library.draw([f"{chance.choice(names)}@1" for _ in range(size)], list(range(size)))
+            done += 1
+            if done == 0:  # the first does not count
+                start = time.perf_counter()
+        rates[str(size)] = size * done / (time.perf_counter() - start)
+    return rates
+
+
+def best_of_loops(root: Path, names: list[str], seconds: float, processes: int) -> dict[str, float]:
+    """The most pictures a second of so many processes at once, that share the processors, by batch size."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    command = [sys.executable, "-m", "benchmarks.serving", "--loop", json.dumps([str(root), names, seconds])]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(processes)]
+    outputs = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit("the pipeline in a loop failed; see above")
+    rates = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return {size: sum(rate[size] for rate in rates) for size in rates[0]}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request: when it was made, how long it took, and what came back."""
+
+    at: float
+    seconds: float
+    concept: str
+    seed: int
+    model: str = ""
+    picture: np.ndarray | None = None
+    error: str = ""
+
+
+class Clients:
+    """Threads that ask for a concept at random, one picture after the other."""
+
+    def __init__(self, url: str, names: list[str], count: int) -> None:
+        self.answers: list[Answer] = []
+        self._url, self._names, self._stop = url, names, threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=[number]) for number in range(count)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        import httpx
+
+        chance = random.Random(number)
+        with httpx.Client(timeout=PATIENCE) as client:
+            while not self._stop.is_set():
+                self.answers.append(self._ask(client, chance.choice(self._names), chance.randrange(SEEDS)))
+
+    def _ask(self, client: Any, concept: str, seed: int) -> Answer:
+        from PIL import Image
+
+        body = {"model": f"{concept}@champion", "prompt": PROMPT, "seed": seed}
+        start = time.perf_counter()
+        try:
+            response = client.post(f"{self._url}/v1/images/generations", json=body)
+            took = time.perf_counter() - start
+            if response.status_code != 200:
+                return Answer(start, took, concept, seed, error=f"{response.status_code} {response.text[:200]}")
+            [drawn] = response.json()["data"]
+            picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn["b64_json"]))).convert("RGB"), dtype=int)
+            return Answer(start, took, concept, seed, drawn["model"], picture)
+        except Exception as error:
+            return Answer(start, time.perf_counter() - start, concept, seed, error=f"{type(error).__name__}: {error}")
+
+
+def start_server(root: Path, replicas: int, repository: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """`svdiff serve` on a free port, once it answers."""
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "svdiff.cli", "serve", "--port", str(port), "--replicas", str(replicas)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_TRACKING", "RAY"))}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repository), environment.get("PYTHONPATH")]))
+    with open(root / "server.log", "wb") as log:
+        server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=10).status_code == 200:
+                return server, url
+        except httpx.TransportError:
+            time.sleep(0.2)
+    stop(server)
+    raise SystemExit(f"the server does not answer:\n{(root / 'server.log').read_text()[-3000:]}")
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server and what it started."""
+    import psutil
+
+    tree = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+    server.terminate()
+    _, left = psutil.wait_procs(tree, timeout=30)
+    for process in left:
+        process.kill()
+    server.wait()
+
+
+def replicas_of(server: subprocess.Popen[bytes]) -> list[Any]:
+    """The server's processes that draw."""
+    import psutil
+
+    tree = psutil.Process(server.pid).children(recursive=True)
+    return [process for process in tree if "ServeReplica:svdiff:Replica" in "".join(process.cmdline())]
+
+
+def disturb(server: subprocess.Popen[bytes], names: list[str], seconds: float, root: Path) -> tuple[float, int]:
+    """Promote a challenger after a third of the time and kill a replica after two; when, and how many were killed."""
+    from flows.registry.overrides import promote_manually
+    from flows.registry.tracking import connect
+    from svdiff.config import load_config
+
+    time.sleep(seconds / 3)
+    promote_manually(connect(load_config().tracking, root), names[0], 2, "benchmark")
+    promoted = time.perf_counter()
+    time.sleep(seconds / 3)
+    found = replicas_of(server)
+    if len(found) > 1:
+        found[0].kill()
+    time.sleep(seconds / 3)
+    return promoted, int(len(found) > 1)
+
+
+def compare(answers: list[Answer], library: Library) -> dict[str, Any]:
+    """Pictures that are not the library's, of those that came."""
+    drawn = [answer for answer in answers if answer.picture is not None]
+    wanted = {
+        model: library.draw([model] * SEEDS, list(range(SEEDS)))
+        for model in sorted({answer.model for answer in drawn} & set(library.personal.deltas))
+    }
+    differences = [
+        int(np.abs(answer.picture - wanted[answer.model][answer.seed]).max())
+        if answer.model.startswith(f"{answer.concept}@") and answer.model in wanted
+        else 255
+        for answer in drawn
+    ]
+    others = [
+        int(np.abs(a[seed] - b[seed]).max())
+        for one, a in wanted.items()
+        for other, b in wanted.items()
+        if one < other
+        for seed in range(SEEDS)
+    ]
+    return {
+        "wrong": sum(difference > TOLERANCE for difference in differences),
+        "largest_difference": max(differences, default=None),
+        "nearest_other": min(others, default=None),
+        "versions_seen": len(wanted),
+    }
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All of it."""
+    repository = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="svdiff-serving-") as folder:
+        root = Path(folder)
+        names = make_registry(root, options.model, options.concepts)
+        os.chdir(repository)
+        counts = sorted({1, max(1, options.replicas)})
+        loops = {count: best_of_loops(root, names, options.loop_seconds, count) for count in counts}
+        best = max(rate for rates in loops.values() for rate in rates.values())
+        server, url = start_server(root, options.replicas, repository)
+        os.chdir(root)
+        try:
+            with Clients(url, names, options.clients) as warm:
+                time.sleep(min(10.0, options.seconds))
+            with Clients(url, names, options.clients) as steady:
+                start = time.perf_counter()
+                time.sleep(options.seconds)
+                end = time.perf_counter()
+            with Clients(url, names, options.clients) as disturbed:
+                promoted, killed = disturb(server, names, options.seconds / 2, root)
+        finally:
+            stop(server)
+            os.chdir(repository)
+        everything = [*warm.answers, *steady.answers, *disturbed.answers]
+        compared = compare(everything, Library(root, names))
+        os.chdir(repository)
+    counted = [a for a in steady.answers if a.picture is not None and start <= a.at + a.seconds <= end]
+    times = [answer.seconds for answer in steady.answers] or [float("nan")]
+    errors = [answer.error for answer in everything if answer.error]
+    fresh = [a.at + a.seconds for a in disturbed.answers if a.model == f"{names[0]}@2"]
+    rate = len(counted) / (end - start)
+    return {
+        "concepts": options.concepts,
+        "clients": options.clients,
+        "replicas": options.replicas,
+        "seconds": options.seconds,
+        "served_over_loop": rate / best,
+        "served_per_s": rate,
+        "loop_per_s": best,
+        "loops": {f"{count} processes": rates for count, rates in loops.items()},
+        "p50_s": float(np.quantile(times, 0.5)),
+        "p99_s": float(np.quantile(times, 0.99)),
+        "requests": len(everything),
+        "errors": len(errors),
+        "first_errors": sorted(set(errors))[:3],
+        **compared,
+        "new_champion_after_s": min(fresh) - promoted if fresh else None,
+        "replicas_killed": killed,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/base", help="a diffusers folder")
+    parser.add_argument("--concepts", type=int, default=50)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=120, help="of load; half as long again with disturbances")
+    parser.add_argument("--loop-seconds", type=float, default=60, help="of each way of drawing in a loop")
+    parser.add_argument("--replicas", type=int, default=2, help="as of `svdiff serve`; 0: one process")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--loop", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.loop:
+        print(json.dumps(loop(*options.loop)))
+        return
+    result = run(options)
+    if options.json:
+        print(json.dumps({**machine(), **result}, indent=1))
+        return
+    rows = [[name, f"{v:.3f}" if isinstance(v, float) else str(v)] for name, v in result.items()]
+    print(table(["measure", "value"], rows))
+
+
+if __name__ == "__main__":
+    main()
