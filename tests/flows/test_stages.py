@@ -69,13 +69,13 @@ def test_groups_are_of_trainings_that_are_due_and_share_a_network(dvc_project: P
 
     values = load_config().model_dump(exclude_unset=True)
     run_stage("prior@dog", root=dvc_project, on_line=print)
-    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8) == [["dog", "dog2"]]
-    assert _groups(Config.model_validate(values), ["dog", "dog2"], 1) == []
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8, 1) == [["dog", "dog2"]]
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 1, 1) == []
     values["concepts"]["dog2"]["train"] = {"rank": 2}
-    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8) == []
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8, 1) == []
     del values["concepts"]["dog2"]["train"]
     run_stage("train@dog", root=dvc_project, on_line=print)
-    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8) == []
+    assert _groups(Config.model_validate(values), ["dog", "dog2"], 8, 1) == []
 
 
 def test_training_together_fails_with_the_reason(dvc_project: Path) -> None:
