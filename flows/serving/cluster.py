@@ -37,7 +37,7 @@ class Fleet:
 
     def _look(self) -> Watch:
         _, tracking = self._settings.open()
-        return Watch(lambda: read_models(tracking, self.facts.base_hash), self._settings.poll)
+        return Watch(lambda: read_models(tracking, self.facts.base_hash), self._settings.poll).start()
 
     @property
     def models(self) -> Models:

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GATHERING = 0.02  # seconds that a batch with free places waits for company
+# And this share of the time of the last one, while fewer wait than were here then: whoever got a picture asks for the next.
+# Without it a server's pictures part into two halves that wait for each other.
+RETURN = 0.1
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Batcher:
         self._draw, self._size = draw, size
         self._waiting: list[tuple[Picture, asyncio.Future[Drawn]]] = []
         self._task: asyncio.Task[None] | None = None
+        self._here, self._took = 0, 0.0  # pictures drawn or waiting when the last batch ended, and its seconds
 
     async def __call__(self, picture: Picture) -> Drawn:
         """The picture, once a batch with it is drawn. Raises what drawing it raised."""
@@ -99,15 +104,16 @@ class Batcher:
 
     async def _run(self) -> None:
         while self._waiting:
-            if len(self._waiting) < self._size:
-                await asyncio.sleep(GATHERING)
+            await self._company()
             batch = self._next()
             if not batch:
                 continue
+            start = time.monotonic()
             try:
                 results = await asyncio.to_thread(self._draw, [picture for picture, _ in batch])
             except Exception as error:
                 results = [error] * len(batch)
+            self._here, self._took = len(batch) + len(self._waiting), time.monotonic() - start
             for (_, future), result in zip(batch, results, strict=True):
                 if future.done():  # nobody waits for it any more
                     continue
@@ -115,6 +121,15 @@ class Batcher:
                     future.set_result(result)
                 else:
                     future.set_exception(result)
+
+    async def _company(self) -> None:
+        """Wait for others where places are free: `GATHERING`, and `RETURN`."""
+        start = time.monotonic()
+        while len(self._waiting) < self._size:
+            waited, fewer = time.monotonic() - start, len(self._waiting) < self._here
+            if waited >= (max(GATHERING, RETURN * self._took) if fewer else GATHERING):
+                return
+            await asyncio.sleep(GATHERING / 4)
 
     def _next(self) -> list[tuple[Picture, asyncio.Future[Drawn]]]:
         """Take the next batch out of those that wait."""
@@ -235,6 +250,7 @@ class Replica:
         config, tracking = settings.open()
         self._drawer = Drawer(config, tracking, settings.resident)
         family, base_hash = self._drawer.family, self._drawer.base_hash
+        self._words = family.words()
         self.facts = Facts(base_hash, config.base.model, family.image_size, config.sample.steps, config.sample.guidance)
         self._batcher = Batcher(self._drawer.draw, settings.batch_size)
         self._room, self._seen = settings.resident, set[str]()
@@ -242,7 +258,8 @@ class Replica:
         self._drawer.warm(self._in_use(self.models))
 
     async def start(self) -> None:
-        """Nothing is left to do."""
+        """Follow the registry, where no front does: it reads all of it, which takes time from drawing."""
+        self._watch.start()
 
     @property
     def models(self) -> Models:
@@ -256,7 +273,7 @@ class Replica:
     async def draw(self, picture: Picture) -> Drawn:
         """Draw it in company. Raises Refusal for a prompt that is too long or a version that is broken."""
         try:
-            self._drawer.family.check_prompt(picture.prompt)
+            self._words.check_prompt(picture.prompt)
         except SvdiffError as error:
             raise Refusal(str(error), param="prompt") from None
         for version, _ in picture.mix:

@@ -169,7 +169,7 @@ def _version(concept: RegisteredConcept, number: int) -> Version:
 
 
 class Watch:
-    """Reads the registry again and again in the background; `models` is what it had last.
+    """`models` is what the registry had last: at once, and after `start` read again and again in the background.
 
     While the registry cannot be read, the last that was known stays.
     """
@@ -179,8 +179,11 @@ class Watch:
         self._read, self._seconds, self._follow = read, seconds, follow
         self._stop = threading.Event()
         self.models = self._next()
-        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
-        self._thread.start()
+
+    def start(self) -> Watch:
+        """Read on, until `stop`."""
+        threading.Thread(target=self._run, name="registry", daemon=True).start()
+        return self
 
     def stop(self) -> None:
         """End the reading."""

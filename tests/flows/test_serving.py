@@ -106,6 +106,28 @@ def test_pictures_of_one_kind_share_batches_the_oldest_first_and_an_error_is_its
     assert (first[1].batch, again) == (2, Drawn(b"20", 1))
 
 
+def test_clients_that_ask_again_are_waited_for_and_share_one_batch_again() -> None:
+    batches = []
+
+    def draw(pictures):
+        batches.append(len(pictures))
+        time.sleep(0.5)
+        return [Drawn(b"", len(pictures)) for _ in pictures]
+
+    async def client(batcher, number):
+        await asyncio.sleep(0.1 * (number > 1))  # the second half comes while the first is drawn
+        for _ in range(3):
+            await batcher(picture(number))
+            await asyncio.sleep(0.03)  # longer than the shortest wait
+
+    async def ask():
+        batcher = Batcher(draw, 8)
+        await asyncio.gather(*(client(batcher, number) for number in range(4)))
+
+    asyncio.run(ask())
+    assert batches[:3] == [2, 4, 4]
+
+
 def test_a_batch_that_fails_is_told_to_all_and_does_not_end_the_queue() -> None:
     broken = [True]
 
@@ -152,7 +174,7 @@ def test_while_the_registry_cannot_be_read_what_was_known_stays() -> None:
             all_read.set()
         return state
 
-    watch = Watch(read, 0.01, followed.append)
+    watch = Watch(read, 0.01, followed.append).start()
     assert all_read.wait(10)
     until(lambda: not watch.models.concepts)
     watch.stop()
