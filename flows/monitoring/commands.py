@@ -43,6 +43,7 @@ def reevaluate(
         typer.echo(result.line())
         if result.verdict.alarming:
             wrong.append(p.concept)
+    round_.scorer.peaks.say()
     if wrong:
         typer.secho(f"{len(wrong)} of {len(planned)} need attention: {', '.join(wrong)}", err=True, fg="red")
         raise typer.Exit(1)

@@ -17,6 +17,7 @@ from svdiff.catalogue import Entry
 from svdiff.config import BaseModelConfig, ConceptConfig, Config
 from svdiff.data.concepts import concept_folder
 from svdiff.errors import SvdiffError
+from svdiff.peaks import Peaks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,10 +53,13 @@ def entry_of(version: ModelVersion) -> Entry:
 
 
 class VersionScorer:
-    """Scores versions one after another; evaluators and base are loaded once, and only when they are needed."""
+    """Scores versions one after another; evaluators and base are loaded once, and only when they are needed.
+
+    `peaks` is the most memory that each phase held, of all versions.
+    """
 
     def __init__(self, config: Config, root: Path) -> None:
-        self.config, self.root = config, root
+        self.config, self.root, self.peaks = config, root, Peaks()
         self._loaded: tuple[BaseModelConfig, Switch, str] | None = None
 
     def conditions(self, version: ModelVersion) -> Conditions:
@@ -86,17 +90,21 @@ class VersionScorer:
         real = real_pictures(entry, self.root)
         with tempfile.TemporaryDirectory() as folder:
             delta, description = fetch(tracking, version, Path(folder))
-            switch = self._switch(version, description)
+            with self.peaks.phase("loading"):
+                switch = self._switch(version, description)
             with ExitStack() as on:
                 try:
-                    on.enter_context(switch.on([(delta, 1.0)]))
+                    with self.peaks.phase("decomposition"):
+                        on.enter_context(switch.on([(delta, 1.0)]))
                 except SvdiffError as error:
                     raise BrokenVersion(str(error)) from error
                 negatives = default_negatives(self.config, entry)
-                images = draw_pictures(switch.pipe, jobs, self.config.sample, negatives)
-                class_images = draw_pictures(switch.pipe, bare, self.config.sample, negatives) if bare else []
-        of_class = self._score_drift(bare, class_images, real) if bare else None
-        return Measurement(self._score(entry, jobs, images, real), images, of_class)
+                with self.peaks.phase("sampling"):
+                    images = draw_pictures(switch.pipe, jobs, self.config.sample, negatives)
+                    class_images = draw_pictures(switch.pipe, bare, self.config.sample, negatives) if bare else []
+        with self.peaks.phase("scoring"):
+            of_class = self._score_drift(bare, class_images, real) if bare else None
+            return Measurement(self._score(entry, jobs, images, real), images, of_class)
 
     def _shown(self, entry: Entry) -> list[tuple[str, int]]:
         """Prompt and seed of every picture."""

@@ -73,6 +73,7 @@ def reevaluate(
     with own_gpu() as gpu:
         os.environ.update(gpu)  # heeded at the first use of a GPU in this process, which is below
         results, failures = _measure(names, round_)
+        round_.scorer.peaks.say()
     create_table_artifact(table(results, failures), key="reevaluation", description=summary(results, failures))
     log.info("%s", summary(results, failures))
     if failures:

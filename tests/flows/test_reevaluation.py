@@ -8,8 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from champions import EVALUATORS, SAMPLE, Champions, disturb_autoencoder
+from typer.testing import CliRunner
 
 from flows.monitoring import round as module
+from flows.monitoring.commands import app
 from flows.monitoring.round import REEVALUATES, VERDICT, WHEN, Round
 from flows.monitoring.rule import Verdict, compare
 from flows.registry.concepts import model_id
@@ -134,6 +136,7 @@ def test_a_killed_round_goes_on_and_nothing_is_measured_twice(
     assert results["dog"].fresh
     assert not results["dog2"].fresh
     assert {r.verdict for r in results.values()} == {Verdict.NEW_BASELINE}
+    assert all(round_.scorer.peaks.bytes[phase] for phase in ("loading", "decomposition", "sampling", "scoring"))
     client = champions.tracking.client
     for name in ("dog", "dog2"):
         runs = client.search_runs([champions.tracking.experiment_id], f"tags.`{REEVALUATES}` = '{name}/1'")
@@ -198,9 +201,10 @@ def test_what_cannot_be_measured_is_no_verdict(champions: Champions, tiny_pipe) 
     weights = load_file(with_another)
     weights["conv_in.bias"] += 1e-3
     save_file(weights, with_another, metadata={"format": "pt"})
-    result = reevaluate(champions)["dog"]
-    assert result.verdict is Verdict.BROKEN
-    assert "it was trained on a base with weights" in result.reason
+    told = CliRunner().invoke(app, ["--params", str(champions.root / "params.yaml")])
+    assert "dog version 1: broken artifact: it was trained on a base with weights" in told.stdout
+    assert "most memory of the " in told.stderr
+    assert champions.version("dog").tags[VERDICT] == Verdict.BROKEN
 
     retire(champions.tracking, "dog", None, "no longer sold")
     assert Round(champions.tracking, champions.config, champions.root).plan() == []
