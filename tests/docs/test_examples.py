@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,20 @@ def test_own_concept_and_live_pipeline(checkout: Path) -> None:
     assert (drawn["mean"] == drawn["delta-0"]).all()  # of twice the same delta
     assert abs(drawn["mean"] - drawn["mean-fused"]).max() <= 2
     assert (drawn["delta-0"] != drawn["base"]).any()
+
+
+def test_the_live_pipeline_of_the_docs(checkout: Path, tiny_base: Path) -> None:
+    options = ("--class-word", "dog", "--token", "sks", "--prompt", "a {subject}")
+    run(checkout, "own_concept.py", "pet", *options)
+    for name in ("scarf-cat", "bow-cat"):
+        (checkout / "out/train" / name).mkdir(parents=True)
+        shutil.copy(checkout / "pictures/pet/delta.safetensors", checkout / "out/train" / name)
+    (checkout / "models").mkdir()
+    (checkout / "models/base").symlink_to(tiny_base)
+    page = (EXAMPLES.parent / "docs/how-to/serving.md").read_text()
+    [block] = [block for block in re.findall(r"(?m)(?:^    .*\n|^\n)+", page) if "import SpectralPipeline" in block]
+    (checkout / "block.py").write_text(textwrap.dedent(block))
+    run(checkout, str(checkout / "block.py"))
 
 
 def test_pair(checkout: Path) -> None:
