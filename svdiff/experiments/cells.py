@@ -112,7 +112,7 @@ class Runner:
         folder = self.folder / "trained" / trained
         delta = folder / "delta.safetensors"
         if not delta.is_file():
-            self.__dict__.pop("pipe", None)  # the training loads the base itself; two would not fit everywhere
+            self.__dict__.pop("_switch", None)  # the training loads the base itself; two would not fit everywhere
             quiet = cell.config.tracking.model_copy(update={"live": "none"})
             config = cell.config.model_copy(update={"tracking": quiet})
             train(config, cell.name, out_dir=folder, overrides=cell.overrides)
@@ -165,19 +165,19 @@ class Runner:
             yield self.pipe
             return
         delta = self._delta(cell, trained)
-        with self._switch.on([(delta, 1.0)]):
-            yield self.pipe
+        with self._switch.on([(delta, 1.0)]) as pipe:
+            yield pipe
         if delta.stat().st_size > SMALL:
             shutil.rmtree(delta.parent)
 
-    @cached_property
+    @property
     def pipe(self) -> Any:
-        """The untrained base."""
-        return load_pipeline(self.config.base)
+        """The base, untrained unless a cell is on it."""
+        return self._switch.pipe
 
     @cached_property
     def _switch(self) -> Switch:
-        return Switch(self.pipe)
+        return Switch(load_pipeline(self.config.base))
 
     @cached_property
     def evaluators(self) -> Evaluators:

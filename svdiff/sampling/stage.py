@@ -112,13 +112,13 @@ class Switch:
         self._attached: tuple[object, SpectralPipeline] | None = None
 
     @contextmanager
-    def on(self, parts: Sequence[Part]) -> Iterator[None]:
-        """With these deltas in force. Raises as `personalise_with`, before the block runs."""
+    def on(self, parts: Sequence[Part]) -> Iterator[Any]:
+        """The pipeline with these deltas in force. Raises as `personalise_with`, before the block runs."""
         if _weights_of(parts):
             self.off()
             personal = personalise_with(self.pipe, parts)
             try:
-                yield
+                yield self.pipe
             finally:
                 personal.unload()
             return
@@ -136,7 +136,7 @@ class Switch:
         _, spectral = self._attached
         try:
             _load(spectral, loaded)
-            yield
+            yield self.pipe
         finally:
             for name in spectral.deltas:
                 spectral.delete_delta(name)

@@ -16,6 +16,7 @@ from svdiff.evaluation.alignment import MEASURES
 from svdiff.experiments import cells
 from svdiff.experiments.ablation import ablation, gains
 from svdiff.experiments.rank import rank
+from svdiff.sampling.images import Job
 
 
 @pytest.fixture
@@ -52,6 +53,20 @@ def test_experiments_share_what_they_train(tiny: Config, monkeypatch: pytest.Mon
     assert np.isfinite(table[["mean", "gain", "low", "high"]]).all(axis=None)
     assert len(pd.read_csv(folder / "pictures.csv")) == 3 * 2 * len(tiny.sample.seeds)
     assert min(Image.open(folder / "strip.png").size) > 200
+
+
+def test_every_cell_draws_with_its_own_training(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job("a sks dog", 0)]
+    made = [cells.Cell({"seed": seed}, tiny, "red-dog", {"seed": seed}, jobs) for seed in (1, 2)]
+    made += [cells.Cell({"seed": None}, tiny, "red-dog", None, jobs)]
+
+    def pictures(*of: cells.Cell) -> list[bytes]:
+        return [Path(path).read_bytes() for path in cells.Runner(tiny).run(of, scored=False)["path"]]
+
+    together = pictures(*made)
+    monkeypatch.setenv("SVDIFF_HOME", "another-scratch")
+    assert together == [picture for cell in made for picture in pictures(cell)]
+    assert len(set(together)) == 3
 
 
 @pytest.mark.parametrize(

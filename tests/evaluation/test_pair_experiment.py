@@ -32,6 +32,12 @@ def pair_checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPat
         "concepts": {"red": {"class_word": "dog"}, "green": {"class_word": "cat", "token": "zwx"}},
         "pairs": {"both": {"concepts": ["red", "green"]}},
         "mix": {"mixes": 4, "methods": {"full": {"lr": 0.001}}},
+        "evaluators": {
+            "clip_model": "tiny",
+            "clip_pretrained": "random",
+            "identity_model": None,
+            "lpips_weights": None,
+        },
         "train": {"steps": 2, "lr": 0.1, "validation_seeds": [0]},
         "sample": {"prompts": ["a {subject}"], "steps": 2},
         "score": {"bootstrap": 200},
@@ -45,6 +51,7 @@ def pair_checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("evaluators")
 def test_every_cell_is_made_once_and_kept(pair_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import svdiff.training
 
