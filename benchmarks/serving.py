@@ -1,15 +1,15 @@
 """`svdiff serve` under load: many concepts asked for at random by several clients, against the pipeline in a loop.
 
-    python -m benchmarks.serving --json                                      # 50 concepts, 8 clients, 2 minutes, 2 replicas of Ray Serve
-    python -m benchmarks.serving --concepts 4 --clients 2 --seconds 10 --replicas 0
+    python -m benchmarks.serving --json         # 50 concepts, 8 clients that ask for 4 pictures, 2 minutes, 2 replicas of Ray Serve
+    python -m benchmarks.serving --concepts 4 --clients 2 --pictures 1 --seconds 10 --replicas 0
 
 The embedded base with random shifts as concepts, through the real registration into a registry of its own.
 
 - `served_over_loop`: pictures a second of the server over the most that the pipeline draws in a loop, at any batch size, in one process
   with all processors and in as many processes as there are replicas;
-- `p50_s`, `p99_s`: from a request to its picture;
+- `p50_s`, `p99_s`: from a request to its pictures;
 - then, for half as long, with a new champion and a killed replica (kill -9, where there are several) in the middle: `errors` counts
-  requests of both times without a picture, `wrong` pictures that are not the library's own of that version and seed, drawn in
+  requests of both times without pictures, `wrong` pictures that are not the library's own of that version and seed, drawn in
   batches of one concept. `largest_difference` is of all pictures to the library's, in values of 255; `nearest_other` of the
   library's pictures of one seed to those of the nearest other concept: only where it is far larger does equality tell concepts apart.
 """
@@ -172,16 +172,16 @@ class Answer:
     concept: str
     seed: int
     model: str = ""
-    picture: np.ndarray | None = None
+    pictures: tuple[np.ndarray, ...] = ()  # of this seed and those after it
     error: str = ""
 
 
 class Clients:
-    """Threads that ask for a concept at random, one picture after the other."""
+    """Threads that ask for so many pictures of a concept at random, one request after the other."""
 
-    def __init__(self, url: str, names: list[str], count: int) -> None:
+    def __init__(self, url: str, names: list[str], count: int, pictures: int) -> None:
         self.answers: list[Answer] = []
-        self._url, self._names, self._stop = url, names, threading.Event()
+        self._url, self._names, self._pictures, self._stop = url, names, pictures, threading.Event()
         self._threads = [threading.Thread(target=self._run, args=[number]) for number in range(count)]
 
     def __enter__(self) -> Clients:
@@ -205,21 +205,22 @@ class Clients:
     def _ask(self, client: Any, concept: str, seed: int) -> Answer:
         from PIL import Image
 
-        body = {"model": f"{concept}@champion", "prompt": PROMPT, "seed": seed}
+        body = {"model": f"{concept}@champion", "prompt": PROMPT, "seed": seed, "n": self._pictures}
         start = time.perf_counter()
         try:
             response = client.post(f"{self._url}/v1/images/generations", json=body)
             took = time.perf_counter() - start
             if response.status_code != 200:
                 return Answer(start, took, concept, seed, error=f"{response.status_code} {response.text[:200]}")
-            [drawn] = response.json()["data"]
-            picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn["b64_json"]))).convert("RGB"), dtype=int)
-            return Answer(start, took, concept, seed, drawn["model"], picture)
+            drawn = response.json()["data"]
+            files = [io.BytesIO(base64.b64decode(one["b64_json"])) for one in drawn]
+            pictures = tuple(np.asarray(Image.open(file).convert("RGB"), dtype=int) for file in files)
+            return Answer(start, took, concept, seed, drawn[0]["model"], pictures)
         except Exception as error:
             return Answer(start, time.perf_counter() - start, concept, seed, error=f"{type(error).__name__}: {error}")
 
 
-def start_server(root: Path, replicas: int, repository: Path) -> tuple[subprocess.Popen[bytes], str]:
+def start_server(root: Path, replicas: int, batch_size: int, repository: Path) -> tuple[subprocess.Popen[bytes], str]:
     """`svdiff serve` on a free port, once it answers."""
     import httpx
 
@@ -227,6 +228,7 @@ def start_server(root: Path, replicas: int, repository: Path) -> tuple[subproces
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "svdiff.cli", "serve", "--port", str(port), "--replicas", str(replicas)]
+    command += ["--batch-size", str(batch_size)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_TRACKING", "RAY"))}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repository), environment.get("PYTHONPATH")]))
     with open(root / "server.log", "wb") as log:
@@ -279,25 +281,26 @@ def disturb(server: subprocess.Popen[bytes], names: list[str], seconds: float, r
     return promoted, int(len(found) > 1)
 
 
-def compare(answers: list[Answer], library: Library) -> dict[str, Any]:
+def compare(answers: list[Answer], library: Library, pictures: int) -> dict[str, Any]:
     """Pictures that are not the library's, of those that came."""
-    drawn = [answer for answer in answers if answer.picture is not None]
+    drawn = [(answer, i, picture) for answer in answers for i, picture in enumerate(answer.pictures)]
+    seeds = SEEDS + pictures - 1
     wanted = {
-        model: library.draw([model] * SEEDS, list(range(SEEDS)))
-        for model in sorted({answer.model for answer in drawn} & set(library.personal.deltas))
+        model: library.draw([model] * seeds, list(range(seeds)))
+        for model in sorted({answer.model for answer, _, _ in drawn} & set(library.personal.deltas))
     }
     differences = [
-        int(np.abs(answer.picture - wanted[answer.model][answer.seed]).max())
+        int(np.abs(picture - wanted[answer.model][answer.seed + i]).max())
         if answer.model.startswith(f"{answer.concept}@") and answer.model in wanted
         else 255
-        for answer in drawn
+        for answer, i, picture in drawn
     ]
     others = [
         int(np.abs(a[seed] - b[seed]).max())
         for one, a in wanted.items()
         for other, b in wanted.items()
         if one < other
-        for seed in range(SEEDS)
+        for seed in range(seeds)
     ]
     return {
         "wrong": sum(difference > TOLERANCE for difference in differences),
@@ -317,31 +320,33 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         counts = sorted({1, max(1, options.replicas)})
         loops = {count: best_of_loops(root, names, options.loop_seconds, count) for count in counts}
         best = max(rate for rates in loops.values() for rate in rates.values())
-        server, url = start_server(root, options.replicas, repository)
+        server, url = start_server(root, options.replicas, options.batch_size, repository)
         os.chdir(root)
         try:
-            with Clients(url, names, options.clients) as warm:
+            with Clients(url, names, options.clients, options.pictures) as warm:
                 time.sleep(min(10.0, options.seconds))
-            with Clients(url, names, options.clients) as steady:
+            with Clients(url, names, options.clients, options.pictures) as steady:
                 start = time.perf_counter()
                 time.sleep(options.seconds)
                 end = time.perf_counter()
-            with Clients(url, names, options.clients) as disturbed:
+            with Clients(url, names, options.clients, options.pictures) as disturbed:
                 promoted, killed = disturb(server, names, options.seconds / 2, root)
         finally:
             stop(server)
             os.chdir(repository)
         everything = [*warm.answers, *steady.answers, *disturbed.answers]
-        compared = compare(everything, Library(root, names))
+        compared = compare(everything, Library(root, names), options.pictures)
         os.chdir(repository)
-    counted = [a for a in steady.answers if a.picture is not None and start <= a.at + a.seconds <= end]
+    counted = sum(len(a.pictures) for a in steady.answers if start <= a.at + a.seconds <= end)
     times = [answer.seconds for answer in steady.answers] or [float("nan")]
     errors = [answer.error for answer in everything if answer.error]
     fresh = [a.at + a.seconds for a in disturbed.answers if a.model == f"{names[0]}@2"]
-    rate = len(counted) / (end - start)
+    rate = counted / (end - start)
     return {
         "concepts": options.concepts,
         "clients": options.clients,
+        "pictures": options.pictures,
+        "batch_size": options.batch_size,
         "replicas": options.replicas,
         "seconds": options.seconds,
         "served_over_loop": rate / best,
@@ -365,9 +370,11 @@ def main() -> None:
     parser.add_argument("--model", default="models/base", help="a diffusers folder")
     parser.add_argument("--concepts", type=int, default=50)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=4, help="that a request asks for")
     parser.add_argument("--seconds", type=float, default=120, help="of load; half as long again with disturbances")
     parser.add_argument("--loop-seconds", type=float, default=60, help="of each way of drawing in a loop")
     parser.add_argument("--replicas", type=int, default=2, help="as of `svdiff serve`; 0: one process")
+    parser.add_argument("--batch-size", type=int, default=16, help="as of `svdiff serve`")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--loop", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
