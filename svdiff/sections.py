@@ -204,7 +204,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     compile: bool = Field(
         False,
-        description="torch.compile the network for training steps: minutes before the first, then less time a step",
+        description="torch.compile the network for training steps: minutes before the first, then less time a step; for thousands of steps",
     )
     seed: Seed = Field(0, description="everything random in the training follows from it")
     save_every: int = Field(50, ge=1, description="steps between resume states; never changes the result")
