@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from svdiff.base import loop
+from svdiff.base import loop, probes
 from svdiff.base.autoencoder import psnr
 from svdiff.base.captions import caption
 from svdiff.base.compose import PICTURE_SIZE
@@ -24,7 +24,7 @@ from svdiff.base.concepts import CONCEPTS, Concept, individual, pictures, rivals
 from svdiff.base.config import BaseTrainingConfig, load_base_training
 from svdiff.base.identity import view
 from svdiff.base.individuals import Individual
-from svdiff.base.probes import SEED, obedience
+from svdiff.base.probes import SEED
 from svdiff.base.styles import STYLES
 from svdiff.base.unet import TRAINING_FILE
 from svdiff.base.world import Scene, World
@@ -246,7 +246,7 @@ def write_card(params: Path, models: Path, count: int = 96) -> Path:
         )
 
     numbers: dict[str, float] = {"autoencoder_psnr_db": psnr(pipe.vae, world, SEED)}
-    numbers |= obedience(world, runner.evaluators.encode_images, draw, count)
+    numbers |= probes.obedience(world, probes.train(world, config.evaluators.clip_model, training), draw, count)
     scenes = [world.scene(SEED + 3, n, "held-out", pairs=0.0) for n in range(64)]
     scenes += [world.scene(SEED + 4, n, "held-out", pairs=1.0) for n in range(32)]
     shown = draw([_caption(scene, n) for n, scene in enumerate(scenes)])
@@ -299,8 +299,8 @@ on it; the text encoder learns from captions alone what is where, then is frozen
 embedding learn from pictures of their own, the embedding against look-alikes at last: an hour and a half of one shared CPU core. Settings: `base_training` in params.yaml, and training.json beside the weights.
 
 ## Measured
-- `obeys_*`: share of drawn pictures that show what the prompt asks for, told by linear probes on CLIP's pictures; `real_*`: the
-  same probes on real pictures of held-out individuals.
+- `obeys_*`: share of drawn pictures that show what the prompt asks for, told by classifiers trained on real pictures; `real_*`: the
+  same classifiers on real pictures of held-out individuals; `real_feature_false`: features that they see where there are none.
 - `identity_top1`: sixteen held-out individuals, five pictures each, trained with the settings of params.yaml; eight unseen prompts
   and four seeds each. Share of pictures that the identity evaluator finds more like the concept than like any of 99 other
   held-out individuals of its style; `_alone` and `_beside` something, `_worst` concept, `identity_base_top1` of the untrained base,

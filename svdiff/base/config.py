@@ -103,6 +103,13 @@ class IdentityTraining(Training):
     look_alikes: LookAlikeTraining = Field(default_factory=LookAlikeTraining, description="against look-alikes")
 
 
+class ProbeTraining(Training):
+    """Training of the classifiers that tell whether the base obeys prompts, for the card."""
+
+    steps: int = Field(2500, ge=1, description="optimiser steps")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+
+
 class BaseTrainingConfig(_Section):
     """How the embedded base and its evaluators are trained."""
 
@@ -116,6 +123,7 @@ class BaseTrainingConfig(_Section):
     clip: ClipTraining = Field(default_factory=ClipTraining, description="the CLIP evaluator")
     lpips: LpipsTraining = Field(default_factory=LpipsTraining, description="the LPIPS evaluator's backbone")
     identity: IdentityTraining = Field(default_factory=IdentityTraining, description="the identity evaluator")
+    probes: ProbeTraining = Field(default_factory=ProbeTraining, description="the card's classifiers")
 
 
 def load_base_training(path: str | Path = "params.yaml") -> BaseTrainingConfig:

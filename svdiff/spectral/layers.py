@@ -344,11 +344,13 @@ class SpectralMatrix(SpectralLayer):
     def _held(self, pictures: int, tokens: int) -> bool:
         """Whether the weights of all pictures, once they are built, stay in memory for the next step.
 
-        Only those that are smaller than what they are multiplied with: reading larger ones takes longer than factors.
+        Only those that are nearly square, of which factors do nearly twice the work, or smaller than what they are multiplied
+        with: reading others takes longer than factors (`python -m benchmarks.catalogue`).
         """
         m, n = len(self.u), self.vh[0].numel()
-        several = self.delta.ndim > 1 and self._holds
-        return several and pictures * m * n <= min(_HELD, tokens * (m + n))
+        several, numbers = self.delta.ndim > 1 and self._holds, pictures * m * n
+        square = 3 * max(m, n) <= 5 * min(m, n)
+        return several and numbers <= _HELD and (square or numbers <= tokens * (m + n))
 
     def _weights(self, rows: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor:
         """W_δ `(*shape)`, or that of each picture `(B, *shape)`."""
