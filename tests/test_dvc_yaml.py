@@ -42,6 +42,7 @@ NEUTRAL = r"svdiff(\.(errors|secrets|files|words|config|sections|catalogue|peaks
 UNUSED = {
     "prior": r"svdiff\.spectral.*|svdiff\.data\.(concepts|reading)",  # the hash of the base's weights names a cache; own pictures
     "own-prior": r"svdiff\.spectral.*|svdiff\.sampling\.(images|noise|guidance|inversion)",  # draws nothing
+    "mix": r"svdiff\.spectral\..*",  # hashes no weights
     "sample": r"svdiff\.data\.(cutmix|foreground)",  # prompts of mixes are negatives of pairs
     "sample-pair": r"svdiff\.data\.foreground",  # cuts subjects out of the pictures of mixes
     "correlate": r"svdiff\.(data|models|sampling|training)(\..*)?",  # `second-run` trains

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,7 @@ def load_pipeline(base: BaseModelConfig, device: torch.device | None = None) -> 
     transformers.utils.logging.disable_progress_bar()
     family = family_at(base)
     loader, dtype = getattr(diffusers, family.pipeline), getattr(torch, DTYPES[base.precision])
-    here = offline() or Path(base.model).exists()
+    here, started = offline() or Path(base.model).exists(), time.time()
     with _readable(base.model):
         if base.model.endswith(SINGLE_FILES):
             pipe = loader.from_single_file(
@@ -136,7 +137,26 @@ def load_pipeline(base: BaseModelConfig, device: torch.device | None = None) -> 
     for part in family_of(pipe).parts.values():
         part.requires_grad_(False).eval()
     _fit(pipe, base)
-    return _placed(pipe, base, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe = _placed(pipe, base, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not base.model.endswith(SINGLE_FILES):
+        _note_files(pipe, base, started)
+    return pipe
+
+
+def _note_files(pipe: Any, base: BaseModelConfig, started: float) -> None:
+    """Tell `weights_hash` of which files the weights are."""
+    import torch
+    import transformers
+
+    import svdiff
+    from svdiff.spectral.hashing import loaded_from
+
+    versions = [library.__version__ for library in (svdiff, torch, import_diffusers(), transformers)]
+    how = json.dumps([base.precision, base.variant, versions])
+    for name, part in family_of(pipe).parts.items():
+        folder = Path(str(getattr(part.config, "_name_or_path", "")))
+        if folder.name == name:
+            loaded_from(part, folder.resolve(), how, started, scratch() / "hashes")
 
 
 def _fit(pipe: Any, base: BaseModelConfig) -> None:

@@ -7,10 +7,11 @@ shifts.delta(concept="teapot").save("teapot.safetensors")
 shifts.detach()                              # the base again, bit for bit
 """
 
-from svdiff.spectral.basis import Basis, Factors, weights_hash
+from svdiff.spectral.basis import Basis, Factors
 from svdiff.spectral.cache import list_cache, load_basis, prune_cache
 from svdiff.spectral.delta import SpectralDelta, combine, cosine_similarity, interpolate, mix_by_layer
 from svdiff.spectral.export import export_lora, fused_state_dict
+from svdiff.spectral.hashing import weights_hash
 from svdiff.spectral.legacy import import_spectral_shifts
 from svdiff.spectral.pipeline import SpectralPipeline
 from svdiff.spectral.shifts import SpectralShifts, attach

@@ -1,4 +1,4 @@
-"""The decomposition of a module's weights, and the hash that says which weights they were."""
+"""The decomposition of a module's weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdiff.errors import SvdiffError
 from svdiff.spectral.cpu import product
 from svdiff.spectral.decompose import as_matrix, from_matrix, leading_svd, svd
+from svdiff.spectral.hashing import raw_bytes
 
 # The recipe of `decompose.svd`: a change that moves singular vectors changes this name and so every basis id.
 ALGORITHM = "gram-eigh-float64-1"
@@ -111,21 +112,6 @@ class Basis(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self._factors)
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order (no copy if it is a contiguous one in main memory)."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over the sorted `(name, dtype, shape, bytes)` of the module's state dict: which base this is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
 
 
 def is_matrix(owner: nn.Module) -> bool:

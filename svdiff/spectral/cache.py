@@ -35,8 +35,8 @@ from svdiff.spectral.basis import (
     factors_digest,
     full_rank,
     matrix_weights,
-    weights_hash,
 )
+from svdiff.spectral.hashing import weights_hash
 
 Owners = dict[str, tuple[nn.Module, Tensor]]
 
