@@ -200,7 +200,10 @@ def main() -> None:
             roots = {size: Path(folder) / f"catalogue-{size}" for size in sorted(options.sizes)}
             for size, root in roots.items():
                 make_catalogue(template, root, size)
-            results |= {which: measure(which, roots) for which in OPERATIONS[:-1] if which in options.only}
+            for which in OPERATIONS[:-1]:
+                if which in options.only:
+                    results[which] = measure(which, roots)
+                    print(json.dumps({which: results[which]}), file=sys.stderr, flush=True)
         if "dvc status" in options.only:
             from benchmarks.workflow import catalogue
 

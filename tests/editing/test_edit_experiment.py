@@ -36,7 +36,9 @@ def test_cells_are_made_once_and_summed_up(checkout: Checkout, world: World, mon
     monkeypatch.setattr(svdiff.training, "train", killed_once)
     monkeypatch.setattr(experiments, "SMALL", 0)
     config = load_config()
-    edits = [edit.known(world) for edit in scene_edits(world)]
+    # In words that the tiny base knows.
+    words = {"prompt": "a cat on a blue background", "target": "a cat on a red background"}
+    edits = [edit.known(world)._replace(**words) for edit in scene_edits(world)]
     asked: dict[str, Any] = {"names": ["cat-background"], "methods": ["svdiff", "full"], "lengths": [1, 2]}
     with pytest.raises(KeyboardInterrupt):
         edit_curves(config, edits, **asked, output=Path("curves"))
