@@ -46,8 +46,8 @@ def weights_hash(module: nn.Module) -> str:
 
     All weights count, also for a delta that shifts a few of them: on a base that differs anywhere it would draw other
     pictures, and it is refused there. What `loaded_from` speaks of is read once as long as its files stay as they are
-    (size, times and inode), and again as soon as a tensor is exchanged or written to; `tensor.data[…] = …` and arrays of
-    numpy that share its memory leave no trace in PyTorch, and are not noticed.
+    (size, times and inode), and again as soon as a tensor is exchanged or written to. What is written through `tensor.data`,
+    as fusing a LoRA does, leaves no trace in PyTorch, and is noticed by a few of the tensor's numbers.
     """
     files = _loaded.get(module)
     if files is not None and not files.still(module):
@@ -91,9 +91,16 @@ def file_facts(folder: Path) -> Facts:
 def _tensors(module: nn.Module) -> list[tuple[Any, ...]]:
     """What changes where a tensor of the state dict is exchanged or written to."""
     return [
-        (name, t.data_ptr(), t.dtype, t.shape, None if t.is_inference() else t._version)
+        (name, t.data_ptr(), t.dtype, t.shape, None if t.is_inference() else t._version, _some_numbers(t))
         for name, t in module.state_dict(keep_vars=True).items()
     ]
+
+
+def _some_numbers(tensor: Tensor) -> list[Any]:
+    """Up to sixteen numbers, evenly spread."""
+    flat = tensor.detach().flatten()
+    found: list[Any] = [] if tensor.is_meta else flat[:: max(1, len(flat) // 16)][:16].tolist()
+    return found
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -82,7 +82,10 @@ def test_weights_that_are_exchanged_or_written_to_are_read_again(read: Read, fol
     unet = load(folder)["unet"]
     unet.conv_in = torch.nn.Conv2d(4, 32, 3)
     found.add(read.by(unet)[0])
-    assert len(found) == 5
+    unet = load(folder)["unet"]
+    unet.conv_in.weight.data += 1e-3 * torch.randn(unet.conv_in.weight.shape)  # as PEFT merges a LoRA
+    found.add(read.by(unet)[0])
+    assert len(found) == 6
     assert read.by(load(folder)["unet"]) == (plain, 0)  # what was hashed meanwhile is not taken for what the files hold
 
 
