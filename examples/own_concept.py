@@ -1,8 +1,8 @@
 """Personalise a concept from Python, without DVC: prior images, training, pictures.
 
-In a checkout with its pictures in data/concepts/teapot/:
+In a checkout with its pictures in data/concepts/rex/:
 
-    python examples/own_concept.py teapot --class-word cup --token pqv --prompt "a {subject} on a pink background"
+    python examples/own_concept.py rex --class-word dog --token qex --prompt "a {subject} on a pink background"
 """
 
 from __future__ import annotations

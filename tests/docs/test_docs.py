@@ -155,6 +155,15 @@ def test_keys_of_params_yaml_in_examples_exist(page: Path) -> None:
         TrainConfig.checked(yaml.safe_load(f"{{{given}}}"))
 
 
+def test_tokens_in_examples_are_words_of_the_embedded_base() -> None:
+    from svdiff.base.words import SPECIAL_WORDS
+
+    texts = [text_of(page) for page in (*PAGES, *(ROOT / "examples").glob("*.py"))]
+    tokens = {token for text in texts for token in re.findall(r"(?m)^ *token: (\w+)|--token (\w+)", text)}
+    assert {a or b for a, b in tokens} - set(SPECIAL_WORDS) == set()
+    assert tokens
+
+
 def test_quotes_of_our_code_in_contributing_are_still_right() -> None:
     rows = [line.split(" | ")[-1] for line in text_of(ROOT / "CONTRIBUTING.md").splitlines() if line.startswith("| **")]
     assert len(rows) == 8
