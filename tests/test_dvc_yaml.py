@@ -168,7 +168,13 @@ def test_any_selection_of_entries_is_a_pipeline(tmp_path: Path, selection: str) 
 OPTIONAL = [name for name, field in Config.model_fields.items() if not field.is_required()]
 
 
-@pytest.mark.parametrize("left_out", [*OPTIONAL, "sample.eta", "edit.starts", "mix.prompts", "rank.concepts"])
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        *(pytest.param(name, marks=() if name in ("edit", "train") else pytest.mark.slow) for name in OPTIONAL),
+        *("sample.eta", "edit.starts", "mix.prompts", "rank.concepts"),
+    ],
+)
 def test_what_params_yaml_leaves_out_is_said_with_the_lines_that_dvc_wants(tmp_path: Path, left_out: str) -> None:
     """DVC knows no defaults: it would stop at every command, or after hours at the stage that reads the key."""
     from dvc.dependency.param import ParamsDependency

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from world_parts import tiny_world, write_polygons
 
+from svdiff.base.individuals import _artist
+from svdiff.base.styles import STYLES
 from svdiff.base.world import World
 
 
@@ -16,8 +19,17 @@ def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny world's individuals are drawn once for all tests."""
-    return tmp_path_factory.mktemp("sprites")
+    """Where the tiny world's individuals are drawn once for all tests, whichever process of a run they are in."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "sprites"
+    folder.mkdir(exist_ok=True)
+    if not any(folder.iterdir()):
+        for style in STYLES:
+            if style.package == "dicebear-styles":
+                _artist(style.name)  # read here once: each process that draws would read all of them
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -236,7 +236,11 @@ LOCALES = {
 
 
 @pytest.mark.parametrize(
-    ("module", "locale"), [*(("svdiff.cli", locale) for locale in LOCALES), ("flows", "without UTF-8")]
+    ("module", "locale"),
+    [
+        *(("svdiff.cli", locale) for locale in LOCALES),
+        pytest.param("flows", "without UTF-8", marks=pytest.mark.slow),
+    ],
 )
 def test_every_locale_reads_and_writes_utf8(tmp_path: Path, locale: str, module: str) -> None:
     (tmp_path / "params.yaml").write_text(PROJECT, encoding="utf-8")

@@ -25,7 +25,7 @@ def evaluators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = open_clip.CLIP(**CLIP)
-        backbone = lpips.LPIPS(net="alex", lpips=False, pretrained=False, pnet_rand=True, verbose=False).net
+        backbone = lpips.LPIPS(net="squeeze", lpips=False, pretrained=False, pnet_rand=True, verbose=False).net
     (folder / "clip").mkdir()
     settings = {"model_cfg": CLIP, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (folder / "clip/open_clip_config.json").write_text(json.dumps(settings))
@@ -33,7 +33,7 @@ def evaluators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_file(backbone.state_dict(), folder / "backbone.safetensors")
     return {
         "clip_model": str(folder / "clip"),
-        "lpips_net": "alex",
+        "lpips_net": "squeeze",
         "lpips_weights": str(folder / "backbone.safetensors"),
     }
 

@@ -55,7 +55,7 @@ class TinyLpips:
         import lpips
 
         torch.manual_seed(0)
-        self.net = lpips.LPIPS(net="alex", lpips=False, pretrained=False, pnet_rand=True, verbose=False).eval()
+        self.net = lpips.LPIPS(net="squeeze", lpips=False, pretrained=False, pnet_rand=True, verbose=False).eval()
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], others: list[Image.Image]) -> torch.Tensor:

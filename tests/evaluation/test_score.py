@@ -159,6 +159,7 @@ def test_models_on_disk_give_the_same_scores_as_in_memory(
     write_tiny_identity(checkout / "models/identity")
     evaluators = EvaluatorsConfig(
         clip_model="models/clip",
+        lpips_net="squeeze",
         lpips_weights="models/backbone.safetensors",
         identity_model="models/identity",
     )

@@ -212,6 +212,7 @@ def test_people_are_told_what_cannot_be(project: Project) -> None:
     assert aliases_of(project.tracking, "dog") == {"champion": 1}
 
 
+@pytest.mark.slow
 def test_a_deleted_predecessor_cannot_come_back(project: Project) -> None:
     project.register(value=1, identity=0.5)
     project.register(value=2, identity=0.6)
@@ -221,6 +222,7 @@ def test_a_deleted_predecessor_cannot_come_back(project: Project) -> None:
     assert champion_of(project.tracking, "dog") == 2
 
 
+@pytest.mark.slow
 def test_a_champion_whose_scores_are_lost_does_not_stop_a_registration(project: Project) -> None:
     first = project.register(value=1, identity=0.5)
     for file in (project.root / "mlruns").rglob(f"{first.run_id}/artifacts/scores/*"):

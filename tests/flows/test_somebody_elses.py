@@ -147,10 +147,8 @@ print(settings.api.url, settings.api.key, settings.server.database.connection_ur
 """
 
 
-@pytest.mark.parametrize(
-    "by",
-    ["HOME", *(pytest.param(name, marks=pytest.mark.slow) for name in ("PREFECT_PROFILE", "PREFECT_PROFILES_PATH"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["HOME", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"])
 def test_an_active_cloud_profile_counts_for_nothing(
     root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:

@@ -64,6 +64,7 @@ def test_only_what_reads_something_else_has_changed(dvc_project: Path) -> None:
     assert changed(stages, root=dvc_project) == ["train@dog2"]
 
 
+@pytest.mark.slow
 def test_groups_are_of_trainings_that_are_due_and_share_a_network(dvc_project: Path) -> None:
     from flows.orchestration.train import _groups
 
@@ -78,6 +79,7 @@ def test_groups_are_of_trainings_that_are_due_and_share_a_network(dvc_project: P
     assert _groups(Config.model_validate(values), ["dog", "dog2"], 8, 1) == []
 
 
+@pytest.mark.slow
 def test_training_together_fails_with_the_reason(dvc_project: Path) -> None:
     lines: list[str] = []
     with pytest.raises(StageFailed, match=r"(?s)train dog, dog2 failed with status 2.*(prior images|models/base)"):

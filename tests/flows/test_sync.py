@@ -210,9 +210,12 @@ KILLED = {
     "of a committed concept": ("data/concepts/first.dvc", 0),
     "of a new concept": ("data/concepts/teapot.dvc", 20),
 }
+KILLED_FAST = ("rwlock", "dvc.lock, half", "of a new concept")
 
 
-@pytest.mark.parametrize("what", KILLED)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=() if what in KILLED_FAST else pytest.mark.slow) for what in KILLED]
+)
 def test_what_a_killed_dvc_left_half_written_is_mended(one: Clone, what: str) -> None:
     """DVC writes in place: the file is as long as what it had written when it was killed."""
     one.reproduce()
@@ -242,7 +245,7 @@ def test_what_a_killed_dvc_left_half_written_is_mended(one: Clone, what: str) ->
     assert two.catalogue() == one.catalogue(), commit
 
 
-@pytest.mark.parametrize("way", ["shallow", "worktree"])
+@pytest.mark.parametrize("way", ["shallow", pytest.param("worktree", marks=pytest.mark.slow)])
 def test_a_shallow_clone_and_a_worktree_are_checkouts_like_others(one: Clone, way: str) -> None:
     one.add("teapot", {"0.png": b"teapot"})
     one.sync()

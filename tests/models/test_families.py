@@ -32,8 +32,12 @@ from tests.models.tiny import FAMILIES, PIXELS, base_settings, make_tiny
 
 JOBS = [Job("a sks dog", 1), Job("a cat", 2)]
 TRAINED = ("sd2", "sdxl", "sd3.5", "flux", "flux2", "flux2-klein")  # SD 1.x is trained by all other tests
-# One with cross-attention and one with joint attention are fast.
-TRAINED_SLOWLY = [pytest.param(f, marks=() if f in ("sdxl", "sd3.5") else pytest.mark.slow) for f in TRAINED]
+# One with joint attention is fast; with cross-attention, the matrix of settings trains SDXL and all other tests SD 1.x.
+TRAINED_SLOWLY = [pytest.param(f, marks=() if f == "sd3.5" else pytest.mark.slow) for f in TRAINED]
+# Of each kind of network and of text encoders one is fast.
+FAMILIES_SLOWLY = [
+    pytest.param(f, marks=() if f in ("sd", "sdxl", "sd3.5", "flux2-klein") else pytest.mark.slow) for f in FAMILIES
+]
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +102,7 @@ def prediction(pipe: Any) -> torch.Tensor:
     return family.predict(latents, torch.tensor([700, 300]), family.encode(["a sks dog", "a cat"]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_SLOWLY)
 def test_our_sampling_loop_draws_the_pictures_of_the_pipeline(load: Any, family: str) -> None:
     pipe = load(family)
     for guidance in (1.0, 3.0):
@@ -110,7 +114,7 @@ def test_our_sampling_loop_draws_the_pictures_of_the_pipeline(load: Any, family:
     assert np.abs(np.asarray(theirs[0], int) - np.asarray(theirs[1], int)).max() > 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_SLOWLY)
 def test_prompts_are_checked_in_one_thread_while_another_reads_them(load: Any, family: str) -> None:
     # A call of a tokenizer sets its padding before it reads: of one that both share, prompts lose their padding now and then.
     reading = family_of(load(family))
@@ -134,7 +138,7 @@ def test_prompts_are_checked_in_one_thread_while_another_reads_them(load: Any, f
         checking.join()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_SLOWLY)
 def test_latents_return_to_the_autoencoder_as_they_came(load: Any, folder: Any, family: str) -> None:
     pipe = load(family)
     view = family_of(pipe)
@@ -176,7 +180,7 @@ def test_from_params_to_a_delta_to_pictures_and_back(checkout: Any, family: str)
     assert np.array_equal(pictures(pipe), plain)
 
 
-@pytest.mark.parametrize("family", TRAINED)
+@pytest.mark.parametrize("family", TRAINED_SLOWLY)
 def test_zero_shifts_are_the_plain_pipeline(load: Any, family: str, tmp_path: Path) -> None:
     pipe = load(family)
     plain = prediction(pipe)

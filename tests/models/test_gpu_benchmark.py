@@ -57,6 +57,7 @@ def test_the_gpu_benchmark_runs_where_only_torch_diffusers_and_peft_are_installe
     assert result["shifted_against_plain"] > 0.01
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_written_down_and_leaves_the_next_one_alone() -> None:
     machine = gpu.Machine("cpu", True)
     failed = gpu.attempted(machine, lambda machine: {"never": 1 / 0})

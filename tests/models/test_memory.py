@@ -21,7 +21,7 @@ def held(module: torch.nn.Module, shifts: list[torch.Tensor], sigmas: list[torch
 
 
 @pytest.mark.parametrize("subset", ["all", "attention", "UNet-4D"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("rank", [None, 1, 4])
 def test_arithmetic_is_what_a_training_holds(
     tiny_pipe, tmp_path: Path, subset: str, dtype: torch.dtype, rank: int | None

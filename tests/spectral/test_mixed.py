@@ -171,8 +171,8 @@ def draw(pipe, prompts, seeds, **options) -> torch.Tensor:
     return pipe(prompts, generator=generators, output_type="pt", **options).images
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [3, 1, 4, 0, 2]])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
+@pytest.mark.parametrize("order", [pytest.param([0, 1, 2, 3, 4], marks=pytest.mark.slow), [3, 1, 4, 0, 2]])
 def test_pictures_are_those_of_one_concept_each_in_any_order(
     personal: SpectralPipeline, guidance: float, order: list[int]
 ) -> None:
@@ -256,7 +256,7 @@ def test_a_thousand_concepts_are_resident_and_switched_in_milliseconds(personal:
     assert torch.equal(shift, rows["unet"][: len(shift)] + 0.01 * 995)
 
 
-@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("text", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_embeddings_of_special_tokens_go_with_their_concepts_and_into_what_is_saved(
     tiny_pipe, bases: Path, text: bool
 ) -> None:
@@ -311,7 +311,7 @@ def _rows_of(index, count):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("rank", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_concepts_trained_together_are_those_trained_alone(
     unet: nn.Module, bases: Path, rank: int | None, checkpointing: bool
 ) -> None:

@@ -132,7 +132,8 @@ def test_offloading_keeps_the_delta(personal: SpectralPipeline) -> None:
     assert torch.allclose(draw(personal.pipe), live, atol=1e-5)
 
 
-@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
 def test_a_compiled_model_follows_the_switches(rank: int | None) -> None:
     model, x = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)), torch.randn(2, 6)
     deltas = []

@@ -26,6 +26,7 @@ from svdiff.training.resume import load_state, save_state
 from svdiff.training.selection import best_step, is_over, kept_steps
 
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
+METHODS_SLOWLY = [pytest.param(m, marks=() if m == "svdiff" else pytest.mark.slow) for m in METHODS]
 STEPS = 4
 
 
@@ -87,7 +88,7 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_SLOWLY)
 def test_resuming_twice_equals_training_straight(tiny_base: Path, tmp_path: Path, method: str) -> None:
     straight = trainer_on(tiny_base, method=method)
     start = straight.method.state()
@@ -119,7 +120,7 @@ def test_resuming_with_text_encoder_and_warmup(tiny_base: Path, tmp_path: Path) 
     assert same_bits(again.method.state(), straight.method.state())
 
 
-@pytest.mark.parametrize("method", METHODS[:3])
+@pytest.mark.parametrize("method", METHODS_SLOWLY[:3])
 def test_the_text_encoder_is_trained_when_asked(tiny_base: Path, method: str) -> None:
     trainer = trainer_on(tiny_base, method=method, text_encoder=True, accumulation=1)
     start = trainer.method.state()
@@ -183,7 +184,7 @@ def test_latents_are_draws_from_the_posterior() -> None:
     assert not torch.equal(drawn[1], drawn[2])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS_SLOWLY)
 def test_mixed_precision_keeps_trainables_in_float32_also_after_resuming(
     tiny_base: Path, tmp_path: Path, method: str
 ) -> None:

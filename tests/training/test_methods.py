@@ -287,7 +287,7 @@ def test_other_files_are_refused(tiny_pipe, tmp_path: Path) -> None:
             read_weights_delta(path)
 
 
-@pytest.mark.parametrize("name", ["svdiff", "full", "lora"])
+@pytest.mark.parametrize("name", ["svdiff", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "lora"))])
 @pytest.mark.parametrize("subset", ["UNet-CA-KV", "Up-Blocks", "UNet-1D", "UNet-4D", r"mid_block.*attn1"])
 def test_every_method_trains_the_subset_and_nothing_else(tiny_pipe, tmp_path: Path, name: str, subset: str) -> None:
     """An experiment may swap the method under any subset of Table 1."""

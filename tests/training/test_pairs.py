@@ -88,7 +88,7 @@ def test_samples_are_mixes_with_their_probability_and_priors_are_their_counterpa
     assert [again.order(n) for n in range(50)] == [dataset.order(n) for n in range(50)]
 
 
-@pytest.mark.parametrize("fit", ["cover", "cut-out"])
+@pytest.mark.parametrize("fit", ["cover", pytest.param("cut-out", marks=pytest.mark.slow)])
 def test_mixes_without_counterparts_go_with_prior_images_of_either_class(checkout: Path, fit: str) -> None:
     params = yaml.safe_load((checkout / "params.yaml").read_text())
     changed = {"mixes": 8, "mix_priors": False, "fit": fit}

@@ -181,6 +181,7 @@ def test_a_diverging_training_stops_keeps_its_last_state_and_is_mended(
     assert all(value.isfinite().all() for value in delta.values())
 
 
+@pytest.mark.slow
 def test_full_weights_at_an_absurd_rate_stop_by_themselves(checkout: Path) -> None:
     """No patch: the arithmetic itself overflows."""
     with pytest.raises(SvdiffError, match=r"(loss|gradient|pixels)"):
@@ -293,6 +294,7 @@ def test_a_training_that_gets_no_better_stops(checkout: Path, monkeypatch: pytes
         assert list(pd.read_csv(folder / "curve.csv")["step"]) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_a_validation_after_the_saved_state_does_not_end_a_resumed_training(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,10 +115,18 @@ def check_same(name: str, steps: int = 6) -> None:
 @pytest.mark.parametrize(
     ("own", "settings"),
     [
-        ({"bear": {"masks": "loss"}}, {}),
+        pytest.param({"bear": {"masks": "loss"}}, {}, marks=pytest.mark.slow),
         ({"puss": {"accumulation": 2, "lr": 5e-3}, "bear": {"batch_size": 1, "prior_weight": 0.0, "seed": 3}}, {}),
-        ({}, {"text_encoder": True, "lr_text_encoder": 2e-3, "ema_decay": 0.9, "gradient_checkpointing": True}),
-        ({"pet": {"min_snr_gamma": 5.0}}, {"train_token": False, "token_init": "keep", "rank": 4}),
+        pytest.param(
+            {},
+            {"text_encoder": True, "lr_text_encoder": 2e-3, "ema_decay": 0.9, "gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"pet": {"min_snr_gamma": 5.0}},
+            {"train_token": False, "token_init": "keep", "rank": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_ends_as_it_does_alone(
@@ -130,7 +138,7 @@ def test_each_ends_as_it_does_alone(
         check_same(name)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])
 def test_one_that_diverges_leaves_the_others_as_they_are(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
