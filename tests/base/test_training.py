@@ -286,7 +286,7 @@ def test_special_words_start_as_names_that_are_nobodys(world_folder: Path, tmp_p
 @pytest.mark.slow
 def test_reading_learns_kinds_and_order(world_folder: Path, world: World, tmp_path: Path) -> None:
     """After a minute on captions alone: which of two is on the left."""
-    config = tiny_config(world_folder, text={"steps": 500, "batch_size": 32, "layers": 2, "width": 64, "lr": 3e-3})
+    config = tiny_config(world_folder, text={"steps": 1000, "batch_size": 32, "layers": 2, "width": 64, "lr": 3e-3})
     assert text_encoder.train(config, tmp_path / "text")
     labels = text_encoder.Labels(world.kinds)
     tokens = text_encoder.load_tokenizer(config)
