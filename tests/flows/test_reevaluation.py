@@ -208,6 +208,8 @@ def test_what_cannot_be_measured_is_no_verdict(champions: Champions, tiny_pipe) 
 
     retire(champions.tracking, "dog", None, "no longer sold")
     assert Round(champions.tracking, champions.config, champions.root).plan() == []
+    told = CliRunner().invoke(app, ["--params", str(champions.root / "params.yaml")])
+    assert (told.exit_code, told.stdout.partition(",")[0]) == (0, "no concept has a champion")
     with pytest.raises(SvdiffError, match="retired"):
         reevaluate(champions, "dog")
     assert aliases_of(champions.tracking, "dog") == {}
