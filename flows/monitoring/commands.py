@@ -29,7 +29,9 @@ def reevaluate(
     round_ = Round(tracking, config, params.resolve().parent, force=force, accept=accept)
     planned = round_.plan(concept or None)
     if not planned:
-        typer.echo("no concept has a champion, so there is nothing to re-evaluate; `svdiff registry list` shows them all")
+        typer.echo(
+            "no concept has a champion, so there is nothing to re-evaluate; `svdiff registry list` shows them all"
+        )
     if plan:
         for p in planned:
             typer.echo(f"{p.concept} version {p.version}: {'measure' if p.due else 'skip'} ({p.why})")
