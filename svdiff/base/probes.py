@@ -27,6 +27,8 @@ from svdiff.base.styles import BY_NAME, EXPRESSIONS, KINDS, Style, spoken
 from svdiff.base.text_encoder import NOT_ASKED
 from svdiff.base.words import COLOURS, THINGS
 from svdiff.base.world import Scene, World
+from svdiff.errors import SvdiffError
+from svdiff.files import sha256_tree
 
 SEED = 90_001  # far from every seed of training
 
@@ -217,7 +219,7 @@ class Probes(torch.nn.Module):
 
 
 def train(world: World, clip: str | Path, config: BaseTrainingConfig) -> Probes:
-    """Train on real pictures of training's individuals; resumes."""
+    """Train on real pictures of training's individuals; resumes. Raises SvdiffError if it is stopped before its end."""
     settings, where = config.probes, loop.device()
     torch.manual_seed(config.seed + 6)
     probes = Probes(clip).train().to(where)
@@ -249,15 +251,17 @@ def train(world: World, clip: str | Path, config: BaseTrainingConfig) -> Probes:
         optimiser.zero_grad(set_to_none=True)
         return {"loss": loss}
 
-    loop.run(
+    ended = loop.run(
         "probes",
         steps=settings.steps,
         state={"probes": probes, "optimiser": optimiser},
         draw=draw,
         learn=learn,
         config=config,
-        identity=f"{settings.model_dump_json()}/{config.world}/{config.seed}",
+        identity=f"{settings.model_dump_json()}/{config.world}/{config.seed}/{sha256_tree(Path(clip))}",
     )
+    if not ended:
+        raise SvdiffError("the training of the card's classifiers was stopped; the same command goes on from there")
     return probes.eval()
 
 
