@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from torch import Tensor
 from svdiff.config import TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
+from svdiff.sampling import Job
 from svdiff.training.attention_losses import AttentionLosses
 from svdiff.training.batches import Batch, Dataset, draw_batch, generator, stacked
 from svdiff.training.losses import Loss, denoising_loss, min_snr_weights, prior_preservation_loss
@@ -28,21 +29,9 @@ VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss
 T = TypeVar("T")
 Row: TypeAlias = "dict[str, float]"
 """A row of the curve."""
-Asking: TypeAlias = "Generator[int, Loss, T]"
-"""Training that asks for losses: it yields the number of a batch, and goes on when the loss is sent to it and the gradients
-of that are in place. So several can share the passes of one network."""
-
-
-def drive(asking: Asking[T], answer: Callable[[int], Loss]) -> T:
-    """Answer what is asked until the end; returns what that returns."""
-    with closing(asking):
-        try:
-            number = next(asking)
-            while True:
-                number = asking.send(answer(number))
-        except StopIteration as end:
-            result: T = end.value
-            return result
+Asking: TypeAlias = "Generator[int | list[Job], Any, T]"
+"""Training that asks for what the network does, so that several can share its passes. It yields the number of a batch, and goes
+on when the loss is sent to it and the gradients of that are in place; or it yields jobs, and is sent their pictures."""
 
 
 class Diverged(SvdiffError):
@@ -124,7 +113,19 @@ class Trainer:
     def run(self) -> Iterator[Row]:
         """Train to the end, yielding the row of the curve after every step."""
         while self.step < self.config.steps:
-            yield drive(self.take_step(), self.answer)
+            yield self._answered(self.take_step())
+
+    def _answered(self, asking: Asking[Row]) -> Row:
+        """Answer what a step asks until its end; returns its row."""
+        loss = None
+        with closing(asking):
+            try:
+                while True:
+                    number = asking.send(loss)
+                    loss = self.answer(cast("int", number))  # a step asks for no pictures
+            except StopIteration as end:
+                row: Row = end.value
+                return row
 
     def take_step(self) -> Asking[Row]:
         """Make one optimiser step; returns the row of the curve."""

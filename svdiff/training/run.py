@@ -10,25 +10,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from svdiff.catalogue import Entry
-from svdiff.config import Config, TrainConfig
+from svdiff.config import Config, SampleConfig, TrainConfig
 from svdiff.data.grid import image_grid
 from svdiff.errors import SvdiffError
 from svdiff.files import atomic_dir, write_atomic
 from svdiff.models import scratch
 from svdiff.peaks import Peaks
-from svdiff.sampling import Job, sample_images
+from svdiff.sampling import Job
 from svdiff.training.loop import Asking, Diverged, Row, Trainer
 from svdiff.training.losses import Loss
 from svdiff.training.methods import Method
 from svdiff.training.resume import load_state, save_state
 from svdiff.training.selection import is_over, kept_steps
 from svdiff.training.tracking import LiveCurve
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def state_folder(key: str) -> Path:
@@ -104,7 +107,7 @@ def _train_from(trainer: Trainer, run: Run, rows: list[Row], stop: StopRequest) 
         trainer.load_state(saved["trainer"])
         rows += saved["rows"]
     elif accelerator.is_main_process:
-        _validate(trainer, run)
+        yield from _validate(trainer, run)
     accelerator.wait_for_everyone()
     over = _over(trainer, run)
     main = accelerator.is_main_process
@@ -113,7 +116,7 @@ def _train_from(trainer: Trainer, run: Run, rows: list[Row], stop: StopRequest) 
         run.curve.add(rows[-1])
         last = trainer.step == settings.steps
         if main and run.validates(trainer.step):
-            _validate(trainer, run)
+            yield from _validate(trainer, run)
         over = run.validates(trainer.step) and _over(trainer, run)
         if main and (trainer.step % settings.save_every == 0 or last or over or stop.requested):
             _save(trainer, run, rows)
@@ -152,6 +155,10 @@ class Network(Protocol):
         """The loss of the batch that each trainer asks for, by its number, with its share of the step's gradients made."""
         ...
 
+    def draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[list[Image] | SvdiffError]:
+        """The pictures that each trainer asks for, under what it has learned so far; or why one has none."""
+        ...
+
     def detach(self) -> None:
         """Give the pipeline its base weights back."""
         ...
@@ -167,14 +174,17 @@ def train_side_by_side(
     accelerator = trainings[0].trainer.accelerator
     stop = StopRequest(accelerator.is_main_process and accelerator.num_processes == 1)
     ended: list[tuple[Training, list[Row] | SvdiffError]] = []
-    asked: dict[Training, int] = {}
+    asked: dict[Training, int | list[Job]] = {}
     with ExitStack() as open_:
         asking = {one: open_.enter_context(closing(train_resumably(one.trainer, one.run, stop))) for one in trainings}
 
-        def go_on(one: Training, loss: Loss | None) -> None:
+        def go_on(one: Training, answer: Loss | list[Image] | SvdiffError | None) -> None:
             network.turn(one.trainer.method)
             try:
-                asked[one] = asking[one].send(loss)  # type: ignore[arg-type]  # None begins it
+                if isinstance(answer, SvdiffError):
+                    asked[one] = asking[one].throw(answer)
+                else:
+                    asked[one] = asking[one].send(answer)
             except StopIteration as end:
                 ended.append((one, end.value))
             except SvdiffError as error:
@@ -193,14 +203,25 @@ def train_side_by_side(
         )
         with bar, stop:
             while asked:
-                now, done = list(asked), bar.n
-                numbers = {one.trainer: asked.pop(one) for one in now}
-                with now[0].run.peaks.phase("training"):
-                    losses = network.answer(numbers)
+                done = bar.n
+                # Pictures first: whoever asks for losses waits, so that all go on with their steps together.
+                wanted = {one: jobs for one, jobs in asked.items() if isinstance(jobs, list)}
+                numbers = {one: number for one, number in asked.items() if isinstance(number, int)}
+                now = list(wanted or numbers)
+                for one in now:
+                    del asked[one]
+                run, losses = now[0].run, list[Loss]()
+                answers: Sequence[Loss | list[Image] | SvdiffError]
+                if wanted:
+                    with run.peaks.phase("validation"):
+                        answers = network.draw({one.trainer: jobs for one, jobs in wanted.items()}, run.config.sample)
+                else:
+                    with run.peaks.phase("training"):
+                        answers = losses = network.answer({one.trainer: number for one, number in numbers.items()})
                 ended.clear()
-                for one, loss in zip(now, losses, strict=True):
+                for one, answer in zip(now, answers, strict=True):
                     before = one.trainer.step
-                    go_on(one, loss)
+                    go_on(one, answer)
                     bar.update(one.trainer.step - before)
                 if bar.n > done:
                     bar.set_postfix(
@@ -274,13 +295,13 @@ def _save_delta(trainer: Trainer, run: Run) -> None:
     trainer.method.save(run.delta_path(trainer.step), run.identity | known | {"method": run.settings.method})
 
 
-def _validate(trainer: Trainer, run: Run) -> None:
+def _validate(trainer: Trainer, run: Run) -> Asking[None]:
     """The delta so far, the loss at fixed noise, and pictures at fixed seeds (rows: prompts, columns: seeds)."""
     seeds, step = run.settings.validation_seeds, trainer.step
-    with run.peaks.phase("validation"), trainer.averaged():
-        loss = trainer.fixed_noise_loss()
-        jobs = [Job(prompt, seed) for prompt in run.prompts for seed in seeds]
-        images = sample_images(trainer.pipe, jobs, **run.config.sample.sampler)
+    with trainer.averaged():
+        with run.peaks.phase("validation"):
+            loss = trainer.fixed_noise_loss()
+        images = yield [Job(prompt, seed) for prompt in run.prompts for seed in seeds]
         if step > 0:
             _save_delta(trainer, run)
     path = run.state_dir / "validation" / f"step-{step:05d}.png"

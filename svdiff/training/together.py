@@ -7,21 +7,27 @@ its next batch; what all ask for is one pass of the network, forward and backwar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from svdiff.config import TrainConfig
+from svdiff.config import SampleConfig, TrainConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
+from svdiff.sampling import Job, sample_images
 from svdiff.spectral.tokens import TokenEmbedding
 from svdiff.training.loop import Trainer, conditions_of
 from svdiff.training.losses import Loss
 from svdiff.training.methods import Method
 from svdiff.training.methods.spectral import SpectralMethod
 from svdiff.training.methods.tokens import WithTokens, special_tokens, wants_tokens
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # What trainings must agree on, because it belongs to the network that they share.
 SHARED = ("method", "subset", "rank", "text_encoder", "train_token", "precision", "gradient_checkpointing")
@@ -63,6 +69,14 @@ def check_together(settings: Mapping[str, TrainConfig]) -> None:
                 )
 
 
+def _pictures(trainer: Trainer, jobs: list[Job], settings: SampleConfig) -> list[Image] | SvdiffError:
+    """The pictures of one training whose turn it is, or why there are none."""
+    try:
+        return sample_images(trainer.pipe, jobs, **settings.sampler)
+    except SvdiffError as error:
+        return error
+
+
 class OwnNetwork:
     """The networks of one training alone; see `Network`."""
 
@@ -75,6 +89,10 @@ class OwnNetwork:
     def answer(self, asked: Mapping[Trainer, int]) -> list[Loss]:
         """See `Network`."""
         return [trainer.answer(number) for trainer, number in asked.items()]
+
+    def draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[list[Image] | SvdiffError]:
+        """See `Network`."""
+        return [_pictures(trainer, jobs, settings) for trainer, jobs in asked.items()]
 
     def detach(self) -> None:
         """See `Network`."""
@@ -209,6 +227,28 @@ class SharedNetwork:
         self._share_out([trainer.method for trainer in trainers])
         # The graph must be gone before the parameters of the networks take another shape.
         return [loss.detach() for loss in losses]
+
+    def draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[list[Image] | SvdiffError]:
+        """See `Network`: in batches of several trainings, or of each alone where one of them fails."""
+        if len(asked) > 1:
+            with suppress(SvdiffError):
+                images = iter(self._draw_mixed(asked, settings))
+                return [list(islice(images, len(jobs))) for jobs in asked.values()]
+        drawn = []
+        for trainer, jobs in asked.items():
+            self.turn(trainer.method)
+            drawn.append(_pictures(trainer, jobs, settings))
+        return drawn
+
+    def _draw_mixed(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Image]:
+        self._hold([trainer.method for trainer in asked])
+        rows = [row for row, jobs in enumerate(asked.values()) for _ in jobs]
+        queue, images = [job for jobs in asked.values() for job in jobs], []
+        for start in range(0, len(queue), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            self._assign(rows[part], rows[part])
+            images += sample_images(self.family.pipe, queue[part], **settings.sampler)
+        return images
 
     def _share_out(self, methods: Sequence[Any]) -> None:
         """Give each training its gradients, and what the networks hold of them up."""

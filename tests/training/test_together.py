@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 
 from svdiff.config import Config, load_config
 from svdiff.errors import SvdiffError
+from svdiff.sampling import Job
 from svdiff.training import train, train_together
 from svdiff.training.loop import Trainer
 
 STAGE = import_module("svdiff.training.stage")  # the package's attribute of this name is the function
+TOGETHER = import_module("svdiff.training.together")
 LR = 1e-2
 NAMES = ["pet", "puss", "bear"]
 
@@ -175,6 +177,30 @@ def test_one_that_stops_early_leaves_the_others_as_they_are(checkout: Path, monk
     train_both_ways(monkeypatch)
     for name, steps in {"pet": 6, "puss": 4, "bear": 6}.items():
         check_same(name, steps)
+
+
+def test_validations_are_drawn_as_one_batch_and_one_that_fails_leaves_the_others(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, drawn = TOGETHER.sample_images, []
+
+    def failing(pipe: Any, jobs: list[Job], **settings: Any) -> Any:
+        drawn.append([job.prompt for job in jobs])
+        if len(drawn) > 1 and "a zwx cat" in drawn[-1]:
+            raise SvdiffError("the network drew pixels that are not finite numbers")
+        return original(pipe, jobs, **settings)
+
+    monkeypatch.setattr(TOGETHER, "sample_images", failing)
+    with pytest.raises(SvdiffError, match=r"(?s)1 of 3 trainings .* written:\npuss: the network drew pixels"):
+        train_together(load_config(), NAMES)
+    together = ["a sks dog", "a zwx cat", "a sks dog"]
+    alone = [[prompt] for prompt in together]
+    others = ["a sks dog", "a sks dog"]
+    assert [[p for p in prompts if p.startswith("a ")] for prompts in drawn] == [together, together, *alone, others]
+    monkeypatch.setattr(TOGETHER, "sample_images", original)
+    train_both_ways(monkeypatch)
+    for name in NAMES:
+        check_same(name)
 
 
 def test_what_is_finished_is_only_published(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
