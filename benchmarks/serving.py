@@ -323,9 +323,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         server, url = start_server(root, options.replicas, options.batch_size, repository)
         os.chdir(root)
         try:
-            with Clients(url, names, options.clients, options.pictures) as warm:
-                time.sleep(min(10.0, options.seconds))
             with Clients(url, names, options.clients, options.pictures) as steady:
+                time.sleep(min(20.0, options.seconds))  # until batches follow each other
                 start = time.perf_counter()
                 time.sleep(options.seconds)
                 end = time.perf_counter()
@@ -334,7 +333,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         finally:
             stop(server)
             os.chdir(repository)
-        everything = [*warm.answers, *steady.answers, *disturbed.answers]
+        everything = [*steady.answers, *disturbed.answers]
         compared = compare(everything, Library(root, names), options.pictures)
         os.chdir(repository)
     counted = sum(len(a.pictures) for a in steady.answers if start <= a.at + a.seconds <= end)

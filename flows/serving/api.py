@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,8 +19,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from flows.serving.drawing import Drawn, Facts, Picture, Settings
-from flows.serving.models import BASE, Mix, Models, Refusal, Version, written
+from flows.serving.drawing import Drawn, Facts, Picture
+from flows.serving.models import BASE, Mix, Refusal, Version, written
+from flows.serving.server import Server, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -29,25 +30,6 @@ MOST_PICTURES = 10  # a request, as with OpenAI
 LARGEST_BODY = 100_000  # bytes
 LAST_SEED = 2**63 - 1
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-
-
-class Backend(Protocol):
-    """What draws: a `Replica` in this process, or several in others."""
-
-    facts: Facts
-
-    @property
-    def models(self) -> Models:
-        """What can be asked for now."""
-        ...
-
-    async def start(self) -> None:
-        """Get ready; `facts` and `models` are there afterwards."""
-        ...
-
-    async def draw(self, picture: Picture) -> Drawn:
-        """Draw one picture. Raises Refusal if it cannot be drawn as asked."""
-        ...
 
 
 class ImagesRequest(BaseModel):
@@ -163,12 +145,12 @@ def pictures_of(wanted: ImagesRequest, mix: Mix, facts: Facts, max_steps: int) -
     return [Picture(prompt, (first + i) % (LAST_SEED + 1), mix, steps, guidance) for i in range(wanted.n)]
 
 
-def make_app(backend: Backend, settings: Settings) -> FastAPI:
-    """The application before `backend`."""
+def make_app(server: Server, settings: Settings) -> FastAPI:
+    """The application before `server`."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await backend.start()
+        await server.start()
         yield
 
     app = FastAPI(title="SVDiff", description="Registered concepts, drawn in common batches.", lifespan=lifespan)
@@ -189,10 +171,10 @@ def make_app(backend: Backend, settings: Settings) -> FastAPI:
     @app.post("/v1/images/generations")
     async def generate(wanted: ImagesRequest) -> ImagesResponse:
         """Draw pictures; each depends on its own prompt, model and seed only."""
-        mix = backend.models.mix(wanted.model)
-        pictures = pictures_of(wanted, mix, backend.facts, settings.max_steps)
+        mix = server.models.mix(wanted.model)
+        pictures = pictures_of(wanted, mix, server.facts, settings.max_steps)
         with queue.places(len(pictures)), metrics.seconds.time():
-            results = await asyncio.gather(*map(backend.draw, pictures), return_exceptions=True)
+            results = await asyncio.gather(*map(server.draw, pictures), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -210,13 +192,13 @@ def make_app(backend: Backend, settings: Settings) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> ModelList:
         """Every alias, with the version that it stands for now, and the base."""
-        named = backend.models.named
+        named = server.models.named
         return ModelList(data=[_base_model(), *(_model(name, named[name]) for name in sorted(named))])
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> ModelData:
         """One name that can be asked for: an alias or a version."""
-        mix = backend.models.mix(name)
+        mix = server.models.mix(name)
         if len(mix) > 1:
             raise Refusal(f"'{name}' is a mix; ask for one of its concepts", param="model")
         return _model(name, mix[0][0]) if mix else _base_model()
@@ -224,14 +206,14 @@ def make_app(backend: Backend, settings: Settings) -> FastAPI:
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Whether pictures can be drawn, and how old our knowledge of the registry is."""
-        read = backend.models
+        read = server.models
         age = round(time.monotonic() - read.read_at, 1)
         return {"status": "ok", "models": len(read.named), "waiting": queue.length, "registry_age_seconds": age}
 
     @app.get("/metrics")
     async def prometheus() -> Response:
         """For Prometheus."""
-        read = backend.models
+        read = server.models
         metrics.models.set(len(read.named))
         metrics.age.set(time.monotonic() - read.read_at)
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -6,60 +6,101 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from flows.registry.tracking import connect
 from flows.serving.api import make_app
-from flows.serving.drawing import Drawn, Facts, Picture, Replica, Settings
-from flows.serving.models import Models, Refusal, Watch, read_models
+from flows.serving.drawing import Drawer, Facts, Picture, Result
+from flows.serving.models import Refusal
+from flows.serving.server import Server, Settings
 from svdiff.errors import SvdiffError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from svdiff.spectral import SpectralDelta
+
 APPLICATION = "svdiff"
-PATIENCE = 120.0  # seconds in which a picture finds another replica after its own died
+PATIENCE = 120.0  # seconds in which a batch finds another replica after its own died
 
 logger = logging.getLogger(__name__)
 
 
-class Fleet:
-    """Replicas in other processes as one backend. A picture whose replica dies is drawn by another."""
+class Replica:
+    """A `Drawer` in a process of its own."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._drawer = Drawer(settings.open(), settings.resident)
 
-    async def start(self) -> None:
-        """Meet the first replica, and read the registry."""
+    async def describe(self) -> Facts:
+        """What requests are checked against."""
+        return self._drawer.facts
+
+    async def warm(self, held: dict[str, Any]) -> None:
+        """See `Drawer`."""
+        await asyncio.to_thread(self._drawer.warm, Fetched(held))
+
+    async def draw(self, pictures: list[Picture], held: dict[str, Any]) -> list[Result]:
+        """See `Drawer`."""
+        return await asyncio.to_thread(self._drawer.draw, pictures, Fetched(held))
+
+
+class Fetched(Mapping[str, Any]):
+    """Deltas by name, fetched from wherever the front put them when they are asked for."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        self._held = held
+
+    def __getitem__(self, name: str) -> Any:
+        import ray
+
+        return ray.get(self._held[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class Replicas:
+    """All replicas; see `Drawers`. A batch whose replica dies is drawn by another."""
+
+    def __init__(self, count: int) -> None:
+        self.at_once = count
+
+    async def start(self) -> Facts:
+        """See `Drawers`: asks the first one that is there."""
         from ray import serve
 
         self._replicas = serve.get_deployment_handle("Replica", app_name=APPLICATION)
-        self.facts: Facts = await self._replicas.describe.remote()
-        self._watch = await asyncio.to_thread(self._look)
+        facts: Facts = await self._replicas.describe.remote()
+        return facts
 
-    def _look(self) -> Watch:
-        _, tracking = self._settings.open()
-        return Watch(lambda: read_models(tracking, self.facts.base_hash), self._settings.poll).start()
+    def hold(self, delta: SpectralDelta) -> Any:
+        """See `Drawers`: where every replica can fetch it."""
+        import ray
 
-    @property
-    def models(self) -> Models:
-        """What can be asked for now."""
-        return self._watch.models
+        return ray.put(delta)
 
-    async def draw(self, picture: Picture) -> Drawn:
-        """Draw it on any replica. Raises Refusal if it cannot be drawn as asked, or no replica is left."""
-        from ray.exceptions import RayActorError, RayTaskError
+    async def warm(self, held: Mapping[str, Any]) -> None:
+        """See `Drawers`. Each has one call at a time, so that none has two of these."""
+        await asyncio.gather(*(self._replicas.warm.remote(dict(held)) for _ in range(self.at_once)))
+
+    async def draw(self, pictures: list[Picture], held: Mapping[str, Any]) -> list[Result]:
+        """See `Drawers`. Raises Refusal if no replica is left."""
+        from ray.exceptions import RayActorError
 
         until = time.monotonic() + PATIENCE
         while True:
             try:
-                drawn: Drawn = await self._replicas.draw.remote(picture)
-                return drawn
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, Refusal) else error) from None
+                results: list[Result] = await self._replicas.draw.remote(pictures, dict(held))
+                return results
             except RayActorError as error:
                 if time.monotonic() > until:
                     raise Refusal("no replica is there to draw: try again later", status=503) from error
-                logger.warning("a replica died with a picture, which goes to another: %s", type(error).__name__)
+                logger.warning("a replica died with a batch, which goes to another: %s", type(error).__name__)
                 await asyncio.sleep(0.5)
 
 
@@ -85,17 +126,17 @@ def application(settings: Settings, replicas: int, gpus: float) -> Any:
     from ray import serve
 
     def build() -> FastAPI:
-        return make_app(Fleet(settings), settings)
+        config = settings.open()
+        return make_app(Server(settings, Replicas(replicas), connect(config.tracking, settings.root)), settings)
 
-    ongoing = settings.queue
     drawing = serve.deployment(
         name="Replica",
         num_replicas=replicas,
-        max_ongoing_requests=ongoing,
+        max_ongoing_requests=1,  # a batch
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
     )(Replica)
 
-    @serve.deployment(name="Front", max_ongoing_requests=2 * ongoing + 100, ray_actor_options={"num_cpus": 0})
+    @serve.deployment(name="Front", max_ongoing_requests=2 * settings.queue + 100, ray_actor_options={"num_cpus": 0})
     @serve.ingress(build)
     class Front:
         """The HTTP interface; bound to the replicas, so that they start first."""

@@ -31,7 +31,7 @@ def serve(
     params: Params = PARAMS,
 ) -> None:
     """Draw registered concepts for whoever asks over HTTP, in OpenAI's image form, with a page at /."""
-    from flows.serving.drawing import Settings
+    from flows.serving.server import Settings
 
     settings = Settings(params.resolve(), batch_size, queue, max_steps, resident, poll)
     if replicas:
@@ -45,7 +45,7 @@ def serve(
     import uvicorn
 
     from flows.serving.api import make_app
-    from flows.serving.drawing import Replica
+    from flows.serving.server import one_process
 
     typer.echo(f"loading base and concepts; then http://{host}:{port}/")
-    uvicorn.run(make_app(Replica(settings), settings), host=host, port=port, log_level="warning")
+    uvicorn.run(make_app(one_process(settings), settings), host=host, port=port, log_level="warning")

@@ -5,13 +5,11 @@ Training, deltas, scores and stages ask a `Family` and know no pipeline by name.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from svdiff.errors import SvdiffError
 
@@ -140,16 +138,6 @@ class Family:
         return False
 
     # -- text ----------------------------------------------------------------------------------------------
-
-    def words(self) -> Self:
-        """This family with nothing but tokenizers of its own: for checks while another thread draws.
-
-        A call of a tokenizer sets its padding before it reads, so a second thread would change what the first one reads.
-        """
-        parts = {
-            name: copy.deepcopy(part) for name, part in self.pipe.components.items() if name.startswith("tokenizer")
-        }
-        return type(self)(SimpleNamespace(**parts))
 
     @property
     def reader(self) -> tuple[Any, int]:

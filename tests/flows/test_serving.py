@@ -16,8 +16,10 @@ from served import Served, make_served, same
 
 from flows.registry.overrides import promote_manually, retire, rollback
 from flows.serving.api import make_app
-from flows.serving.drawing import Batcher, Drawn, Picture, Replica, Settings
+from flows.serving.batches import Batcher, Order
+from flows.serving.drawing import Drawn, Picture, Result
 from flows.serving.models import Models, Refusal, ServedConcept, Version, Watch, written
+from flows.serving.server import Settings, one_process
 
 TEAPOT = {n: Version("teapot", n, f"delta-{n}", "sks teapot", 0) for n in (1, 2, 3)}
 CAT = {1: Version("cat", 1, "delta-cat", "zwx cat", 0)}
@@ -81,84 +83,108 @@ def test_a_model_that_is_not_there_is_refused_by_name(model: str, status: int, s
 # -- batches ----------------------------------------------------------------------------------------------------
 
 
-def picture(seed: int, steps: int = 2) -> Picture:
-    return Picture("a dog", seed, (), steps, 2.0)
+def order(seed: int, steps: int = 2) -> Order:
+    return Order(Picture("a dog", seed, (), steps, 2.0), {})
+
+
+class Recorder:
+    """Draws nothing, after a while, and knows the seeds of every batch and how many were drawn at once."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.batches: list[list[int]] = []
+        self.drawing, self.most, self._seconds = 0, 0, seconds
+
+    async def __call__(self, orders: list[Order]) -> list[Result]:
+        self.batches.append([order.picture.seed for order in orders])
+        self.drawing += 1
+        self.most = max(self.most, self.drawing)
+        await asyncio.sleep(self._seconds)
+        self.drawing -= 1
+        return [self.result(order.picture.seed, len(orders)) for order in orders]
+
+    def result(self, seed: int, batch: int) -> Result:
+        return Drawn(str(seed).encode(), batch)
 
 
 def test_pictures_of_one_kind_share_batches_the_oldest_first_and_an_error_is_its_own() -> None:
-    batches = []
+    class OneFails(Recorder):
+        def result(self, seed: int, batch: int) -> Result:
+            return ValueError("13") if seed == 13 else super().result(seed, batch)
 
-    def draw(pictures):
-        batches.append([p.seed for p in pictures])
-        time.sleep(0.05)
-        return [ValueError("13") if p.seed == 13 else Drawn(str(p.seed).encode(), len(pictures)) for p in pictures]
+    draw = OneFails(0.05)
 
     async def ask():
         batcher = Batcher(draw, 3)
-        asked = [picture(0), picture(10, steps=5), picture(1), picture(13), picture(2), picture(11, steps=5)]
+        asked = [order(0), order(10, steps=5), order(1), order(13), order(2), order(11, steps=5)]
         first = await asyncio.gather(*map(batcher, asked), return_exceptions=True)
-        again = await batcher(picture(20))
+        again = await batcher(order(20))
         return first, again
 
     first, again = asyncio.run(ask())
-    assert batches == [[0, 1, 13], [10, 11], [2], [20]]
+    assert draw.batches == [[0, 1, 13], [10, 11], [2], [20]]
     assert [getattr(one, "png", str(one)) for one in first] == [b"0", b"10", b"1", "13", b"2", b"11"]
     assert (first[1].batch, again) == (2, Drawn(b"20", 1))
 
 
-def test_clients_that_ask_again_are_waited_for_and_share_one_batch_again() -> None:
-    batches = []
-
-    def draw(pictures):
-        batches.append(len(pictures))
-        time.sleep(0.5)
-        return [Drawn(b"", len(pictures)) for _ in pictures]
+@pytest.mark.parametrize(("at_once", "first"), [(1, [2, 4, 4]), (2, [1, 1, 2, 2, 2])])
+def test_clients_that_ask_again_are_waited_for_and_share_batches_again(at_once: int, first: list[int]) -> None:
+    draw = Recorder(0.5)
 
     async def client(batcher, number):
         await asyncio.sleep(0.1 * (number > 1))  # the second half comes while the first is drawn
-        for _ in range(3):
-            await batcher(picture(number))
+        for _ in range(4):
+            await batcher(order(number))
             await asyncio.sleep(0.03)  # longer than the shortest wait
 
     async def ask():
-        batcher = Batcher(draw, 8)
+        batcher = Batcher(draw, 8, at_once)
         await asyncio.gather(*(client(batcher, number) for number in range(4)))
 
     asyncio.run(ask())
-    assert batches[:3] == [2, 4, 4]
+    assert [len(batch) for batch in draw.batches][: len(first)] == first
+
+
+@pytest.mark.parametrize(("asked", "dealt"), [(3, [1, 1, 1]), (8, [3, 3, 2]), (12, [4, 4, 4]), (14, [4, 4, 4, 1, 1])])
+def test_all_who_can_draw_share_what_waits(asked: int, dealt: list[int]) -> None:
+    draw = Recorder(0.2)
+
+    async def ask():
+        batcher = Batcher(draw, 4, 3)
+        return await asyncio.gather(*(batcher(order(seed)) for seed in range(asked)))
+
+    drawn = asyncio.run(ask())
+    assert [len(batch) for batch in draw.batches] == dealt
+    assert draw.most == 3
+    assert [one.png for one in drawn] == [str(seed).encode() for seed in range(asked)]
 
 
 def test_a_batch_that_fails_is_told_to_all_and_does_not_end_the_queue() -> None:
-    broken = [True]
-
-    def draw(pictures):
-        if broken.pop() if broken else False:
-            raise MemoryError("too large")
-        return [Drawn(b"", len(pictures)) for _ in pictures]
+    class FirstFails(Recorder):
+        async def __call__(self, orders: list[Order]) -> list[Result]:
+            results = await super().__call__(orders)
+            if len(self.batches) == 1:
+                raise MemoryError("too large")
+            return results
 
     async def ask():
-        batcher = Batcher(draw, 2)
-        return await asyncio.gather(*(batcher(picture(seed)) for seed in range(4)), return_exceptions=True)
+        batcher = Batcher(FirstFails(), 2)
+        return await asyncio.gather(*(batcher(order(seed)) for seed in range(4)), return_exceptions=True)
 
     assert list(map(type, asyncio.run(ask()))) == [MemoryError, MemoryError, Drawn, Drawn]
 
 
 def test_pictures_that_nobody_waits_for_any_more_are_not_drawn() -> None:
-    drawn = []
-
-    def draw(pictures):
-        drawn.extend(p.seed for p in pictures)
-        return [Drawn(b"", len(pictures)) for _ in pictures]
+    draw = Recorder()
 
     async def ask():
         batcher = Batcher(draw, 2)
-        tasks = [asyncio.create_task(batcher(picture(seed))) for seed in range(3)]
+        tasks = [asyncio.create_task(batcher(order(seed))) for seed in range(3)]
         await asyncio.sleep(0)
         tasks[0].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(ask())
-    assert drawn == [1, 2]
+    assert draw.batches == [[1, 2]]
 
 
 def test_while_the_registry_cannot_be_read_what_was_known_stays() -> None:
@@ -206,10 +232,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, empty_store: bytes, tiny_ba
 @pytest.fixture(scope="module")
 def client(served: Served) -> Iterator[TestClient]:
     settings = Settings(served.root / "params.yaml", batch_size=4, queue=12, max_steps=5, poll=0.1)
-    replica = Replica(settings)
-    with TestClient(make_app(replica, settings), raise_server_exceptions=False) as client:
+    server = one_process(settings)
+    with TestClient(make_app(server, settings), raise_server_exceptions=False) as client:
         yield client
-    replica.stop()
+    server.stop()
 
 
 def metric(client: TestClient, name: str) -> float:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -112,30 +110,6 @@ def test_our_sampling_loop_draws_the_pictures_of_the_pipeline(load: Any, family:
         for a, b in zip(theirs, ours, strict=True):
             assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
     assert np.abs(np.asarray(theirs[0], int) - np.asarray(theirs[1], int)).max() > 1
-
-
-@pytest.mark.parametrize("family", FAMILIES_SLOWLY)
-def test_prompts_are_checked_in_one_thread_while_another_reads_them(load: Any, family: str) -> None:
-    # A call of a tokenizer sets its padding before it reads: of one that both share, prompts lose their padding now and then.
-    reading = family_of(load(family))
-    words, interval, done = reading.words(), sys.getswitchinterval(), threading.Event()
-
-    def check() -> None:
-        while not done.is_set():
-            words.check_prompt("a dog")
-
-    alone = reading.encode(["a dog"])
-    checking = threading.Thread(target=check)
-    sys.setswitchinterval(1e-5)
-    try:
-        checking.start()
-        for _ in range(20):
-            for name, condition in reading.encode(["a dog"]).items():
-                torch.testing.assert_close(condition, alone[name])
-    finally:
-        sys.setswitchinterval(interval)
-        done.set()
-        checking.join()
 
 
 @pytest.mark.parametrize("family", FAMILIES_SLOWLY)
