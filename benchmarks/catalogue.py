@@ -97,8 +97,9 @@ def draw(personal: SpectralPipeline, names: list[str], latents: int, rounds: int
 
     def step(size: int) -> None:
         sample, timesteps, text = inputs[size]
+        text = torch.cat([text] * 2)  # once a picture, as pipelines do
         for _ in range(steps):
-            unet(torch.cat([sample] * 2), torch.cat([timesteps] * 2), torch.cat([text] * 2))
+            unet(torch.cat([sample] * 2), torch.cat([timesteps] * 2), text)
 
     def plain() -> None:
         personal.set_deltas(names[0])

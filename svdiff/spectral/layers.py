@@ -12,6 +12,7 @@ applies W_δ is in `functions`. Two kinds of it stand in one class:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from svdiff.errors import SvdiffError
 from svdiff.spectral.basis import TRANSPOSED, Factors
-from svdiff.spectral.batch import Batch
+from svdiff.spectral.batch import Batch, Given
 from svdiff.spectral.cpu import Geometry, batched_product, mix_channels, product
 from svdiff.spectral.decompose import as_matrix, from_matrix
 from svdiff.spectral.functions import FactoredConv, FactoredLinear, SpectralWeight, materialising_is_cheaper
@@ -78,6 +79,7 @@ class SpectralLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralLayer:
         super()._apply(fn, recurse)
         self.batch.made.pop(self, None)
+        self.batch.given.pop(self, None)
         for name in self._float32:
             constant: Tensor = getattr(self, name)
             moved = constant.data.to(fn(constant.data).device)
@@ -225,7 +227,9 @@ class SpectralNorm(SpectralLayer):
         if type(norm) is nn.LayerNorm:
             y = F.layer_norm(x, self.shape, eps=norm.eps)
             weight = weight.to(y.dtype).view(len(x), *[1] * (x.ndim - 1 - len(self.shape)), *self.shape)
-            return y * weight if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, weight)
+            if torch.is_grad_enabled():
+                return y * weight if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, weight)
+            return y.mul_(weight) if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, weight, out=y)
         if type(norm) is nn.GroupNorm:
             # The pictures side by side as channels of one: each of their groups is normalised on its own anyway.
             side_by_side = x.reshape(1, -1, *x.shape[2:])
@@ -348,24 +352,23 @@ class SpectralMatrix(SpectralLayer):
         with: reading others takes longer than factors (`python -m benchmarks.catalogue`).
         """
         m, n = len(self.u), self.vh[0].numel()
-        several, numbers = self.delta.ndim > 1 and self._holds, pictures * m * n
+        several, read = self.delta.ndim > 1 and self._holds, pictures * m * n
         square = 3 * max(m, n) <= 5 * min(m, n)
-        return several and numbers <= _HELD and (square or numbers <= tokens * (m + n))
+        return several and read <= _HELD * self.batch.copies and (square or read <= tokens * (m + n))
 
     def _weights(self, rows: Tensor | None, dtype: torch.dtype, tokens: int) -> Tensor:
-        """W_δ `(*shape)`, or that of each picture `(B, *shape)`."""
+        """W_δ `(*shape)`, or that of each picture `(B, *shape)`; those that are held once for all copies of the pictures."""
         if rows is None:
             return self._built(dtype)
         if not self._held(len(rows), tokens):
             return self._built(dtype)[rows]
-        return self._for_pictures(rows, dtype, lambda: self._built(dtype)[rows])
+        own = rows[: len(rows) // self.batch.copies]
+        return self._for_pictures(own, dtype, lambda: self._built(dtype)[own])
 
     def _compute(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the dtype of this call: autocast's, or that of the layer."""
-        device = x.device.type
-        # Where there is no autocast, as on the meta device, asking whether it is on is an error.
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        if _autocast(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None or self.keeps_weight else self.bias.to(x.dtype)
         return x, bias
 
@@ -413,7 +416,22 @@ class SpectralLinear(SpectralMatrix):
     """Linear layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x (..., N) -> (..., M)`."""
+        """`x (..., N) -> (..., M)`.
+
+        What every step of a batch of several concepts brings again, as a text is, is multiplied in the first two alone.
+        """
+        if self.delta.ndim == 1 or not self._holds or x.is_inference() or _autocast(x):
+            return self._multiply(x)
+        last = self.batch.given.get(self)
+        again = last is not None and last.repeats(x, self.delta)
+        if last is not None and again and last.answer is not None and last.answer._version == last.answered:
+            return last.answer
+        y = self._multiply(x)
+        kept = y if again else None  # of what comes once, nothing is kept
+        self.batch.given[self] = Given(weakref.ref(x), (x._version, self.delta._version), kept, y._version)
+        return y
+
+    def _multiply(self, x: Tensor) -> Tensor:
         x, rows = self._pictures(x)
         base = self.original(x) if self.keeps_weight else None
         x, bias = self._compute(x)
@@ -492,10 +510,18 @@ class SpectralConv(SpectralMatrix):
         if rows is None:
             return torch.convolution(x, weight, bias, *self.geometry)
         # The pictures side by side as groups of one.
+        weight = weight.repeat(len(x) // len(weight), *[1] * len(self.shape))
         bias = None if bias is None else bias.repeat(len(x))
         geometry = self.geometry._replace(groups=len(x) * self.geometry.groups)
         y = torch.convolution(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), bias, *geometry)
         return y.view(len(x), -1, *y.shape[2:])
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast is on where `x` is."""
+    device = x.device.type
+    # Where there is none, as on the meta device, asking whether it is on is an error.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def is_quantised(weight: Tensor) -> bool:

@@ -54,3 +54,4 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(cpu, "_mkl_holds_back", lambda: True)
     monkeypatch.setattr(cpu, "_FEW", 0)
+    monkeypatch.setattr(cpu, "_FEW_EACH", 0)

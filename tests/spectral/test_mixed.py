@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from svdiff.errors import SvdiffError
-from svdiff.spectral import SpectralDelta, SpectralPipeline, attach, load_basis
+from svdiff.spectral import SpectralDelta, SpectralPipeline, attach, cpu, load_basis
 from svdiff.spectral.layers import SpectralLayer, SpectralMatrix
 from svdiff.spectral.tokens import token_name
 from tests.spectral.conftest import perturb
@@ -72,9 +72,9 @@ def test_what_a_layer_makes_of_the_shifts_stays_for_the_steps_of_a_batch_and_no_
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(SpectralMatrix, "contraction", "factored")
             layer.batch.made, held = {}, layer.batch.made
-            wanted = layer(x)
+            wanted = layer(x.clone())
             layer.batch.made = held
-        return torch.allclose(layer(x), wanted, atol=1e-5)
+        return torch.allclose(layer(x.clone()), wanted, atol=1e-5)
 
     with torch.no_grad():
         steps = [right() for _ in range(4)]
@@ -90,6 +90,62 @@ def test_what_a_layer_makes_of_the_shifts_stays_for_the_steps_of_a_batch_and_no_
     assert not layer.batch.made
     with torch.no_grad():
         assert all(right() for _ in range(4))
+
+
+@pytest.mark.parametrize("add", [None, 5])
+@pytest.mark.parametrize("few", [1 << 24, 0])
+@pytest.mark.parametrize(("a", "b"), [(4, 4), (4, 2), (2, 4), (6, 1)])
+def test_products_of_pictures_and_of_their_copies(
+    a: int, b: int, few: int, add: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_FEW_EACH", few)
+    monkeypatch.setattr(cpu, "onednn_is_faster", lambda a, b: not few)
+    one, other, bias = torch.randn(a, 7, 3), torch.randn(b, 3, 5), None if add is None else torch.randn(add)
+    wanted = torch.stack([one[i % a] @ other[i % b] for i in range(max(a, b))]) + (0 if bias is None else bias)
+    with torch.no_grad():
+        torch.testing.assert_close(cpu.batched_product(one, other, bias), wanted)
+
+
+@pytest.mark.parametrize(
+    ("original", "shape"),
+    [(nn.Linear(16, 16), (4, 9, 16)), (nn.Conv2d(16, 16, 1), (4, 16, 3, 3)), (nn.Conv2d(16, 16, 3), (4, 16, 5, 5))],
+)
+@pytest.mark.parametrize("copies", [2, 3])
+@torch.no_grad()
+def test_pictures_that_guidance_repeats_have_the_shifts_of_the_first(
+    original: nn.Module, shape: tuple[int, ...], copies: int
+) -> None:
+    layer, _ = several(original)
+    for _ in range(4):  # by factors first, then by weights that are held
+        x = torch.randn(shape)
+        layer.batch.follow(None, [x], {})
+        wanted = layer(x)
+        repeated = x.repeat(copies, *[1] * (x.ndim - 1))
+        layer.batch.follow(None, [repeated], {})
+        torch.testing.assert_close(layer(repeated), wanted.repeat(copies, *[1] * (x.ndim - 1)), atol=1e-5, rtol=1e-5)
+    assert all(len(made[1]) == len(INDEX) for made in layer.batch.made.values())
+
+
+def test_what_every_step_of_a_batch_brings_again_is_multiplied_in_the_first_two_alone() -> None:
+    layer, _ = several(nn.Linear(16, 8))
+    text, counted, multiply = torch.randn(4, 5, 16), [], layer._multiply
+    layer._outside_tree("_multiply", lambda x: counted.append(x) or multiply(x))
+    with torch.no_grad():
+        wanted = layer(text)
+        assert all(torch.equal(layer(text), wanted) for _ in range(4))
+        assert len(counted) == 2
+        assert torch.equal(layer(text.clone()), wanted)  # the same numbers in another tensor
+        assert len(counted) == 3
+        for change in (text.mul_, layer(text).mul_, layer(text).mul_, layer.delta.mul_):
+            # the input, an answer that is kept or is not yet, and the shifts
+            for _ in range(3):
+                layer(text)
+            change(2.0)
+            assert torch.allclose(layer(text), multiply(text), atol=1e-5)
+    assert layer(text).requires_grad
+    layer.batch.assign(INDEX.flip(0), 3)
+    with torch.no_grad():
+        assert torch.allclose(layer(text), multiply(text), atol=1e-5)
 
 
 @pytest.mark.usefixtures("by_onednn")
