@@ -28,8 +28,8 @@ from svdiff.spectral.decompose import as_matrix, from_matrix
 from svdiff.spectral.functions import FactoredConv, FactoredLinear, SpectralWeight, materialising_is_cheaper
 
 T = TypeVar("T")
-# Numbers of the pictures' weights that a layer holds while a batch of several concepts is drawn: 8 MB.
-_HELD = 1 << 21
+# Numbers of the pictures' weights that a layer holds while a batch of several concepts is drawn: 16 MB.
+_HELD = 1 << 22
 
 
 class SpectralLayer(nn.Module):
