@@ -36,8 +36,10 @@ from svdiff.spectral.basis import (
     full_rank,
     matrix_weights,
 )
+from svdiff.spectral.cpu import threads
 from svdiff.spectral.hashing import weights_hash
 
+_AT_ONCE = min(4, os.cpu_count() or 1)  # weights: each needs several times its own memory
 Owners = dict[str, tuple[nn.Module, Tensor]]
 
 
@@ -67,7 +69,8 @@ def load_basis(
     base_hash = base_hash or weights_hash(module)
     if cache is None:
         bar = tqdm(owners.items(), "decomposing", disable=not progress)
-        return Basis({name: _checked(name, *owner, rank) for name, owner in bar}, base_hash, rank)
+        with threads(1):
+            return Basis({name: _checked(name, *owner, rank) for name, owner in bar}, base_hash, rank)
 
     folder = Path(cache) / base_hash
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,16 +80,29 @@ def load_basis(
             # Whoever had the lock before us has probably done the work.
             found |= _read_all(folder, {n: o for n, o in owners.items() if n not in found}, rank)
             missing = [name for name in owners if name not in found]
-            for name in tqdm(missing, "decomposing", disable=not progress or not missing, unit="weight"):
-                path = _path(folder, name, owners[name], rank)
-                _write(path, _checked(name, *owners[name], rank))
-                again = _read(path, owners[name][1])
-                if again is None:
-                    raise SvdiffError(f"{path} cannot be read back: is the disk full or failing?")
-                found[name] = again
+            found |= _make_all(folder, {name: owners[name] for name in missing}, rank, progress and bool(missing))
     with suppress(OSError):  # a cache that we may only read
         os.utime(folder)
     return Basis({name: found[name] for name in owners}, base_hash, rank)
+
+
+def _make_all(folder: Path, owners: Owners, rank: int | None, progress: bool) -> dict[str, Factors]:
+    """Decompose weights, several at once by one thread each: the factors are the same on any number of processors."""
+
+    def make(name: str) -> Factors:
+        path = _path(folder, name, owners[name], rank)
+        _write(path, _checked(name, *owners[name], rank))
+        made = _read(path, owners[name][1])
+        if made is None:
+            raise SvdiffError(f"{path} cannot be read back: is the disk full or failing?")
+        return made
+
+    with threads(1), ThreadPoolExecutor(_AT_ONCE, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            made = tqdm(pool.map(make, owners), "decomposing", len(owners), disable=not progress, unit="weight")
+            return dict(zip(owners, made, strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _checked(name: str, owner: nn.Module, weight: Tensor, rank: int | None) -> Factors:

@@ -18,6 +18,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,18 @@ _saved, _trim_after = 0, 0.0
 
 def _helps(x: Tensor) -> bool:
     return ON and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many processor threads for each of PyTorch's kernels, on which the last bits of results depend; None: as it is."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- products --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What trainings must agree on, because it belongs to the network that they share.
-SHARED = ("method", "subset", "rank", "text_encoder", "train_token", "precision", "gradient_checkpointing")
+SHARED = ("method", "subset", "rank", "text_encoder", "train_token", "precision", "gradient_checkpointing", "threads")
 
 
 def check_together(settings: Mapping[str, TrainConfig]) -> None:

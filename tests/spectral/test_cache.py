@@ -13,6 +13,7 @@ from torch import nn
 
 from svdiff.errors import SvdiffError
 from svdiff.spectral import cache, list_cache, load_basis, prune_cache, weights_hash
+from svdiff.spectral.cpu import threads
 from svdiff.spectral.shifts import attach
 
 
@@ -38,7 +39,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_is_computed_once_and_mapped_afterwards(tmp_path: Path, counted: list[str]) -> None:
     first = load_basis(model(), tmp_path, progress=False)
     second = load_basis(model(), tmp_path, progress=False)
-    assert counted == ["0.weight", "2.weight", "3.weight"] == list(second)
+    assert sorted(counted) == ["0.weight", "2.weight", "3.weight"] == list(second)
     assert first.id == second.id == load_basis(model(), None, progress=False).id
     assert first.base_hash == second.base_hash == weights_hash(model())
     for name in second:
@@ -61,7 +62,7 @@ def test_other_weights_are_another_entry(tmp_path: Path) -> None:
 def test_an_interrupted_decomposition_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]
 ) -> None:
-    write = cache._write
+    write, before = cache._write, torch.get_num_threads()
 
     def dies(path: Path, factors: object) -> None:
         if path.name == "2.weight.safetensors":
@@ -72,8 +73,24 @@ def test_an_interrupted_decomposition_goes_on(
     with pytest.raises(KeyboardInterrupt):
         load_basis(model(), tmp_path, progress=False)
     monkeypatch.setattr(cache, "_write", write)
+    written = {path.name.removesuffix(".safetensors") for path in tmp_path.rglob("*.safetensors")}
+    assert written  # by whoever was not interrupted
+    counted.clear()
     load_basis(model(), tmp_path, progress=False)
-    assert counted == ["0.weight", "2.weight", "2.weight", "3.weight"]
+    assert set(counted) == {"0.weight", "2.weight", "3.weight"} - written
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_factors_are_the_same_on_any_number_of_threads(tmp_path: Path, stored: bool) -> None:
+    torch.manual_seed(0)
+    large = nn.Sequential(nn.Linear(300, 400), nn.Conv2d(40, 300, 3))
+    found = []
+    for count in (1, 2, 4):
+        with threads(count):
+            found.append(load_basis(large, tmp_path / str(count) if stored else None, progress=False).id)
+            assert torch.get_num_threads() == count
+    assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("tensor", ["u", "sigma", "vh", "weight"])
