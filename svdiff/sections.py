@@ -206,13 +206,6 @@ class TrainConfig(Section):
         False,
         description="torch.compile the network for training steps: minutes before the first, then less time a step; for thousands of steps",
     )
-    threads: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="processor threads of each kernel while training, on which the last bits of the result depend; null: as "
-        "PyTorch finds. One is fastest for networks as small as the embedded base's",
-    )
     seed: Seed = Field(0, description="everything random in the training follows from it")
     save_every: int = Field(50, ge=1, description="steps between resume states; never changes the result")
     validate_every: int = Field(100, ge=1, description="steps between validation pictures; step 0 is the base")

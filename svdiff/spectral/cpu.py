@@ -51,11 +51,10 @@ def _helps(x: Tensor) -> bool:
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """So many processor threads for each of PyTorch's kernels, on which the last bits of results depend; None: as it is."""
+def threads(count: int) -> Iterator[None]:
+    """So many processor threads for each of PyTorch's kernels, on which the last bits of results depend."""
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

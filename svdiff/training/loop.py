@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,9 @@ from svdiff.training.losses import Loss, denoising_loss, min_snr_weights, prior_
 from svdiff.training.methods import Method
 from svdiff.training.optimizers import make_optimizer
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss is taken
 
 T = TypeVar("T")
@@ -31,7 +34,9 @@ Row: TypeAlias = "dict[str, float]"
 """A row of the curve."""
 Asking: TypeAlias = "Generator[int | list[Job], Any, T]"
 """Training that asks for what the network does, so that several can share its passes. It yields the number of a batch, and goes
-on when the loss is sent to it and the gradients of that are in place; or it yields jobs, and is sent their pictures."""
+on when the loss is sent to it and the gradients of that are in place; or it yields jobs, and is sent a `Validation`."""
+Validation: TypeAlias = "tuple[float, list[Image]]"
+"""The loss at fixed noise, and pictures."""
 
 
 class Diverged(SvdiffError):
@@ -255,23 +260,34 @@ class Trainer:
         """Whether `fixed` has an answer for all prompts without asking the text encoders."""
         return self._conditions.keys() >= set(prompts)
 
-    @torch.no_grad()
-    def fixed_noise_loss(self) -> float:
-        """Eq. 1 on the validation pictures at fixed noise and evenly spread timesteps.
-
-        The training loss jumps with its random timesteps; this one can be compared from step to step.
-        """
-        instance, validation = self.dataset.instance, self.dataset.validation
-        losses = []
-        for group in instance.latents.by_shape(validation):
+    def fixed_noise_passes(self) -> list[Pass]:
+        """What the network is asked for `fixed_noise_loss`: the validation pictures of one shape at a time, at each level."""
+        instance, passes = self.dataset.instance, []
+        for group in instance.latents.by_shape(self.dataset.validation):
             mean, prompts = stacked(instance.latents.mean, group), [instance.prompts[i] for i in group]
             masks = None if instance.masks is None else stacked(instance.masks, group).to(mean.device)
+            batch = Batch(mean, prompts, [() for _ in group], len(group), masks)
             for level in range(VALIDATION_LEVELS):
                 noise = torch.randn(mean.shape, generator=generator("fixed noise", level)).to(mean.device)
                 timestep = self.family.objective.level((level + 0.5) / VALIDATION_LEVELS)
                 timesteps = torch.full((len(mean),), timestep, device=mean.device)
-                predicted, target = self._predict(mean, noise, timesteps, prompts)
-                losses.append(denoising_loss(predicted, target, masks=masks) * len(group) / len(validation))
+                passes.append(Pass(batch, batch, noise, timesteps))
+        return passes
+
+    @torch.no_grad()
+    def fixed_noise_loss(self, predicted: Sequence[Tensor] | None = None) -> float:
+        """Eq. 1 on the validation pictures at fixed noise and evenly spread timesteps.
+
+        The training loss jumps with its random timesteps; this one can be compared from step to step. `predicted` is what
+        the network answered to `fixed_noise_passes`, where it was asked already.
+        """
+        losses, count = [], len(self.dataset.validation)
+        for place, (batch, _, noise, timesteps) in enumerate(self.fixed_noise_passes()):
+            if predicted is None:
+                found, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
+            else:
+                found, target = predicted[place], self.family.objective.target(batch.latents, noise, timesteps)
+            losses.append(denoising_loss(found, target, masks=batch.masks) * batch.instances / count)
         loss = float(torch.stack(losses).sum()) / VALIDATION_LEVELS
         self._check_finite("loss at fixed noise before", loss)
         return loss

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
@@ -23,15 +23,12 @@ from svdiff.files import atomic_dir, write_atomic
 from svdiff.models import scratch
 from svdiff.peaks import Peaks
 from svdiff.sampling import Job
-from svdiff.training.loop import Asking, Diverged, Row, Trainer
+from svdiff.training.loop import Asking, Diverged, Row, Trainer, Validation
 from svdiff.training.losses import Loss
 from svdiff.training.methods import Method
 from svdiff.training.resume import load_state, save_state
 from svdiff.training.selection import is_over, kept_steps
 from svdiff.training.tracking import LiveCurve
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def state_folder(key: str) -> Path:
@@ -155,8 +152,8 @@ class Network(Protocol):
         """The loss of the batch that each trainer asks for, by its number, with its share of the step's gradients made."""
         ...
 
-    def draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[list[Image] | SvdiffError]:
-        """The pictures that each trainer asks for, under what it has learned so far; or why one has none."""
+    def validate(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Validation | SvdiffError]:
+        """The loss of each trainer at fixed noise and the pictures that it asks for, as far as it has learned; or why not."""
         ...
 
     def detach(self) -> None:
@@ -178,7 +175,7 @@ def train_side_by_side(
     with ExitStack() as open_:
         asking = {one: open_.enter_context(closing(train_resumably(one.trainer, one.run, stop))) for one in trainings}
 
-        def go_on(one: Training, answer: Loss | list[Image] | SvdiffError | None) -> None:
+        def go_on(one: Training, answer: Loss | Validation | SvdiffError | None) -> None:
             network.turn(one.trainer.method)
             try:
                 if isinstance(answer, SvdiffError):
@@ -204,17 +201,18 @@ def train_side_by_side(
         with bar, stop:
             while asked:
                 done = bar.n
-                # Pictures first: whoever asks for losses waits, so that all go on with their steps together.
+                # Validations first: whoever asks for losses waits, so that all go on with their steps together.
                 wanted = {one: jobs for one, jobs in asked.items() if isinstance(jobs, list)}
                 numbers = {one: number for one, number in asked.items() if isinstance(number, int)}
                 now = list(wanted or numbers)
                 for one in now:
                     del asked[one]
                 run, losses = now[0].run, list[Loss]()
-                answers: Sequence[Loss | list[Image] | SvdiffError]
+                answers: Sequence[Loss | Validation | SvdiffError]
                 if wanted:
                     with run.peaks.phase("validation"):
-                        answers = network.draw({one.trainer: jobs for one, jobs in wanted.items()}, run.config.sample)
+                        jobs_of = {one.trainer: jobs for one, jobs in wanted.items()}
+                        answers = network.validate(jobs_of, run.config.sample)
                 else:
                     with run.peaks.phase("training"):
                         answers = losses = network.answer({one.trainer: number for one, number in numbers.items()})
@@ -299,9 +297,7 @@ def _validate(trainer: Trainer, run: Run) -> Asking[None]:
     """The delta so far, the loss at fixed noise, and pictures at fixed seeds (rows: prompts, columns: seeds)."""
     seeds, step = run.settings.validation_seeds, trainer.step
     with trainer.averaged():
-        with run.peaks.phase("validation"):
-            loss = trainer.fixed_noise_loss()
-        images = yield [Job(prompt, seed) for prompt in run.prompts for seed in seeds]
+        loss, images = yield [Job(prompt, seed) for prompt in run.prompts for seed in seeds]
         if step > 0:
             _save_delta(trainer, run)
     path = run.state_dir / "validation" / f"step-{step:05d}.png"

@@ -29,7 +29,6 @@ from svdiff.models.compatibility import check_compile, check_family, check_preci
 from svdiff.peaks import Peaks
 from svdiff.sampling.images import check_prompts
 from svdiff.spectral import weights_hash
-from svdiff.spectral.cpu import threads
 from svdiff.training.datasets import TrainingData, read_training_data
 from svdiff.training.loop import Row, Trainer
 from svdiff.training.methods import Method, apply_method
@@ -62,9 +61,7 @@ def train(config: Config, name: str, out_dir: Path | None = None, overrides: dic
     Raises:
         SvdiffError: bad pictures, missing prior images or an impossible setting; before any work.
     """
-    own = config.train_config(name, overrides)
-    with threads(own.threads):
-        [path] = _train(config, {name: own}, out_dir)
+    [path] = _train(config, {name: config.train_config(name, overrides)}, out_dir)
     return path
 
 
@@ -81,9 +78,7 @@ def train_together(config: Config, names: Sequence[str]) -> list[Path]:
     names = list(dict.fromkeys(names))
     if len(names) > 1:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"live": "none"})})
-    settings = {name: config.train_config(name) for name in names}
-    with threads(settings[names[0]].threads):
-        return _train(config, settings)
+    return _train(config, {name: config.train_config(name) for name in names})
 
 
 def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | None = None) -> list[Path]:

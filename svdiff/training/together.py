@@ -20,7 +20,7 @@ from svdiff.errors import SvdiffError
 from svdiff.models import Conditions, family_of
 from svdiff.sampling import Job, sample_images
 from svdiff.spectral.tokens import TokenEmbedding
-from svdiff.training.loop import Trainer, conditions_of
+from svdiff.training.loop import Pass, Trainer, Validation, conditions_of
 from svdiff.training.losses import Loss
 from svdiff.training.methods import Method
 from svdiff.training.methods.spectral import SpectralMethod
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # What trainings must agree on, because it belongs to the network that they share.
-SHARED = ("method", "subset", "rank", "text_encoder", "train_token", "precision", "gradient_checkpointing", "threads")
+SHARED = ("method", "subset", "rank", "text_encoder", "train_token", "precision", "gradient_checkpointing")
 
 
 def check_together(settings: Mapping[str, TrainConfig]) -> None:
@@ -69,10 +69,10 @@ def check_together(settings: Mapping[str, TrainConfig]) -> None:
                 )
 
 
-def _pictures(trainer: Trainer, jobs: list[Job], settings: SampleConfig) -> list[Image] | SvdiffError:
-    """The pictures of one training whose turn it is, or why there are none."""
+def _validated(trainer: Trainer, jobs: list[Job], settings: SampleConfig) -> Validation | SvdiffError:
+    """A validation of one training whose turn it is, or why there is none."""
     try:
-        return sample_images(trainer.pipe, jobs, **settings.sampler)
+        return trainer.fixed_noise_loss(), sample_images(trainer.pipe, jobs, **settings.sampler)
     except SvdiffError as error:
         return error
 
@@ -90,9 +90,9 @@ class OwnNetwork:
         """See `Network`."""
         return [trainer.answer(number) for trainer, number in asked.items()]
 
-    def draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[list[Image] | SvdiffError]:
+    def validate(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Validation | SvdiffError]:
         """See `Network`."""
-        return [_pictures(trainer, jobs, settings) for trainer, jobs in asked.items()]
+        return [_validated(trainer, jobs, settings) for trainer, jobs in asked.items()]
 
     def detach(self) -> None:
         """See `Network`."""
@@ -195,27 +195,9 @@ class SharedNetwork:
             return [loss]
         trainers = list(asked)
         passes = [one for trainer, number in asked.items() for one in trainer.draw(number)]
-        for trainer, one in zip(trainers, passes, strict=True):
-            if not trainer.knows(one.batch.prompts):
-                self.turn(trainer.method)
-                trainer.encoded(one.batch.prompts)
-        prompts = [(row, prompt) for row, one in enumerate(passes) for prompt in one.batch.prompts]
-
-        def fixed(text: tuple[int, str]) -> Conditions | None:
-            return trainers[text[0]].fixed(text[1])
-
-        trained = [text for text in dict.fromkeys(prompts) if fixed(text) is None]
-        self._hold([trainer.method for trainer in trainers])
-        self._assign([row for row, _ in prompts], [row for row, _ in trained] or None)
         objective, accelerator = self.family.objective, trainers[0].accelerator
-        noisy = torch.cat([objective.noised(one.batch.latents, one.noise, one.timesteps) for one in passes])
-        with accelerator.autocast():
-            found = self.family.encode([prompt for _, prompt in trained]) if trained else None
-            conditions = conditions_of(prompts, fixed, trained, found)
-            predicted = self.family.predict(noisy, torch.cat([one.timesteps for one in passes]), conditions)
         losses = []
-        parts = predicted.split([len(one.noise) for one in passes])
-        for trainer, one, part in zip(trainers, passes, parts, strict=True):
+        for trainer, one, part in zip(trainers, passes, self._predict(trainers, passes), strict=True):
             losses.append(
                 trainer.loss_of([one], [(part, objective.target(one.batch.latents, one.noise, one.timesteps))])
             )
@@ -228,19 +210,49 @@ class SharedNetwork:
         # The graph must be gone before the parameters of the networks take another shape.
         return [loss.detach() for loss in losses]
 
-    def draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[list[Image] | SvdiffError]:
+    def _predict(self, trainers: Sequence[Trainer], passes: Sequence[Pass]) -> Sequence[Tensor]:
+        """What the network makes of a pass of each, in one pass for all."""
+        for trainer, one in zip(trainers, passes, strict=True):
+            if not trainer.knows(one.batch.prompts):
+                self.turn(trainer.method)
+                trainer.encoded(one.batch.prompts)
+        prompts = [(row, prompt) for row, one in enumerate(passes) for prompt in one.batch.prompts]
+
+        def fixed(text: tuple[int, str]) -> Conditions | None:
+            return trainers[text[0]].fixed(text[1])
+
+        trained = [text for text in dict.fromkeys(prompts) if fixed(text) is None]
+        self._hold([trainer.method for trainer in trainers])
+        self._assign([row for row, _ in prompts], [row for row, _ in trained] or None)
+        objective = self.family.objective
+        noisy = torch.cat([objective.noised(one.batch.latents, one.noise, one.timesteps) for one in passes])
+        with trainers[0].accelerator.autocast():
+            found = self.family.encode([prompt for _, prompt in trained]) if trained else None
+            conditions = conditions_of(prompts, fixed, trained, found)
+            predicted = self.family.predict(noisy, torch.cat([one.timesteps for one in passes]), conditions)
+        return predicted.split([len(one.noise) for one in passes])
+
+    def validate(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Validation | SvdiffError]:
         """See `Network`: in batches of several trainings, or of each alone where one of them fails."""
         if len(asked) > 1:
             with suppress(SvdiffError):
-                images = iter(self._draw_mixed(asked, settings))
-                return [list(islice(images, len(jobs))) for jobs in asked.values()]
-        drawn = []
+                losses, images = self._fixed_noise_losses(list(asked)), iter(self._draw(asked, settings))
+                return [
+                    (loss, list(islice(images, len(jobs)))) for loss, jobs in zip(losses, asked.values(), strict=True)
+                ]
+        validations = []
         for trainer, jobs in asked.items():
             self.turn(trainer.method)
-            drawn.append(_pictures(trainer, jobs, settings))
-        return drawn
+            validations.append(_validated(trainer, jobs, settings))
+        return validations
 
-    def _draw_mixed(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Image]:
+    @torch.no_grad()
+    def _fixed_noise_losses(self, trainers: Sequence[Trainer]) -> list[float]:
+        of_each = zip(*(trainer.fixed_noise_passes() for trainer in trainers), strict=True)
+        predicted = zip(*(self._predict(trainers, passes) for passes in of_each), strict=True)
+        return [trainer.fixed_noise_loss(own) for trainer, own in zip(trainers, predicted, strict=True)]
+
+    def _draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Image]:
         self._hold([trainer.method for trainer in asked])
         rows = [row for row, jobs in enumerate(asked.values()) for _ in jobs]
         queue, images = [job for jobs in asked.values() for job in jobs], []

@@ -30,8 +30,7 @@ from svdiff.sampling.images import Job
 from svdiff.sampling.stage import draw_pictures as draw
 from svdiff.sampling.stage import sample_entry
 from svdiff.sampling.weights_delta import is_weights_delta
-from svdiff.spectral.cpu import threads
-from svdiff.training import train, train_together
+from svdiff.training import train
 from svdiff.training.datasets import read_training_data
 from svdiff.training.loop import Trainer
 from svdiff.training.resume import is_finite, load_state
@@ -100,28 +99,6 @@ def test_validation_before_the_first_step_is_what_the_base_draws(checkout: Path)
     pictures = draw(load_pipeline(config.base), [Job(prompt, 0) for prompt in prompts], config.sample)
     expected = np.asarray(image_grid(pictures, columns=1), dtype=int)
     assert np.abs(np.asarray(Image.open(path), dtype=int) - expected).max() <= 2
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_a_training_takes_the_threads_it_is_given_and_gives_them_back(
-    checkout: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, together: bool
-) -> None:
-    write_params(checkout, tiny_base, threads=1)
-    taken, original, results = [], Trainer.answer, []
-
-    def answer(self: Trainer, number: int) -> Any:
-        taken.append(torch.get_num_threads())
-        return original(self, number)
-
-    monkeypatch.setattr(Trainer, "answer", answer)
-    for count in (1, 2, 4):
-        monkeypatch.setenv("SVDIFF_HOME", str(checkout / f"scratch-{count}"))
-        with threads(count):
-            path = train_together(load_config(), ["pet"])[0] if together else train(load_config(), "pet")
-            assert torch.get_num_threads() == count
-        results.append(path.read_bytes())
-    assert set(taken) == {1}
-    assert len(set(results)) == 1
 
 
 @pytest.mark.slow
