@@ -57,7 +57,7 @@ def measure(model: str, concepts: int, steps: int, cache: str) -> dict[str, Any]
     """Ratios of training together over alone, and what they are made of.
 
     Args:
-        model: a diffusers folder, or `sd15`: one picture a concept and step then, and no prior pictures.
+        model: a diffusers folder, or `sd15`: concepts of one picture then, and no prior pictures.
         concepts: how many, of those in data/concepts.
         steps: of each; a validation at either end.
         cache: folder of decompositions; the one that is wanted is made before anything is timed.
@@ -123,8 +123,13 @@ def child(way: str, model: str, home: str, concepts: int, steps: int, cache: str
         raise SystemExit(f"data/concepts has {len(names)} concepts, {concepts} are wanted: `svdiff sync` brings them")
     config = settings(names, steps, large)
     (checkout / "scratch").mkdir(parents=True)
-    for place, target in {"data": repository / "data", "base": Path(model), "scratch/bases": Path(cache)}.items():
+    for place, target in {"base": Path(model), "scratch/bases": Path(cache)}.items():
         (checkout / place).symlink_to(target)
+    for folder in pictures:
+        own = checkout / "data/concepts" / folder.name
+        own.mkdir(parents=True)
+        for picture in sorted(folder.glob("*.png"))[: 1 if large else None]:
+            shutil.copy(picture, own)
     shutil.copytree(pictures[0], checkout / "out/prior/cat")
     os.chdir(checkout)
     os.environ["SVDIFF_HOME"] = "scratch"
