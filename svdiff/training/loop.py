@@ -275,18 +275,20 @@ class Trainer:
         return passes
 
     @torch.no_grad()
-    def fixed_noise_loss(self, predicted: Sequence[Tensor] | None = None) -> float:
+    def fixed_noise_loss(self) -> float:
         """Eq. 1 on the validation pictures at fixed noise and evenly spread timesteps.
 
-        The training loss jumps with its random timesteps; this one can be compared from step to step. `predicted` is what
-        the network answered to `fixed_noise_passes`, where it was asked already.
+        The training loss jumps with its random timesteps; this one can be compared from step to step.
         """
+        passes = self.fixed_noise_passes()
+        answers = [self._predict(one.batch.latents, one.noise, one.timesteps, one.batch.prompts)[0] for one in passes]
+        return self.fixed_noise_loss_of(passes, answers)
+
+    def fixed_noise_loss_of(self, passes: Sequence[Pass], predicted: Sequence[Tensor]) -> float:
+        """That loss, from what the network predicted in `fixed_noise_passes`. Raises Diverged if it is not finite."""
         losses, count = [], len(self.dataset.validation)
-        for place, (batch, _, noise, timesteps) in enumerate(self.fixed_noise_passes()):
-            if predicted is None:
-                found, target = self._predict(batch.latents, noise, timesteps, batch.prompts)
-            else:
-                found, target = predicted[place], self.family.objective.target(batch.latents, noise, timesteps)
+        for (batch, _, noise, timesteps), found in zip(passes, predicted, strict=True):
+            target = self.family.objective.target(batch.latents, noise, timesteps)
             losses.append(denoising_loss(found, target, masks=batch.masks) * batch.instances / count)
         loss = float(torch.stack(losses).sum()) / VALIDATION_LEVELS
         self._check_finite("loss at fixed noise before", loss)

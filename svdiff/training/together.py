@@ -248,9 +248,9 @@ class SharedNetwork:
 
     @torch.no_grad()
     def _fixed_noise_losses(self, trainers: Sequence[Trainer]) -> list[float]:
-        of_each = zip(*(trainer.fixed_noise_passes() for trainer in trainers), strict=True)
-        predicted = zip(*(self._predict(trainers, passes) for passes in of_each), strict=True)
-        return [trainer.fixed_noise_loss(own) for trainer, own in zip(trainers, predicted, strict=True)]
+        passes = [trainer.fixed_noise_passes() for trainer in trainers]
+        predicted = zip(*(self._predict(trainers, level) for level in zip(*passes, strict=True)), strict=True)
+        return [trainer.fixed_noise_loss_of(*own) for trainer, *own in zip(trainers, passes, predicted, strict=True)]
 
     def _draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Image]:
         self._hold([trainer.method for trainer in asked])

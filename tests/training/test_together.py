@@ -167,12 +167,12 @@ def test_one_that_diverges_leaves_the_others_as_they_are(
 
 
 def test_one_that_stops_early_leaves_the_others_as_they_are(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Trainer.fixed_noise_loss
+    original = Trainer.fixed_noise_loss_of
 
-    def rising(self: Trainer, predicted: Any = None) -> float:
-        return self.step + 1.0 if "zwx" in self.dataset.prompts[0] else original(self, predicted)
+    def rising(self: Trainer, passes: Any, predicted: Any) -> float:
+        return self.step + 1.0 if "zwx" in self.dataset.prompts[0] else original(self, passes, predicted)
 
-    monkeypatch.setattr(Trainer, "fixed_noise_loss", rising)
+    monkeypatch.setattr(Trainer, "fixed_noise_loss_of", rising)
     write_params(checkout, Path(load_config().base.model), {"puss": {"patience": 1, "validate_every": 2}})
     train_both_ways(monkeypatch)
     for name, steps in {"pet": 6, "puss": 4, "bear": 6}.items():
