@@ -130,7 +130,9 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
         "from tests.spectral.test_cache import model\n"
         "from svdiff.spectral import cache\n"
         "write = cache._write\n"
-        "cache._write = lambda p, x: (print('wrote', p.name.removesuffix('.safetensors')), write(p, x))\n"
+        # One call a line: threads write at the same time, and print() writes its parts one by one.
+        "say = lambda line: sys.stdout.write(line + '\\n')\n"
+        "cache._write = lambda p, x: (say('wrote ' + p.name.removesuffix('.safetensors')), write(p, x))\n"
         "print('id', cache.load_basis(model(), sys.argv[1], progress=False).id)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[2])]
