@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 Mask = NDArray[np.bool_]
 Colour = tuple[int, int, int]
@@ -22,6 +21,8 @@ def foreground(picture: Image.Image, distinct: int = DISTINCT) -> Mask:
     A pixel has the background's colour if no channel differs from it by `distinct` or more. Each side of the border has its
     own colour, so that a picture stitched of two backgrounds has both.
     """
+    from scipy import ndimage
+
     pixels = np.asarray(picture.convert("RGB"), np.int16)
     sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     colours = [np.median(side.reshape(-1, 3), axis=0) for side in sides]
@@ -45,6 +46,8 @@ def cut_out(picture: Image.Image) -> Image.Image | None:
     A pixel is p = α f + (1 − α) b: α is how far it lies from the background's colour b on the way to f, the colour of the
     subject next to it, and f = (p − (1 − α) b) / α is what is seen of the subject.
     """
+    from scipy import ndimage
+
     pixels, behind = np.asarray(picture.convert("RGB"), np.float32), np.array(ground(picture), np.float32)
     same = np.abs(pixels - behind).max(axis=2) < SAME
     mask = foreground(picture, CLOSE) & ~ndimage.binary_opening(same)  # seen through a loop of the subject

@@ -112,13 +112,15 @@ def load_pipeline(base: BaseModelConfig, device: torch.device | None = None) -> 
     import torch
     import transformers.utils.logging
 
+    from svdiff.models.meta import WithoutNumbers
+
     # Loading takes a second or two: bars are for long work.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     family = family_at(base)
     loader, dtype = getattr(diffusers, family.pipeline), getattr(torch, DTYPES[base.precision])
     here, started = offline() or Path(base.model).exists(), time.time()
-    with _readable(base.model):
+    with _readable(base.model), WithoutNumbers():
         if base.model.endswith(SINGLE_FILES):
             pipe = loader.from_single_file(
                 base.model, config=base.config, torch_dtype=dtype, local_files_only=here, **family.load_options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdiff.errors import SvdiffError
 from svdiff.models.family import FAMILIES, Family, family_class
+from svdiff.models.imports import import_diffusers
 from svdiff.models.loading import family_at
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def _made(kind: str, settings: dict[str, Any], device: str) -> nn.Module:
     """A module of diffusers or transformers by the name of its class."""
     import torch
 
-    with torch.device(device):
+    from svdiff.models.meta import WithoutNumbers
+
+    import_diffusers()
+    with torch.device(device), WithoutNumbers():
         for library in ("diffusers", "transformers"):
             found = getattr(import_module(library), kind, None)
             if found is not None:
