@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +30,7 @@ def examine(params: Path) -> list[Finding]:
 
     findings = [
         Finding(sys.version_info >= (3, 11), f"Python {sys.version.split()[0]}", "use Python 3.11 or newer"),
-        *_packages(),
-        *(
-            _tool(name, fix)
-            for name, fix in (("git", "install git"), ("dvc", "activate the environment: `. .venv/bin/activate`"))
-        ),
+        *_workflow(),
     ]
     free = shutil.disk_usage(Path.cwd()).free
     findings.append(Finding(free > DISK, f"{free / GIB:.1f} GiB of disk free", f"free at least {DISK / GIB:.0f} GiB"))
@@ -44,9 +41,14 @@ def examine(params: Path) -> list[Finding]:
     return [*findings, *_checkout(params)]
 
 
-def _packages() -> list[Finding]:
-    """The pins that matter and that pip's resolver does not enforce after the fact."""
-    findings = []
+def _workflow() -> list[Finding]:
+    """Its tools, and the pins that matter and that pip's resolver does not enforce after the fact."""
+    if find_spec("prefect") is None and not Path("dvc.yaml").exists():
+        return [Finding(True, "the library without the workflow, which `pip install 'svdiff[workflow]'` adds")]
+    findings = [
+        _tool(name, fix)
+        for name, fix in (("git", "install git"), ("dvc", "activate the environment: `. .venv/bin/activate`"))
+    ]
     for package, below, why in (
         ("fastapi", (0, 151), "the Prefect server does not start with a newer one"),
         ("sqlalchemy", (2, 1), "Prefect schedules nothing with a newer one"),
@@ -54,7 +56,7 @@ def _packages() -> list[Finding]:
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(False, f"{package} is not installed", "make .venv"))
+            findings.append(Finding(False, f"{package} is not installed", "pip install 'svdiff[workflow]'"))
             continue
         ok = tuple(int(part) for part in found.split(".")[:2]) < below
         limit = ".".join(map(str, below))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -334,7 +335,8 @@ class TrackingConfig(Section):
     uri: str = Field("sqlite:///mlruns/mlflow.db", description="MLflow tracking URI; MLFLOW_TRACKING_URI overrides it")
     experiment: str = Field("svdiff", description="MLflow experiment")
     live: Literal["mlflow", "tensorboard", "wandb", "none"] = Field(
-        "mlflow", description="where the loss curve can be watched live; tensorboard writes to .svdiff/tensorboard"
+        default_factory=lambda: "mlflow" if find_spec("mlflow") else "none",
+        description="where the loss curve can be watched live: mlflow if installed; tensorboard writes to .svdiff/tensorboard",
     )
 
 

@@ -71,7 +71,7 @@ COMMANDS = {
 
 #: What `pip install svdiff` leaves out, by the extra that brings it.
 EXTRAS = {
-    **dict.fromkeys(("open_clip", "lpips", "torchvision", "scipy", "matplotlib", "jinja2"), "evaluation"),
+    **dict.fromkeys(("open_clip", "lpips", "torchvision", "jinja2"), "evaluation"),
     **dict.fromkeys(("mlflow", "prefect", "dvc", "sqlalchemy", "psutil"), "workflow"),
     **dict.fromkeys(("ray", "fastapi", "uvicorn", "prometheus_client"), "serve"),
     "resvg_py": "world",

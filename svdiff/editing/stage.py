@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +15,20 @@ from svdiff.editing.edits import edit_picture, sheet
 from svdiff.editing.scores import score_edits
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
-from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators
+from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators, why_unscored
 from svdiff.files import atomic_dir, check_writable
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import check_prompts
 from svdiff.sampling.stage import delta_path, personalise
 
+log = logging.getLogger(__name__)
+
 EDITS = Path("out/edit")  # a folder an edit
 
 
-def edit(config: Config, name: str, *, delta: Path | None = None, output: Path | None = None) -> Path:
+def edit(
+    config: Config, name: str, *, delta: Path | None = None, output: Path | None = None, scored: bool = True
+) -> Path:
     """Sample and score the edits of a picture that was trained on.
 
     Writes to out/edit/<name>/ (or `output`): pictures/, sheet.png, images.csv (a row a picture, see `score_edits`),
@@ -34,6 +39,7 @@ def edit(config: Config, name: str, *, delta: Path | None = None, output: Path |
         name: an entry of `edits:`.
         delta: what the training wrote; default out/train/<name>/delta.safetensors.
         output: where the results go.
+        scored: without, no evaluators are needed, and there are no scores in images.csv and no other files of them.
 
     Raises:
         SvdiffError: a bad picture, a prompt too long, or nothing trained yet; before any work.
@@ -45,16 +51,16 @@ def edit(config: Config, name: str, *, delta: Path | None = None, output: Path |
         raise SvdiffError(f"{delta} not found; train on the picture first, with `dvc repro train-edit@{name}`")
     pipe = load_pipeline(config.base)
     check_prompts(pipe, [request.prompt, *request.targets])
-    evaluators = load_evaluators(config.evaluators)
+    evaluators = load_evaluators(config.evaluators) if scored else None
     personalise(pipe, delta)
     return make_edits(pipe, config, name, evaluators, output)
 
 
-def make_edits(pipe: Any, config: Config, name: str, evaluators: Evaluators, output: Path) -> Path:
-    """Sample and score the edits of `name` with `pipe` as it is, into the files of `edit`."""
+def make_edits(pipe: Any, config: Config, name: str, evaluators: Evaluators | None, output: Path) -> Path:
+    """Sample the edits of `name` with `pipe` as it is, and score them if there are evaluators, into the files of `edit`."""
     request = config.edit_of(name)
     edited = edit_picture(pipe, load_picture(request.image).image, request.prompt, request.targets, config.edit)
-    table, numbers = score_edits(edited, evaluators)
+    table, numbers = score_edits(edited, evaluators) if evaluators else (edited.table, {})
     with atomic_dir(output) as folder:
         (folder / "pictures").mkdir()
         singles = {
@@ -68,8 +74,9 @@ def make_edits(pipe: Any, config: Config, name: str, evaluators: Evaluators, out
             image.save(folder / "pictures" / file)
         table.to_csv(folder / "images.csv", index=False, float_format="%.6f")
         plots.save(sheet(edited, config.edit), folder / "sheet.png")
-        (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
-        (folder / "evaluators.json").write_text(json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
+        if evaluators:
+            (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+            (folder / "evaluators.json").write_text(json.dumps(describe_evaluators(config.evaluators), indent=2) + "\n")
     return output
 
 
@@ -84,7 +91,8 @@ def edit_any(
 ) -> Path:
     """Train on any picture, then edit it: <output>/<picture's name>/train/ and …/edit/, the sheet among them.
 
-    The same picture, prompt and settings are trained once: asking again for other targets only samples.
+    The same picture, prompt and settings are trained once: asking again for other targets only samples. Where the
+    evaluators are not at hand the edits are made all the same, and a warning says why they have no scores.
 
     Args:
         config: params.yaml; section `edit` says from where to sample.
@@ -109,7 +117,9 @@ def edit_any(
     own.train_config(name, overrides)
     check_prompts(load_pipeline(own.base), [prompt, *targets])
     delta = train(own, name, out_dir=output / name / "train", overrides=overrides)
-    return edit(own, name, delta=delta, output=output / name / "edit")
+    if reason := why_unscored(own.evaluators):
+        log.warning("the edits are not scored: %s", reason)
+    return edit(own, name, delta=delta, output=output / name / "edit", scored=reason is None)
 
 
 def with_edit(config: Config, name: str, request: dict[str, Any]) -> Config:

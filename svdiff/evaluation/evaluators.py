@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,18 @@ def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
     encode_images, encode_texts = load_clip(config)
     encode_identity = encode_images if config.identity_model is None else load_identity(config.identity_model)
     return Evaluators(encode_images, encode_texts, load_lpips(config), encode_identity)
+
+
+def why_unscored(config: EvaluatorsConfig) -> str | None:
+    """What keeps these evaluators from scoring here, with its fix; None where nothing is known to."""
+    for package in ("open_clip", "lpips"):
+        if find_spec(package) is None:
+            return f"{package} is not installed: pip install 'svdiff[evaluation]'"
+    try:
+        describe_evaluators(config)
+    except SvdiffError as error:
+        return str(error)
+    return None
 
 
 def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:

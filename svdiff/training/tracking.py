@@ -24,7 +24,8 @@ EVERY = 10  # steps whose mean makes one point: a database answers slower than a
 def check_tracker(live: str) -> None:
     """Raise SvdiffError for a tracker that is not installed."""
     if live != "none" and find_spec(live) is None:
-        raise SvdiffError(f"tracking.live is {live}, which is not installed: `pip install {live}`, or choose none")
+        extra = {"mlflow": "'svdiff[workflow]'", "tensorboard": "'svdiff[training]'"}.get(live, live)
+        raise SvdiffError(f"tracking.live is {live}, which is not installed: `pip install {extra}`, or choose none")
 
 
 class LiveCurve:

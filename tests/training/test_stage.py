@@ -376,7 +376,7 @@ def test_a_tracker_that_is_not_installed_is_refused_and_one_that_is_records(
     config = load_config()
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"live": live})})
     if find_spec(live) is None:
-        with pytest.raises(SvdiffError, match=f"pip install {live}"):
+        with pytest.raises(SvdiffError, match="is not installed"):
             train(config, "pet")
         return
     monkeypatch.setenv("WANDB_MODE", "offline")
