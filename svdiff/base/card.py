@@ -32,7 +32,7 @@ from svdiff.config import Config, load_config
 from svdiff.data.concepts import to_square
 from svdiff.data.cutmix import PROBABILITY
 from svdiff.data.mixes import pair_entry
-from svdiff.evaluation.identity import both_identified, identity_top1, variety
+from svdiff.evaluation.identity import both_identified, identity_top1, told_apart, variety
 from svdiff.evaluation.intervals import mean_interval
 from svdiff.evaluation.pairs import reference
 from svdiff.evaluation.regions import find_two
@@ -67,7 +67,8 @@ _SHOWN = (0, 1, 2, 4, 5, 6)  # prompts of the sheet
 def measure_concepts(
     config: Config, world: World, *, only: tuple[str, ...] = ()
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Identity of the sixteen concepts among 99 held-out individuals of their style, what it costs, and all pictures.
+    """Identity of the sixteen concepts among those of 99 held-out individuals of their style that can be told from them, what
+    it costs, and all pictures.
 
     Returns the numbers of the card and a row a picture (concept, model, prompt, seed, path, text_alignment, top1).
     """
@@ -86,6 +87,12 @@ def measure_concepts(
                  for model, train in (("trained", {}), ("base", None))]  # fmt: skip
         table = runner.run(cells)
         known, others = gallery(runner.evaluators.encode_identity, concept)
+        draw = random.Random(f"real/{concept.name}")
+        scenes = [view(individual(concept), draw, world, seen=False) for _ in range(64)]
+        vectors = _embedded(runner.evaluators.encode_identity, [world.picture(scene) for scene in scenes])
+        others = told_apart(vectors, known, others)
+        real[f"identity_real_top1_of_{concept.name}"] = float(identity_top1(vectors, known, others).mean())
+        real[f"identity_rivals_of_{concept.name}"] = len(others)
         vectors = _embedded(runner.evaluators.encode_identity, [Image.open(path) for path in table["path"]])
         table["top1"] = identity_top1(vectors, known, others)
         table["drift"] = table["prompt"] == f"a {entry.class_word}"
@@ -93,12 +100,9 @@ def measure_concepts(
                            zip(table["drift"], table["prompt"], strict=True)]  # fmt: skip
         table["vector"] = list(vectors)
         tables.append(table)
-        draw = random.Random(f"real/{concept.name}")
-        scenes = [view(individual(concept), draw, world, seen=False) for _ in range(64)]
-        vectors = _embedded(runner.evaluators.encode_identity, [world.picture(scene) for scene in scenes])
-        real[f"identity_real_top1_of_{concept.name}"] = float(identity_top1(vectors, known, others).mean())
     every = pd.concat(tables, ignore_index=True)
-    return _numbers(every) | {"identity_real_top1": float(np.mean(list(real.values())))} | real, every
+    mean = float(np.mean([value for key, value in real.items() if key.startswith("identity_real")]))
+    return _numbers(every) | {"identity_real_top1": mean} | real, every
 
 
 def measure_pair(config: Config, count: int = 40, trainings: int = 3) -> dict[str, float]:
@@ -303,7 +307,8 @@ embedding learn from pictures of their own, the embedding against look-alikes at
   same classifiers on real pictures of held-out individuals; `real_feature_false`: features that they see where there are none.
 - `identity_top1`: sixteen held-out individuals, five pictures each, trained with the settings of params.yaml; eight unseen prompts
   and four seeds each. Share of pictures that the identity evaluator finds more like the concept than like any of 99 other
-  held-out individuals of its style; `_alone` and `_beside` something, `_worst` concept, `identity_base_top1` of the untrained base,
+  held-out individuals of its style (`identity_rivals_of_*` less than 99: without those by whom alone more than a tenth of its real
+  pictures are not identified); `_alone` and `_beside` something, `_worst` concept, `identity_base_top1` of the untrained base,
   `identity_real_top1` of real pictures. `identity_text_gain`: text alignment, trained minus base.
 - `pair_both_identified`: of the first pair of params.yaml, trained from three seeds, 40 pictures each of an unseen prompt with both:
   in how many each of the two regions is more like another one of the two individuals (`_low`, `_high`: 95 % interval; `_worst`

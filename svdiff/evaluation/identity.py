@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     Flags = NDArray[np.bool_]
 
 
+TOLD_APART = 0.9
+
+
 def identity(pictures: Array, concept: Array) -> Array:
     """(n,): cosine of each picture with the concept's pictures, their mean. It does not grow with the number of pictures."""
     return np.asarray((pictures @ np.atleast_2d(concept).T).mean(axis=1))
@@ -48,6 +51,18 @@ def _direction(pictures: Array) -> Array:
 def identity_top1(pictures: Array, concept: Array, rivals: Sequence[Array]) -> Flags:
     """(n,): whether each picture is more like the concept than like any of the rivals; arguments as of `identity_rank`."""
     return identity_rank(pictures, concept, rivals) == 0
+
+
+def told_apart(pictures: Array, concept: Array, rivals: Sequence[Array]) -> list[Array]:
+    """The rivals that can be told from the concept: beside each alone, at least 9 in 10 of `pictures` are identified.
+
+    Individuals that differ in what hardly shows are one to anybody who looks, and no measure of likeness.
+
+    Args:
+        pictures: (n, d), real pictures of the concept, none of them among `concept`.
+        concept, rivals: as of `identity_rank`.
+    """
+    return [rival for rival in rivals if identity_top1(pictures, concept, [rival]).mean() >= TOLD_APART]
 
 
 def both_identified(regions: tuple[Array, Array], concepts: tuple[Array, Array], rivals: Sequence[Array] = ()) -> Flags:

@@ -18,6 +18,7 @@ from svdiff.evaluation.identity import (
     identity,
     identity_rank,
     identity_top1,
+    told_apart,
     variety,
     variety_kept,
 )
@@ -48,6 +49,14 @@ def test_the_concept_is_found_among_others_and_strangers_are_not() -> None:
     assert identity_rank(RIVALS[0], CONCEPT, RIVALS).min() >= 1
     single = [rival[0] for rival in RIVALS]  # one embedding each
     assert identity_top1(around(CENTRES[0], 20, 0.1, 4), CONCEPT, single).all()
+
+
+def test_a_twin_is_no_rival() -> None:
+    shown, twin = around(CENTRES[0], 40, 0.1, 6), around(CENTRES[0], 5, 0.1, 8)
+    assert 0.1 < identity_top1(shown, CONCEPT, [*RIVALS, twin]).mean() < 0.9
+    left = told_apart(shown, CONCEPT, [*RIVALS[:3], twin, *RIVALS[3:]])
+    assert len(left) == len(RIVALS)
+    assert all(one is rival for one, rival in zip(left, RIVALS, strict=True))
 
 
 def test_nobody_is_favoured_for_having_uniform_pictures() -> None:
