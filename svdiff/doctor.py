@@ -42,7 +42,7 @@ def examine(params: Path) -> list[Finding]:
 
 
 def _workflow() -> list[Finding]:
-    """Its tools, and the pins that matter and that pip's resolver does not enforce after the fact."""
+    """The workflow's tools, and the pins that matter to it and that pip does not enforce after the fact."""
     if find_spec("prefect") is None and not Path("dvc.yaml").exists():
         return [Finding(True, "the library without the workflow, which `pip install 'svdiff[workflow]'` adds")]
     findings = [

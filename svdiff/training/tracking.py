@@ -24,8 +24,8 @@ EVERY = 10  # steps whose mean makes one point: a database answers slower than a
 def check_tracker(live: str) -> None:
     """Raise SvdiffError for a tracker that is not installed."""
     if live != "none" and find_spec(live) is None:
-        extra = {"mlflow": "'svdiff[workflow]'", "tensorboard": "'svdiff[training]'"}.get(live, live)
-        raise SvdiffError(f"tracking.live is {live}, which is not installed: `pip install {extra}`, or choose none")
+        package = {"mlflow": "'svdiff[workflow]'", "tensorboard": "'svdiff[training]'"}.get(live, live)
+        raise SvdiffError(f"tracking.live is {live}, which is not installed: `pip install {package}`, or choose none")
 
 
 class LiveCurve:
