@@ -180,7 +180,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1_000, 10_000], help="numbers of concepts")
-    parser.add_argument("--dvc-sizes", type=int, nargs="+", default=[10, 30, 100], help="those of `dvc status`")
+    parser.add_argument("--dvc-sizes", type=int, nargs="+", default=[5, 10, 30], help="those of `dvc status`")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)

@@ -151,7 +151,9 @@ def catalogue(folder: Path, concepts: int) -> Path:
         (root / "data/concepts" / name).mkdir(parents=True)
         for number in range(4):
             (root / "data/concepts" / name / f"{number}.png").write_bytes(f"{name} {number}".encode() * 1000)
-    (root / "data.dvc").unlink()
+    for pinned in [root / "data.dvc", *(root / "data/concepts").glob("*.dvc")]:
+        pinned.unlink()
+    run(root, "dvc", "add", "--quiet", *(f"data/concepts/{name}" for name in names))
     for name in ("base", "clip", "lpips"):
         (root / "models" / name).mkdir(parents=True, exist_ok=True)
         (root / "models" / name / "weights").write_text(name)
