@@ -74,6 +74,7 @@ def _checkout(params: Path) -> list[Finding]:
     from svdiff.check import check_written
     from svdiff.config import load_config
     from svdiff.data.concepts import concept_folder, load_concept_images, load_picture
+    from svdiff.evaluation.evaluators import PACKAGES
     from svdiff.models import check_layout
 
     try:
@@ -94,6 +95,10 @@ def _checkout(params: Path) -> list[Finding]:
             findings.append(Finding(True, edit.image))
         except SvdiffError as error:
             findings.append(Finding(False, edit.image, f"{error} (or `svdiff sync`)"))
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            missing = f"{package} is not installed, without which nothing is scored"
+            findings.append(Finding(False, missing, "pip install 'svdiff[evaluation]'"))
     local = [config.base.model] if config.base.model.startswith("models/") else []
     for path in (*local, *config.evaluators.local.values()):
         findings.append(Finding(Path(path).exists(), path, f"dvc pull {path}"))

@@ -103,7 +103,7 @@ def stages_to_run() -> dict[str, list[str]]:
 def _dvc(*arguments: str) -> str:
     dvc = shutil.which("dvc", path=str(Path(sys.executable).parent)) or shutil.which("dvc")
     if dvc is None:
-        raise SvdiffError("the dvc command is not on PATH; activate the environment that `make` built (.venv)")
+        raise SvdiffError("the dvc command is not installed: pip install 'svdiff[workflow]'")
     done = subprocess.run([dvc, *arguments], capture_output=True, text=True)
     if refused := re.search(r"\[Errno (\d+)\] [^:]+: '(.+)'", done.stderr):  # a disk that does
         raise OSError(int(refused[1]), os.strerror(int(refused[1])), refused[2])

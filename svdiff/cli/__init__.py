@@ -132,6 +132,8 @@ def run(app: typer.Typer) -> None:
     gc.set_threshold(1_000_000)
     atexit.register(gc.freeze)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # It tells of every class that does without torchvision, which only [evaluation] brings.
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

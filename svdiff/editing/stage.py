@@ -48,7 +48,9 @@ def edit(
     load_picture(request.image)
     delta = delta or delta_path(name)
     if not delta.is_file():
-        raise SvdiffError(f"{delta} not found; train on the picture first, with `dvc repro train-edit@{name}`")
+        raise SvdiffError(
+            f"{delta} not found; train on the picture first, with `dvc repro train-edit@{name}`, or `svdiff train {name}`"
+        )
     pipe = load_pipeline(config.base)
     check_prompts(pipe, [request.prompt, *request.targets])
     evaluators = load_evaluators(config.evaluators) if scored else None

@@ -8,6 +8,7 @@ networks, weights and transforms made a score.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
@@ -53,9 +54,13 @@ def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
     return Evaluators(encode_images, encode_texts, load_lpips(config), encode_identity)
 
 
+#: What `pip install 'svdiff[evaluation]'` brings, without which nothing is scored.
+PACKAGES = ("open_clip", "lpips")
+
+
 def why_unscored(config: EvaluatorsConfig) -> str | None:
     """What keeps these evaluators from scoring here, with its fix; None where nothing is known to."""
-    for package in ("open_clip", "lpips"):
+    for package in PACKAGES:
         if find_spec(package) is None:
             return f"{package} is not installed: pip install 'svdiff[evaluation]'"
     try:
@@ -166,16 +171,17 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
     import lpips
     import numpy as np
     import torch
+    from safetensors.torch import load_file
 
-    if config.lpips_weights is None:
-        network = lpips.LPIPS(net=config.lpips_net, verbose=False)
-    else:
-        from safetensors.torch import load_file
-
-        path = Path(config.lpips_weights)
-        _check_lpips(path, config.lpips_net)
-        network = lpips.LPIPS(net=config.lpips_net, lpips=False, pnet_rand=True, pretrained=False, verbose=False)
-        network.net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    embedded: dict[str, bool] = {}
+    if config.lpips_weights is not None:
+        _check_lpips(Path(config.lpips_weights), config.lpips_net)
+        embedded = {"lpips": False, "pnet_rand": True, "pretrained": False}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # lpips calls torchvision in a deprecated way
+        network = lpips.LPIPS(net=config.lpips_net, verbose=False, **embedded)
+    if config.lpips_weights is not None:
+        weights = load_file(config.lpips_weights)
+        network.net.load_state_dict({name: value.float() for name, value in weights.items()})
     device = _device()
     network = network.eval().requires_grad_(False).to(device)
     scale = 1.0 if config.lpips_weights is None else 1 / (2 * network.L)
