@@ -308,7 +308,7 @@ embedding learn from pictures of their own, the embedding against look-alikes at
 - `identity_top1`: sixteen held-out individuals, five pictures each, trained with the settings of params.yaml; eight unseen prompts
   and four seeds each. Share of pictures that the identity evaluator finds more like the concept than like any of 99 other
   held-out individuals of its style (`identity_rivals_of_*` less than 99: without those by whom alone more than a tenth of its real
-  pictures are not identified); `_alone` and `_beside` something, `_worst` concept, `identity_base_top1` of the untrained base,
+  pictures are not identified, told by the same real pictures that `identity_real_top1` counts); `_alone` and `_beside` something, `_worst` concept, `identity_base_top1` of the untrained base,
   `identity_real_top1` of real pictures. `identity_text_gain`: text alignment, trained minus base.
 - `pair_both_identified`: of the first pair of params.yaml, trained from three seeds, 40 pictures each of an unseen prompt with both:
   in how many each of the two regions is more like another one of the two individuals (`_low`, `_high`: 95 % interval; `_worst`
