@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,22 +60,31 @@ PACKAGES = ("open_clip", "lpips")
 
 
 def why_unscored(config: EvaluatorsConfig) -> str | None:
-    """What keeps these evaluators from scoring here, with its fix; None where nothing is known to."""
+    """What keeps these evaluators from scoring here, such as a hub out of reach; None where they load."""
     for package in PACKAGES:
         if find_spec(package) is None:
             return f"{package} is not installed: pip install 'svdiff[evaluation]'"
     try:
-        describe_evaluators(config)
+        load_evaluators(config)
     except SvdiffError as error:
         return str(error)
     return None
+
+
+@contextmanager
+def _loading(key: str, name: str) -> Iterator[None]:
+    """Raise as SvdiffError, with the key that names the network, what keeps it from being loaded: a wrong name, no network."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SvdiffError(f"evaluators.{key} '{name}' cannot be loaded: {error}") from error
 
 
 def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:
     """CLIP's two encoders: pictures (RGB, any size) and texts to N×d unit vectors.
 
     `clip_model` is a folder (relative to the working directory), or an open_clip model name with `clip_pretrained` beside
-    it. Raises SvdiffError if a folder holds no model.
+    it. Raises SvdiffError if it cannot be loaded.
     """
     import open_clip
     import torch
@@ -83,8 +93,9 @@ def load_clip(config: EvaluatorsConfig) -> tuple[EncodeImages, EncodeTexts]:
     if is_folder(name):
         _check_clip(Path(name))
         name = f"local-dir:{name}"
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=config.clip_pretrained)
-    tokenize = open_clip.get_tokenizer(name)
+    with _loading("clip_model", config.clip_model):
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=config.clip_pretrained)
+        tokenize = open_clip.get_tokenizer(name)
     device = _device()
     model = model.float().eval().requires_grad_(False).to(device)
 
@@ -119,10 +130,8 @@ def load_identity(name: str) -> EncodeImages:
 
     transformers.utils.logging.disable_progress_bar()
     _check_identity(name)
-    try:
+    with _loading("identity_model", name):
         processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SvdiffError(f"evaluators.identity_model '{name}' cannot be loaded: {error}") from error
     device = _device()
     model = model.float().eval().requires_grad_(False).to(device)
 
@@ -177,7 +186,10 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
     if config.lpips_weights is not None:
         _check_lpips(Path(config.lpips_weights), config.lpips_net)
         embedded = {"lpips": False, "pnet_rand": True, "pretrained": False}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # lpips calls torchvision in a deprecated way
+    quiet = warnings.catch_warnings(
+        action="ignore", category=UserWarning
+    )  # lpips calls torchvision in a deprecated way
+    with quiet, _loading("lpips_net", config.lpips_net):
         network = lpips.LPIPS(net=config.lpips_net, verbose=False, **embedded)
     if config.lpips_weights is not None:
         weights = load_file(config.lpips_weights)

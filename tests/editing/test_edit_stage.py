@@ -130,6 +130,17 @@ def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, mon
     assert np.array_equal(pixels(one), pixels(other)), "η = 0 and α = 0 leave nothing random"
 
 
+def test_edits_are_made_where_an_evaluator_cannot_be_loaded(
+    checkout: Checkout, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkout.values["evaluators"] = {"clip_model": "RN50", "clip_pretrained": "weights-that-nobody-has"}
+    checkout.write()
+    folder = edit_any(load_config(), Path("photo.png"), PROMPT, [TARGET])
+    assert "not scored: evaluators.clip_model 'RN50' cannot be loaded" in caplog.text
+    assert (folder / "sheet.png").is_file()
+    assert not (folder / "metrics.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_baselines_edit_as_well(checkout: Checkout, method: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from evaluation_parts import drawing, write_tiny_identity
 
 from svdiff.config import EvaluatorsConfig
 from svdiff.errors import SvdiffError
-from svdiff.evaluation.evaluators import BATCH, describe_evaluators, load_identity
+from svdiff.evaluation.evaluators import BATCH, describe_evaluators, load_clip, load_identity, load_lpips
 from svdiff.evaluation.identity import (
     both_identified,
     identity,
@@ -133,6 +134,28 @@ def test_a_model_without_a_pooled_output_is_averaged(tmp_path: Path) -> None:
         last = AutoModel.from_pretrained(tmp_path).eval()(**pixels).last_hidden_state
     expected = torch.nn.functional.normalize(last.mean(dim=1), dim=1)
     torch.testing.assert_close(load_identity(str(tmp_path))(picture), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("clip_model 'RN50'", {"clip_model": "RN50", "clip_pretrained": "weights-that-nobody-has"}),
+        ("clip_model 'no-such-network'", {"clip_model": "no-such-network", "clip_pretrained": "openai"}),
+        ("identity_model 'nobody/nothing'", {"identity_model": "nobody/nothing"}),
+        ("lpips_net 'vgg'", {"lpips_net": "vgg", "lpips_weights": None}),
+    ],
+)
+def test_a_network_that_cannot_be_loaded_is_named(
+    monkeypatch: pytest.MonkeyPatch, key: str, values: dict[str, str]
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    load = {"clip": load_clip, "identity": lambda config: load_identity(config.identity_model), "lpips": load_lpips}
+    with pytest.raises(SvdiffError, match=f"evaluators.{key} cannot be loaded: "):
+        load[key.partition("_")[0]](EvaluatorsConfig(**values))
 
 
 def test_scores_say_which_network_made_them(tmp_path: Path) -> None:
