@@ -74,6 +74,11 @@ class Config(Section):
 
     base: BaseModelConfig = BaseModelConfig()
     evaluators: EvaluatorsConfig = EvaluatorsConfig()
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads to compute with on a CPU, which decide the last digits of figures; default: one a core",
+    )
     classes: list[ClassWord] = Field(description="class words in use; each gets prior images drawn by the base")
     regularisation: dict[ClassWord, str] = Field(
         {}, description="class words in use whose prior images are own pictures, each with their folder"

@@ -93,5 +93,8 @@ def card(
 ) -> None:
     """Measure the base and its evaluators, and write models/card/README.md with its pictures."""
     from svdiff.base.card import write_card
+    from svdiff.config import load_config
+    from svdiff.threads import use_threads
 
+    use_threads(load_config(config).threads)
     typer.echo(write_card(config, models))

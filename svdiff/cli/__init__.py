@@ -134,6 +134,9 @@ def run(app: typer.Typer) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # It tells of every class that does without torchvision, which only [evaluation] brings.
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other in turns of milliseconds, as they do by default, starve where another process works.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svdiff.errors import SvdiffError
+from svdiff.threads import use_threads
 
 if TYPE_CHECKING:
     from svdiff.config import Config
@@ -61,10 +62,12 @@ def finite(number: float) -> float:
 
 
 def read(params: Path) -> Config:
-    """params.yaml, validated."""
+    """params.yaml, validated; what the command computes from here on uses its threads."""
     from svdiff.config import load_config
 
-    return load_config(params)
+    config = load_config(params)
+    use_threads(config.threads)
+    return config
 
 
 def wrote(path: Path) -> None:
