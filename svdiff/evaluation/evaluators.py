@@ -186,9 +186,8 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
     if config.lpips_weights is not None:
         _check_lpips(Path(config.lpips_weights), config.lpips_net)
         embedded = {"lpips": False, "pnet_rand": True, "pretrained": False}
-    quiet = warnings.catch_warnings(
-        action="ignore", category=UserWarning
-    )  # lpips calls torchvision in a deprecated way
+    # lpips calls torchvision in a deprecated way.
+    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
     with quiet, _loading("lpips_net", config.lpips_net):
         network = lpips.LPIPS(net=config.lpips_net, verbose=False, **embedded)
     if config.lpips_weights is not None:
