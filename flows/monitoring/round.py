@@ -34,6 +34,7 @@ from flows.registry.runs import CONCEPT
 from flows.registry.tracking import locked
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
+from svdiff.threads import use_threads
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -95,6 +96,7 @@ class Round:
     ) -> None:
         self.tracking, self.config, self.rule = tracking, config, config.reevaluate
         self.force, self.accept, self.tags = force, accept, dict(tags or {})
+        use_threads(config.threads)  # as the stages whose scores it compares with
         self.scorer = VersionScorer(config, root)
 
     def plan(self, names: Sequence[str] | None = None) -> list[Planned]:
