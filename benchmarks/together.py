@@ -108,9 +108,12 @@ def settings(names: list[str], steps: int, large: bool) -> Any:
 
 def child(way: str, model: str, home: str, concepts: int, steps: int, cache: str, large: bool) -> dict[str, float]:
     """Train all concepts one way; seconds of it all, peak memory (alone: of the first)."""
+    from svdiff.config import load_config
     from svdiff.spectral import load_basis
+    from svdiff.threads import use_threads
     from svdiff.training import train, train_together
 
+    use_threads(load_config().threads)  # as the command line does
     if way == "decompose":
         from diffusers import UNet2DConditionModel
 

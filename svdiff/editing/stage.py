@@ -15,7 +15,7 @@ from svdiff.editing.edits import edit_picture, sheet
 from svdiff.editing.scores import score_edits
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
-from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators, why_unscored
+from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators
 from svdiff.files import atomic_dir, check_writable
 from svdiff.models import load_pipeline
 from svdiff.sampling.images import check_prompts
@@ -26,9 +26,7 @@ log = logging.getLogger(__name__)
 EDITS = Path("out/edit")  # a folder an edit
 
 
-def edit(
-    config: Config, name: str, *, delta: Path | None = None, output: Path | None = None, scored: bool = True
-) -> Path:
+def edit(config: Config, name: str, *, delta: Path | None = None, output: Path | None = None) -> Path:
     """Sample and score the edits of a picture that was trained on.
 
     Writes to out/edit/<name>/ (or `output`): pictures/, sheet.png, images.csv (a row a picture, see `score_edits`),
@@ -39,7 +37,6 @@ def edit(
         name: an entry of `edits:`.
         delta: what the training wrote; default out/train/<name>/delta.safetensors.
         output: where the results go.
-        scored: without, no evaluators are needed, and there are no scores in images.csv and no other files of them.
 
     Raises:
         SvdiffError: a bad picture, a prompt too long, or nothing trained yet; before any work.
@@ -53,13 +50,16 @@ def edit(
         )
     pipe = load_pipeline(config.base)
     check_prompts(pipe, [request.prompt, *request.targets])
-    evaluators = load_evaluators(config.evaluators) if scored else None
+    evaluators = load_evaluators(config.evaluators)
     personalise(pipe, delta)
     return make_edits(pipe, config, name, evaluators, output)
 
 
 def make_edits(pipe: Any, config: Config, name: str, evaluators: Evaluators | None, output: Path) -> Path:
-    """Sample the edits of `name` with `pipe` as it is, and score them if there are evaluators, into the files of `edit`."""
+    """Sample the edits of `name` with `pipe` as it is, and score them if there are evaluators, into the files of `edit`.
+
+    Without evaluators there are no scores in images.csv, and neither of the two json files.
+    """
     request = config.edit_of(name)
     edited = edit_picture(pipe, load_picture(request.image).image, request.prompt, request.targets, config.edit)
     table, numbers = score_edits(edited, evaluators) if evaluators else (edited.table, {})
@@ -119,9 +119,14 @@ def edit_any(
     own.train_config(name, overrides)
     check_prompts(load_pipeline(own.base), [prompt, *targets])
     delta = train(own, name, out_dir=output / name / "train", overrides=overrides)
-    if reason := why_unscored(own.evaluators):
-        log.warning("the edits are not scored: %s", reason)
-    return edit(own, name, delta=delta, output=output / name / "edit", scored=reason is None)
+    try:
+        evaluators = load_evaluators(own.evaluators)
+    except SvdiffError as error:
+        log.warning("the edits are not scored: %s", error)
+        evaluators = None
+    pipe = load_pipeline(own.base)
+    personalise(pipe, delta)
+    return make_edits(pipe, own, name, evaluators, output / name / "edit")
 
 
 def with_edit(config: Config, name: str, request: dict[str, Any]) -> Config:

@@ -45,30 +45,21 @@ class Evaluators(NamedTuple):
     encode_identity: EncodeImages
 
 
-def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
-    """The evaluators that params.yaml names, in fp32 on the GPU if there is one.
-
-    Raises SvdiffError if their weights are not there.
-    """
-    encode_images, encode_texts = load_clip(config)
-    encode_identity = encode_images if config.identity_model is None else load_identity(config.identity_model)
-    return Evaluators(encode_images, encode_texts, load_lpips(config), encode_identity)
-
-
 #: What `pip install 'svdiff[evaluation]'` brings, without which nothing is scored.
 PACKAGES = ("open_clip", "lpips")
 
 
-def why_unscored(config: EvaluatorsConfig) -> str | None:
-    """What keeps these evaluators from scoring here, such as a hub out of reach; None where they load."""
+def load_evaluators(config: EvaluatorsConfig) -> Evaluators:
+    """The evaluators that params.yaml names, in fp32 on the GPU if there is one.
+
+    Raises SvdiffError if their packages or their weights are not there.
+    """
     for package in PACKAGES:
         if find_spec(package) is None:
-            return f"{package} is not installed: pip install 'svdiff[evaluation]'"
-    try:
-        load_evaluators(config)
-    except SvdiffError as error:
-        return str(error)
-    return None
+            raise SvdiffError(f"{package} is not installed: pip install 'svdiff[evaluation]'")
+    encode_images, encode_texts = load_clip(config)
+    encode_identity = encode_images if config.identity_model is None else load_identity(config.identity_model)
+    return Evaluators(encode_images, encode_texts, load_lpips(config), encode_identity)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Training, deltas, scores and stages ask a `Family` and know no pipeline by name.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -41,7 +42,7 @@ FAMILIES: dict[str, str] = {
 """Module and class of the family that a `_class_name` of model_index.json belongs to."""
 
 
-class Family:
+class Family(ABC):
     """A loaded base model as everything outside of this package sees it; cheap to make from a pipeline.
 
     Latents are (B, C, h, w) everywhere, in the numbers that the network reads: scaled, and with Flux.2's patches as channels.
@@ -186,9 +187,9 @@ class Family:
                 )
             seen[pieces] = token
 
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """What prompts mean to the network, with gradients where a text encoder is trained."""
-        raise NotImplementedError
 
     def check_eta(self, eta: float) -> None:
         """Raise SvdiffError for an η of DDIM that the base is not sampled with."""
@@ -246,16 +247,16 @@ class Family:
     # -- denoising -----------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def objective(self) -> Objective:
         """How latents are noised, and what the network predicts of that."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions, *, guidance: float = 1.0) -> Tensor:
         """One pass of the network on noisy latents: (B, C, h, w), what `objective.target` is the truth of.
 
         `guidance` is what a network is told that reads the scale; in training it is 1.
         """
-        raise NotImplementedError
 
     def draw(
         self,
@@ -281,9 +282,9 @@ class Family:
         ).images
         return to_8_bits(pixels)
 
+    @abstractmethod
     def guided(self, count: int, guidance: float, eta: float, negative: str | None) -> dict[str, Any]:
         """What the pipeline is told about guidance, for `count` pictures. Raises SvdiffError for what it cannot do."""
-        raise NotImplementedError
 
 
 def to_8_bits(pixels: Any) -> list[Image]:

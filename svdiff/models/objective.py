@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Level(NamedTuple):
     spread_below: Tensor
 
 
-class Objective:
+class Objective(ABC):
     """z = a x + b ε at a timestep; the network predicts ε, x ("sample"), v = a ε − b x, or the flow ε − x.
 
     A subclass says which timesteps there are, and a and b at each, by the pipeline's scheduler.
@@ -33,27 +34,27 @@ class Objective:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
 
+    @abstractmethod
     def drawn(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps of a training batch, drawn on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def level(self, share: float) -> float:
         """The timestep at a share of the way from clean to noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of each timestep, in float32 on its device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, steps: int, device: torch.device) -> list[Level]:
         """The levels of sampling in `steps` steps, from noise to picture, which the scheduler is set to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(
         self, predicted: Tensor, level: Level, z: Tensor, eta: float, generators: Sequence[torch.Generator] | None
     ) -> Tensor:
         """z of the level below; `generators` are for η above 0."""
-        raise NotImplementedError
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The network's input z = a x + b ε."""

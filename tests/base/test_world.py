@@ -25,6 +25,7 @@ def people(scene: Scene) -> list[Individual]:
     return [one.what for one in scene.placed if isinstance(one.what, Individual)]
 
 
+@pytest.mark.slow
 def test_a_picture_depends_on_seed_and_index_alone(world: World, world_folder: Path, sprites: Path) -> None:
     other = tiny_world(world_folder, sprites)
     other.scene(5, 77)  # what was drawn before does not matter

@@ -130,6 +130,7 @@ def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, mon
     assert np.array_equal(pixels(one), pixels(other)), "η = 0 and α = 0 leave nothing random"
 
 
+@pytest.mark.slow
 def test_edits_are_made_where_an_evaluator_cannot_be_loaded(
     checkout: Checkout, caplog: pytest.LogCaptureFixture
 ) -> None:

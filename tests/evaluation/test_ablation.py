@@ -55,6 +55,7 @@ def test_experiments_share_what_they_train(tiny: Config, monkeypatch: pytest.Mon
     assert min(Image.open(folder / "strip.png").size) > 200
 
 
+@pytest.mark.slow
 def test_every_cell_draws_with_its_own_training(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [Job("a sks dog", 0)]
     made = [cells.Cell({"seed": seed}, tiny, "red-dog", {"seed": seed}, jobs) for seed in (1, 2)]

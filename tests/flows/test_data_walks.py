@@ -161,7 +161,8 @@ def walk(folder: Path, seed: int, store: bytes | None = None) -> None:
     made.end()
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 def test_nothing_is_lost_in_a_walk(tmp_path: Path, seed: int) -> None:
     walk(tmp_path, seed)
 

@@ -54,6 +54,7 @@ def test_runs_once_then_is_unchanged_then_restored(dvc_project: Path) -> None:
     assert "prior of dog begins" in lines
 
 
+@pytest.mark.slow
 def test_only_what_reads_something_else_has_changed(dvc_project: Path) -> None:
     stages = ["train@dog", "train@dog2"]
     run_stage("prior@dog", root=dvc_project, on_line=print)

@@ -123,13 +123,14 @@ def test_without_prior_preservation_there_are_no_prior_samples(checkout: Path) -
     assert len(draw_batch(dataset, 3, 2, generator("x"))[0].latents) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
         pytest.param({}, id="cut-mix-unmix"),
-        pytest.param({"mix_probability": 0.0}, id="without", marks=pytest.mark.slow),
-        pytest.param({"unmix_weight": 2.0, "single_subject_weight": 0.5}, id="regularised", marks=pytest.mark.slow),
-        pytest.param({"method": "custom-diffusion"}, id="custom-diffusion", marks=pytest.mark.slow),
+        pytest.param({"mix_probability": 0.0}, id="without"),
+        pytest.param({"unmix_weight": 2.0, "single_subject_weight": 0.5}, id="regularised"),
+        pytest.param({"method": "custom-diffusion"}, id="custom-diffusion"),
     ],
 )
 def test_a_pair_resumed_twice_equals_one_left_alone(

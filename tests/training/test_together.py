@@ -140,7 +140,8 @@ def test_each_ends_as_it_does_alone(
         check_same(name)
 
 
-@pytest.mark.parametrize("where", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_one_that_diverges_leaves_the_others_as_they_are(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -166,6 +167,7 @@ def test_one_that_diverges_leaves_the_others_as_they_are(
         check_same(name)
 
 
+@pytest.mark.slow
 def test_one_that_stops_early_leaves_the_others_as_they_are(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Trainer.fixed_noise_loss_of
 
@@ -179,6 +181,7 @@ def test_one_that_stops_early_leaves_the_others_as_they_are(checkout: Path, monk
         check_same(name, steps)
 
 
+@pytest.mark.slow
 def test_validations_are_drawn_as_one_batch_and_one_that_fails_leaves_the_others(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
