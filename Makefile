@@ -25,6 +25,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 repro: $(BIN)/.installed
 	svdiff sync
 	python -m flows init
+	svdiff plan
 	dvc repro $$(dvc stage list --name-only | grep -m1 '^sample@')  # the first concept's pictures, soon
 	dvc repro
 	@echo "report: $(CURDIR)/out/report/index.html"

@@ -31,15 +31,10 @@ from benchmarks.common import (
 from benchmarks.methods import METHODS
 
 
-def measure(
-    method: str, model: str, latents: int, repeats: int, cache: str, checkpointing: bool = False
-) -> dict[str, Any]:
+def measure(method: str, model: str, latents: int, repeats: int, cache: str) -> dict[str, Any]:
     """One method, in this process."""
     unet: Any = make_unet(model)
     trained = METHODS[method](unet, Path(cache))
-    if checkpointing:
-        unet.train()
-        unet.enable_gradient_checkpointing()
     sample, step, text = make_inputs(unet, latents)
     noise = torch.randn_like(sample)
     sample.requires_grad_(not trained)

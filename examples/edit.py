@@ -12,6 +12,7 @@ from pathlib import Path
 
 from svdiff.config import load_config
 from svdiff.editing.stage import edit_any
+from svdiff.threads import use_threads
 
 
 def main() -> None:
@@ -22,7 +23,9 @@ def main() -> None:
     parser.add_argument("target", nargs="+", help="what it shall show")
     parser.add_argument("--output", type=Path, default=Path("pictures"))
     asked = parser.parse_args()
-    print(edit_any(load_config(), asked.picture, asked.prompt, asked.target, output=asked.output) / "sheet.png")
+    config = load_config()
+    use_threads(config.threads)
+    print(edit_any(config, asked.picture, asked.prompt, asked.target, output=asked.output) / "sheet.png")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from svdiff.config import load_config
 from svdiff.models import load_pipeline, scratch
 from svdiff.spectral import SpectralPipeline
+from svdiff.threads import use_threads
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     config = load_config()
+    use_threads(config.threads)
     concepts = SpectralPipeline(load_pipeline(config.base), cache=scratch() / "bases")
     names = [f"delta-{number}" for number in range(len(asked.deltas))]
     for name, path in zip(names, asked.deltas, strict=True):

@@ -14,6 +14,7 @@ from svdiff.config import Config, load_config
 from svdiff.sampling.prior import make_prior_images
 from svdiff.sampling.stage import sample_prompts
 from svdiff.training import train
+from svdiff.threads import use_threads
 
 
 def with_concept(config: Config, name: str, class_word: str, token: str) -> Config:
@@ -35,6 +36,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     config = with_concept(load_config(), asked.name, asked.class_word, asked.token)
+    use_threads(config.threads)
     make_prior_images(config, asked.class_word)
     delta = train(config, asked.name, out_dir=asked.output / asked.name)
     prompts = config.entry(asked.name).prompts([asked.prompt])

@@ -15,6 +15,7 @@ from svdiff.data.mixes import make_mixes
 from svdiff.sampling.prior import make_prior_images
 from svdiff.sampling.stage import default_negatives, sample_prompts
 from svdiff.training import train
+from svdiff.threads import use_threads
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     config = load_config()
+    use_threads(config.threads)
     config.pair_of(asked.name)
     entry = config.entry(asked.name)
     for class_word in dict.fromkeys(concept.class_word for concept in entry.concepts.values()):

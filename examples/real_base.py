@@ -3,6 +3,8 @@
 In a checkout, with a diffusers folder or a Hub id:
 
     python examples/real_base.py stable-diffusion-v1-5/stable-diffusion-v1-5 teapot --steps 500
+
+The prior images in out/prior are that base's afterwards; `dvc repro` brings back those of the pipeline.
 """
 
 from __future__ import annotations
@@ -15,13 +17,20 @@ from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling.prior import make_prior_images
 from svdiff.spectral import SpectralDelta, export_lora, load_basis
 from svdiff.training import train
+from svdiff.threads import use_threads
 
 
 def on_base(config: Config, base: str) -> Config:
-    """params.yaml with another base, and the paper's rates for it."""
+    """params.yaml with another base, and the paper's settings for it instead of the embedded base's."""
     values = config.model_dump(exclude_unset=True)
     values["base"] = {"model": base}
-    values["train"] = {**values.get("train", {}), "lr": 1e-3, "lr_1d": 1e-6}
+    paper = {
+        "train": {"lr": 1e-3, "lr_1d": 1e-6, "schedule": "constant", "train_token": False},  # a LoRA file has no token
+        "prior": {"eta": 0.0},
+        "sample": {"eta": 0.0},
+    }
+    for section, settings in paper.items():
+        values[section] = {**values.get(section, {}), **settings}
     return Config.checked(values)
 
 
@@ -35,6 +44,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     config = on_base(load_config(), asked.base)
+    use_threads(config.threads)
     concept = config.concept(asked.name)
     make_prior_images(config, concept.class_word)
     path = train(config, asked.name, out_dir=asked.output / asked.name, overrides={"steps": asked.steps})

@@ -159,7 +159,8 @@ def _server(url: str, supervisor: Supervisor, environment: dict[str, str]) -> st
                 f"the Prefect server at {url} is not this checkout's; export PREFECT_API_URL={url} to use it, or {own}"
             )
         raise SvdiffError(f"port {port} is taken by something that is no Prefect server; {own}")
-    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    host = os.environ.get("PREFECT_SERVER_API_HOST", "127.0.0.1")  # reached from this machine alone, unless asked for
+    command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
     supervisor.start("server", command, environment)
     supervisor.wait_for("server", f"{url}/health")
     return f"Prefect server started at {url} (log: {supervisor.log('server')})"
