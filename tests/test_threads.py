@@ -56,6 +56,7 @@ def test_the_same_is_trained_and_drawn_whatever_cores_and_variables_there_are(tm
             Image.fromarray(noise).save(folder / f"data/concepts/rex/{i}.png")
         params = yaml.safe_load(PARAMS) | {
             "base": {"model": str(BASE)},
+            "threads": 2,
             "train": {"steps": 2, "prior_weight": 0.0, "validate_every": 2, "validation_seeds": [0]},
             "sample": {"prompts": ["a {subject}"], "seeds": [0], "steps": 2},
             "tracking": {"live": "none"},
