@@ -13,8 +13,8 @@ from pathlib import Path
 from svdiff.config import Config, load_config
 from svdiff.sampling.prior import make_prior_images
 from svdiff.sampling.stage import sample_prompts
-from svdiff.training import train
 from svdiff.threads import use_threads
+from svdiff.training import train
 
 
 def with_concept(config: Config, name: str, class_word: str, token: str) -> Config:

@@ -14,8 +14,8 @@ from svdiff.config import load_config
 from svdiff.data.mixes import make_mixes
 from svdiff.sampling.prior import make_prior_images
 from svdiff.sampling.stage import default_negatives, sample_prompts
-from svdiff.training import train
 from svdiff.threads import use_threads
+from svdiff.training import train
 
 
 def main() -> None:

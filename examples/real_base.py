@@ -16,8 +16,8 @@ from svdiff.config import Config, load_config
 from svdiff.models import family_of, load_pipeline, scratch
 from svdiff.sampling.prior import make_prior_images
 from svdiff.spectral import SpectralDelta, export_lora, load_basis
-from svdiff.training import train
 from svdiff.threads import use_threads
+from svdiff.training import train
 
 
 def on_base(config: Config, base: str) -> Config:
