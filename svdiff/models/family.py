@@ -73,7 +73,7 @@ class Family(ABC):
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
 
-    @classmethod
+    @classmethod  # noqa: B027 (most families need nothing)
     def prepare(cls, pipe: Any) -> None:
         """Make a pipeline just loaded ready, such as giving it the scheduler that is sampled with."""
 
