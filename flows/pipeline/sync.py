@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flows.pipeline import merge
-from flows.pipeline.mend import mend
+from flows.pipeline.mend import LOCK, mend
 from flows.pipeline.record import read_record, write_record
 from svdiff.data.concepts import CONCEPTS, concept_folder
 from svdiff.errors import SvdiffError
@@ -33,7 +33,7 @@ class Source:
     target: str  # its .dvc file, or its stage as dvc.yaml:name, from the root as well
     recorded: str  # its hash in the .dvc file or dvc.lock
     here: str | None  # hash of what lies here; None: nothing does
-    touched: bool  # whether what lies here changed after the .dvc file was written
+    touched: bool  # whether what lies here changed after that file was written
     out: Any = field(compare=False, default=None)  # DVC's own object
 
     @property
@@ -124,13 +124,14 @@ def _sources(repo: Any, root: Path) -> Iterator[Source]:
     for stage in repo.index.stages:
         if not (stage.is_data_source or stage.frozen):
             continue
+        record = Path(stage.path) if stage.is_data_source else Path(stage.path).with_name(LOCK)
         for out in stage.outs:
             if not out.hash_info:
                 continue  # made nowhere yet
             path, file = (Path(name).relative_to(root) for name in (out.fs_path, stage.path))
             target = file.as_posix() if stage.is_data_source else f"{file.as_posix()}:{stage.name}"
             here = out.get_hash().value if out.exists else None
-            touched = here is not None and _last_change(root / path) > os.stat(stage.path).st_ctime_ns
+            touched = here is not None and _last_change(root / path) > record.stat().st_ctime_ns
             yield Source(path, target, out.hash_info.value, here, touched, out)
 
 

@@ -186,6 +186,14 @@ class Clone:
         with self._dvc() as repo:
             repo.reproduce()
 
+    def train_base(self, weights: bytes) -> None:
+        """Make the output of the frozen stage `base-model`, and have DVC record it."""
+        path = self.root / "models/base"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(weights)
+        with self._dvc() as repo:
+            repo.commit("base-model", force=True)
+
     def made(self, name: str) -> bytes:
         return (self.root / "out/made" / name).read_bytes()
 

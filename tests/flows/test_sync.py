@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from datawork import ROOT, Clone
+from datawork import ROOT, STAGES, Clone
 
 from flows.pipeline.sync import Source, decide
 from svdiff.errors import SvdiffError
@@ -120,6 +120,23 @@ def test_what_a_colleague_changed_comes_after_git_pull_and_nothing_else_moves(on
     assert two.pull()
     assert "data/concepts/first: brought up to date" in two.sync()[0]
     assert two.catalogue() == {"first": {"0.png": b"better"}, "own": {"0.png": b"own"}}
+
+
+def test_a_base_that_a_colleague_trained_comes_after_git_pull(one: Clone) -> None:
+    """The output of a frozen stage: its hash is in dvc.lock, which changes without dvc.yaml."""
+    base = "  base-model: {cmd: make, frozen: true, outs: [models/base]}\n"
+    (one.root / "dvc.yaml").write_text(STAGES + base)
+    one.train_base(b"old")
+    one.commit()
+    one.push()
+    two = one.clone("two")
+    two.sync()
+    one.train_base(b"new")
+    one.commit()
+    one.push()
+    assert two.pull()
+    assert two.sync() == ["models/base: brought up to date with dvc.yaml:base-model"]
+    assert (two.root / "models/base").read_bytes() == b"new"
 
 
 def test_changed_here_and_by_a_colleague_what_is_here_counts(one: Clone) -> None:
