@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,38 +34,39 @@ def dvc_places(root: Path) -> Iterator[tuple[str, Path]]:
             yield f"DVC remote '{remote}'", Path(url)
 
 
-def unused_objects(root: Path) -> list[Path]:
-    """Files of the cache that no commit, experiment, stash or workspace of the checkout names.
+def unused_objects(root: Path, also: Iterable[str] = ()) -> list[Path]:
+    """Files of the cache that no commit, experiment, stash or workspace of the checkout names, nor any text of `also`.
 
     They are named in dvc.lock and .dvc files, which are read as they are: pipelines of old commits need not make sense
-    with anything of today. Raises SvdiffError where the cache is not the checkout's alone, or another command uses it.
+    with anything of today. Raises SvdiffError where the cache is not the checkout's alone, another command uses it, or git
+    cannot say what its commits name.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo(str(root)) as repo, repo.lock:
-            return _unused(root.resolve(), repo.cache.local)
+            return _unused(root.resolve(), repo.cache.local, also)
     except DvcException as error:
         raise SvdiffError(f"DVC: {error}") from error
 
 
-def remove_unused_objects(root: Path) -> None:
+def remove_unused_objects(root: Path, also: Iterable[str] = ()) -> None:
     """Remove what `unused_objects` finds; the remote is never touched."""
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo, repo.lock:
-        for path in _unused(root.resolve(), repo.cache.local):
+        for path in _unused(root.resolve(), repo.cache.local, also):
             path.chmod(0o600)  # DVC's files are read-only, and some systems do not remove those
             path.unlink()
 
 
-def _unused(root: Path, cache: Any) -> list[Path]:
+def _unused(root: Path, cache: Any, also: Iterable[str]) -> list[Path]:
     if not Path(cache.path).resolve().is_relative_to(root):
         raise SvdiffError(
             f"other checkouts may use the cache at {cache.path}; `dvc gc --projects …` prunes a shared one"
         )
-    named = set(OBJECT.findall("\n".join(_records(root))))
+    named = set(OBJECT.findall("\n".join([*_records(root), *also])))
     for folder in [oid for oid in named if oid.endswith(".dir")]:
         with suppress(FileNotFoundError):  # not here, or removed with its files by somebody
             named |= set(OBJECT.findall(Path(cache.oid_to_path(folder)).read_text()))
@@ -78,8 +79,13 @@ def _records(root: Path) -> Iterator[str]:
         for folder, folders, files in os.walk(workspace):
             folders[:] = [name for name in folders if not name.startswith(".")]
             yield from (Path(folder, file).read_text() for file in files if file.endswith(RECORDS))
-    objects = git(root, "rev-list", "--all", "--reflog", "--objects", "HEAD") or ""
-    blobs = [line.split()[0] for line in objects.splitlines() if line.endswith(RECORDS)]
+    objects = git(root, "rev-list", "--all", "--reflog", "--objects")
+    if objects is None and any((folder / ".git").exists() for folder in (root, *root.parents)):
+        raise SvdiffError(
+            f"git cannot say what the commits of {root} name, and any of them may name what lies in the cache; "
+            f"`git -C {root} rev-list --all` says why"
+        )
+    blobs = [line.split()[0] for line in (objects or "").splitlines() if line.endswith(RECORDS)]
     if blobs:
         command = ["git", "cat-file", "--batch"]
         found = subprocess.run(command, cwd=root, input="\n".join(blobs).encode(), capture_output=True, check=True)

@@ -5,8 +5,8 @@
 - Clones of reproductions that were killed a day ago or longer.
 - MLflow's deleted runs with their artifacts, and stored models that no version refers to, a day old or older; never
   what a registered version refers to.
-- Objects in DVC's cache that neither the workspace nor anything that git can find again refers to. The remote is never
-  touched.
+- Objects in DVC's cache that neither the workspace, nor anything that git can find again, nor a registered version refers
+  to. The remote is never touched.
 
 Every part can be asked for by itself; a part that cannot be looked at says why and removes nothing.
 """
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from flows.pipeline.cache import remove_unused_objects, unused_objects
 from flows.registry.concepts import RegisteredConcept, model_id, read_concepts
 from flows.registry.conditions import BASELINE_RUN
+from flows.registry.runs import read_lineage
 from flows.registry.storage import usage
 from flows.registry.tracking import all_pages, local_path
 from svdiff.errors import SvdiffError
@@ -74,7 +75,7 @@ def find_unused(tracking: Tracking, root: Path) -> Iterator[Part]:
         ),
         "reproductions": lambda: _folders(_old(home / "reproduce"), "clone of a reproduction"),
         "MLflow": lambda: _mlflow(tracking, concepts),
-        "DVC": lambda: _dvc(root),
+        "DVC": lambda: _dvc(tracking, root, concepts),
     }.items():
         try:
             yield Part(name, *find())
@@ -169,10 +170,13 @@ def _mlflow(tracking: Tracking, concepts: list[RegisteredConcept]) -> Found:
     return found, remove
 
 
-def _dvc(root: Path) -> Found:
-    unused = unused_objects(root)
-    found = [Removable("object that no commit refers to", str(path), path.lstat().st_size) for path in unused]
-    return found, lambda: remove_unused_objects(root) if unused else None
+def _dvc(tracking: Tracking, root: Path, concepts: list[RegisteredConcept]) -> Found:
+    # A version's own record of its inputs: its dvc.lock may never have been committed.
+    versions = [version for concept in concepts for version in concept.versions.values()]
+    recorded = [json.dumps(read_lineage(tracking, version)["stages"]) for version in versions]
+    unused = unused_objects(root, recorded)
+    found = [Removable("object that nothing refers to", str(path), path.lstat().st_size) for path in unused]
+    return found, lambda: remove_unused_objects(root, recorded) if unused else None
 
 
 def _deleted_runs(tracking: Tracking) -> list[Any]:

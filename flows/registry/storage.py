@@ -68,8 +68,7 @@ def _places(tracking: Tracking, root: Path) -> Iterator[tuple[str, Path]]:
         yield "MLflow database", Path(tracking.uri.removeprefix(SQLITE))
     artifacts = local_path(tracking.client.get_experiment(tracking.experiment_id).artifact_location)
     if artifacts is not None:
-        # Everything below one folder, whichever experiment it belongs to.
-        yield "MLflow artifacts", artifacts.parent if tracking.uri.startswith(SQLITE) else artifacts
+        yield "MLflow artifacts", artifacts
     yield "Prefect: database, logs, services", root / ".prefect"
 
 

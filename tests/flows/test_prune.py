@@ -41,7 +41,10 @@ def test_every_store_is_counted_once(project: Project) -> None:
     write(project.root / ".svdiff/state/train-abc/state.pt", 5000)
     (project.root / ".svdiff/state/train-abc/again.pt").hardlink_to(project.root / ".svdiff/state/train-abc/state.pt")
     write(project.root / ".svdiff/bases/h/w.safetensors", 7000)
-    by_name = {usage.what: usage for usage in disk_usage(project.tracking, project.root)}
+    found = disk_usage(project.tracking, project.root)
+    places = [Path(usage.where) for usage in found]
+    assert not [(one, other) for one in places for other in places if one in other.parents]
+    by_name = {usage.what: usage for usage in found}
     assert by_name["resume states of trainings"].bytes == 5000
     assert by_name["decompositions of bases"].bytes == 7000
     assert by_name["MLflow artifacts"].bytes > 0
@@ -159,6 +162,31 @@ def test_objects_that_git_can_find_again_stay_whatever_old_commits_look_like(dvc
     assert not junk.exists()
     assert all(path.exists() for path in [*kept, inside, listed, listing.with_name(listing.name + ".dir")])
     assert unused_objects(dvc_project) == []
+
+
+def test_inputs_of_a_registered_version_stay_though_its_lock_was_never_committed(dvc_project: Path) -> None:
+    project, pictures = Project(dvc_project), store(dvc_project, "pictures")
+    picture = {"path": "data/concepts/dog", "hash": "md5", "md5": hashlib.md5(b"pictures").hexdigest()}
+    train = {"cmd": "x", "deps": [picture], "outs": [{"path": "out/train/dog", "hash": "md5", "md5": "0" * 32}]}
+    (dvc_project / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"train@dog": train}}))
+    project.register()
+    junk = store(dvc_project, "of another training")
+    store(dvc_project, "workspace")
+    [part] = [p for p in find_unused(project.tracking, dvc_project) if p.name == "DVC"]
+    assert [thing.where for thing in part.found] == [str(junk)]
+    part.remove()
+    assert pictures.exists()
+
+
+def test_where_git_says_nothing_nothing_is_pruned(dvc_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a git program, or in somebody else's checkout: no answer does not say that no commit names anything."""
+    store(dvc_project, "of an old commit")
+    git(dvc_project, "add", "dvc.lock")
+    git(dvc_project, "commit", "-m", "old")
+    (dvc_project / "dvc.lock").unlink()
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SvdiffError, match="git cannot say what the commits"):
+        unused_objects(dvc_project)
 
 
 def test_a_cache_that_others_share_is_not_pruned(dvc_project: Path, tmp_path: Path) -> None:
