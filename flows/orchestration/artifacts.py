@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -25,10 +24,10 @@ from flows.registry.runs import sample_grids
 PERCENT = re.compile(r"(\d+)%\|")  # as tqdm writes it
 
 
-def publish_concept(concept: str, root: Path) -> None:
+def publish_concept(results: Results) -> None:
     """A markdown artifact with scores and links, and an image artifact with the sample grid."""
-    results = Results(concept, root)
-    record = json.loads((root / "out" / "register" / f"{concept}.json").read_text())
+    concept = results.concept
+    record = json.loads((results.root / "out" / "register" / f"{concept}.json").read_text())
     text = summary.artifact(results, record)
     create_markdown_artifact(text, key=key("concept", concept), description=f"Scores of {concept}")
     grid = sample_grids(results)["trained"]

@@ -27,7 +27,8 @@ from flows.orchestration.dispatch import run_on_workers
 from flows.orchestration.edit import edit_image
 from flows.orchestration.parameters import Minutes, Name, check
 from flows.orchestration.tasks import GPU, dvc_stage, train_group
-from flows.pipeline.order import analysis_stages, own_stages, shared_stages
+from flows.pipeline.order import analysis_stages, own_stages, shared_stages, stage_of
+from flows.pipeline.results import read_results
 from flows.pipeline.stages import changed
 from svdiff.config import Config, TrainConfig, load_config
 from svdiff.errors import SvdiffError
@@ -70,7 +71,7 @@ def train_pair(
 def _train(config: Config, name: str, timeout_minutes: float | None, prior: bool, analyses: bool) -> dict[str, str]:
     stages = [*(shared_stages(config, name) if prior else []), *own_stages(config, name)]
     outcomes = {stage: dvc_stage(stage, timeout_minutes) for stage in stages}
-    publish_concept(name, Path.cwd())
+    publish_concept(read_results(config, name))
     if analyses:
         outcomes |= {stage: dvc_stage(stage, timeout_minutes) for stage in analysis_stages(config)}
     return outcomes
@@ -174,7 +175,7 @@ def _groups(config: Config, names: Sequence[str], together: int, limit: int) -> 
     """Groups of up to `together` names whose trainings are due and can share a network; as even as `limit` of them at once want."""
     from svdiff.training.together import check_together
 
-    stages = {next(s for s in own_stages(config, name) if s.startswith("train")): name for name in names}
+    stages = {stage_of(config.entry(name), "train"): name for name in names}
     if len(stages) < 2:
         return []
     due = [stages[stage] for stage in changed(list(stages), root=Path.cwd())]

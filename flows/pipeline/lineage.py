@@ -21,6 +21,7 @@ from svdiff.files import sha256_tree
 
 if TYPE_CHECKING:
     from flows.pipeline.results import Results
+    from svdiff.catalogue import Entry
     from svdiff.config import Config
 
 OWN_STAGES = ("out/train", "out/sample", "out/score")  # whose outputs a version is made of
@@ -109,34 +110,32 @@ def makers_of(stages: Stages, folders: Iterable[str]) -> list[str]:
     ]
 
 
-def data_hash(root: Path, concepts: Iterable[str]) -> str:
-    """Hash of the concepts' pictures: `md5:…` as DVC recorded it for a training, else `sha256:…` of them."""
+def data_hashes(root: Path, entry: Entry) -> dict[str, str]:
+    """Hash of each concept's pictures: `md5:…` as DVC recorded it for the entry's own training, else `sha256:…` of them."""
     stages = read_lock(root)
-    # Trainings last, so that theirs counts.
-    order = sorted(stages, key=lambda name: name.startswith("train"))
-    known = {d["path"]: d.get("md5") for name in order for d in stages[name].get("deps", [])}
-    hashes = []
-    for folder in map(concept_folder, concepts):
-        md5 = known.get(folder.as_posix())
-        path = root / folder
-        hashes.append(f"md5:{md5}" if md5 else f"sha256:{sha256_tree(path)}" if path.exists() else "none")
-    return " ".join(hashes)
+    own = makers_of(stages, [f"out/mix/{entry.name}", f"out/train/{entry.name}"])  # a pair's pictures go into its mixes
+    known = {d["path"]: d.get("md5") for name in own for d in stages[name].get("deps", [])}
+    hashes = {}
+    for name in entry.concepts:
+        folder = concept_folder(name)
+        md5, path = known.get(folder.as_posix()), root / folder
+        hashes[name] = f"md5:{md5}" if md5 else f"sha256:{sha256_tree(path)}" if path.exists() else "none"
+    return hashes
 
 
 def describe_lineage(config: Config, results: Results) -> dict[str, Any]:
     """The lineage of what the stages of one name left, as lineage.json."""
     stages = read_lock(results.root)
     ends = makers_of(stages, [f"{folder}/{results.concept}" for folder in OWN_STAGES])
-    entry = config.entry(results.concept)
     return {
         "concept": results.concept,
         **git_state(results.root),
         "base": config.base.model_dump() | {"hash": results.base_hash},
-        "data": {name: data_hash(results.root, [name]) for name in entry.concepts},
+        "data": data_hashes(results.root, results.entry),
         "delta_sha256": results.delta_sha256,
         "train": results.training.get("config", {}),
         "params": config.model_dump(mode="json", include=set(SECTIONS)),
-        "concepts": {name: concept.model_dump(mode="json") for name, concept in entry.concepts.items()},
+        "concepts": {name: concept.model_dump(mode="json") for name, concept in results.entry.concepts.items()},
         "stages": upstream(stages, ends),
         "packages": packages(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdiff.catalogue import Kind
+from svdiff.catalogue import Entry, Kind
 from svdiff.config import Config
 
 OWN: dict[Kind, list[str]] = {
@@ -21,6 +21,11 @@ def shared_stages(config: Config, name: str) -> list[str]:
 def own_stages(config: Config, name: str) -> list[str]:
     """Stages of one name alone, after those it shares with others. Raises SvdiffError for an unknown name."""
     return [f"{stage}@{name}" for stage in OWN[config.entry(name).kind]]
+
+
+def stage_of(entry: Entry, step: str) -> str:
+    """The stage that takes a step (`train`, `sample` …) of an entry: `sample-pair@two-cats`."""
+    return next(f"{stage}@{entry.name}" for stage in OWN[entry.kind] if stage.partition("-")[0] == step)
 
 
 def analysis_stages(config: Config) -> list[str]:

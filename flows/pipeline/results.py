@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.pipeline.order import stage_of
+from svdiff.catalogue import Entry
 from svdiff.config import Config
 from svdiff.errors import SvdiffError
 from svdiff.files import read_table, sha256_file, sha256_tree
@@ -27,10 +29,15 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Results:
-    """Folders `train`, `sample` and `score` of `concept` below `root`/out, all complete."""
+    """Folders `train`, `sample` and `score` of a concept or pair below `root`/out, all complete."""
 
-    concept: str
+    entry: Entry
     root: Path
+
+    @property
+    def concept(self) -> str:
+        """Its name."""
+        return self.entry.name
 
     def folder(self, stage: str) -> Path:
         """Output folder of a stage."""
@@ -57,9 +64,9 @@ class Results:
                 metadata: dict[str, str] = stream.metadata() or {}
                 broken = [name for name in stream.keys() if not np.isfinite(stream.get_tensor(name)).all()]  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise SvdiffError(f"{self.delta} cannot be read ({error}); train again: {self._repro}") from None
+            raise SvdiffError(f"{self.delta} cannot be read ({error}); {self._again('train')}") from None
         if broken:
-            raise SvdiffError(f"{self.delta}: '{broken[0]}' has values that are not finite; train again: {self._repro}")
+            raise SvdiffError(f"{self.delta}: '{broken[0]}' has values that are not finite; {self._again('train')}")
         if "base_hash" not in metadata:
             raise SvdiffError(f"{self.delta} says no base_hash, so nobody could tell where it fits: no spectral delta")
         return metadata
@@ -74,7 +81,7 @@ class Results:
         """train.json."""
         content: dict[str, Any] = json.loads((self.folder("train") / "train.json").read_text())
         if "train_key" not in content:
-            raise SvdiffError(f"{self.folder('train') / 'train.json'} has no train_key; train again: {self._repro}")
+            raise SvdiffError(f"{self.folder('train') / 'train.json'} has no train_key; {self._again('train')}")
         return content
 
     @cached_property
@@ -90,9 +97,7 @@ class Results:
         content = json.loads(path.read_text())
         for key, value in content.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise SvdiffError(
-                    f"{path}: {key} is {value!r}; expected a finite number: `dvc repro -f -s score@{self.concept}`"
-                )
+                raise SvdiffError(f"{path}: {key} is {value!r}; expected a finite number; {self._again('score')}")
         return {key: float(value) for key, value in content.items()}
 
     @cached_property
@@ -109,20 +114,23 @@ class Results:
         """Hash of everything that scoring said, to tell a new scoring from a repeated registration."""
         return sha256_tree(self.folder("score"))
 
-    @property
-    def _repro(self) -> str:
-        return f"`dvc repro -f -s train@{self.concept}`"
+    def _again(self, step: str) -> str:
+        return f"{step} again: `dvc repro -f -s {stage_of(self.entry, step)}`"
 
 
 def read_results(config: Config, concept: str, root: Path = Path()) -> Results:
-    """The results of `concept`. Raises SvdiffError naming the missing file and the stage that makes it."""
-    config.entry(concept)
-    results = Results(concept, root.resolve())
+    """The results of `concept`. Raises SvdiffError for an edit, or naming the missing file and the stage that makes it."""
+    entry = config.entry(concept)
+    if entry.kind == "edit":
+        raise SvdiffError(
+            f"'{concept}' is an edit, and edits are not registered; expected a concept or pair of params.yaml"
+        )
+    results = Results(entry, root.resolve())
     for stage, names in REQUIRED.items():
         for name in names:
             if not (results.folder(stage) / name).is_file():
                 path = results.folder(stage).relative_to(results.root) / name
-                raise SvdiffError(f"{path} is missing; make it with `dvc repro {stage}@{concept}`")
+                raise SvdiffError(f"{path} is missing; make it with `dvc repro {stage_of(entry, stage)}`")
     return results
 
 

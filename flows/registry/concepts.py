@@ -126,7 +126,7 @@ def model_id(version: ModelVersion) -> str:
 def _unknown(tracking: Tracking, concept: str) -> str:
     return (
         f"no concept '{concept}' in the registry at {tracking.uri}; `python -m flows list` shows those "
-        f"that are, `dvc repro register@{concept}` registers it"
+        f"that are, `python -m flows register {concept}` registers what was trained"
     )
 
 

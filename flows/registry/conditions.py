@@ -58,7 +58,7 @@ def conditions_of_results(config: Config, results: Results) -> Conditions:
         scores.evaluators,
         scores.table.index,
         config.sample,
-        [results.root / concept_folder(name) for name in config.entry(results.concept).concepts],
+        [results.root / concept_folder(name) for name in results.entry.concepts],
     )
 
 

@@ -59,7 +59,7 @@ def _readme(config: Config, results: Results) -> str:
 
     from flows.registry.summary import card
 
-    entry, model = config.entry(results.concept), config.base.model
+    entry, model = results.entry, config.base.model
     facts = ModelCardData(
         base_model=None if (results.root / model).exists() else model,
         pipeline_tag="text-to-image",

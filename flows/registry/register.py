@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import svdiff
-from flows.pipeline.lineage import data_hash, git_state
+from flows.pipeline.lineage import data_hashes, git_state
 from flows.pipeline.results import Results
 from flows.registry import runs, summary
 from flows.registry.concepts import CHALLENGER, CHAMPION, model_id
@@ -100,12 +100,12 @@ def settle(tracking: Tracking, same: list[ModelVersion]) -> ModelVersion | None:
 
 def version_tags(config: Config, results: Results) -> dict[str, str]:
     """Lineage of a version: enough to say what it was made from, and to find it again."""
-    entry = config.entry(results.concept)
+    entry = results.entry
     return {
         "delta_sha256": results.delta_sha256,
         # `base_hash` of the UNet, `text_encoder.base_hash` where that was trained as well.
         **{key: value for key, value in results.delta_metadata.items() if key.endswith("base_hash")},
-        "data_hash": data_hash(results.root, entry.concepts),
+        "data_hash": " ".join(data_hashes(results.root, entry).values()),
         "subset": results.delta_metadata.get("subset", config.train_config(results.concept).subset),
         "kind": entry.kind,
         "concepts": ", ".join(entry.concepts),
@@ -188,7 +188,7 @@ def _log_model(tracking: Tracking, config: Config, results: Results, run_id: str
             code_paths=[str(_copy_code(Path(folder)))],
             artifacts={"delta": str(results.delta), "concept": str(description)},
             signature=_signature(config),
-            input_example=pd.DataFrame({"prompt": [f"a {config.entry(results.concept).subject}"]}),
+            input_example=pd.DataFrame({"prompt": [f"a {results.entry.subject}"]}),
             pip_requirements=_requirements(),
             tags={"delta_sha256": results.delta_sha256, "base_hash": results.base_hash},
             # Else MLflow would load the base and draw the example's picture at every registration.
@@ -210,7 +210,7 @@ class _Pyfunc:
 
 def model_description(config: Config, results: Results) -> dict[str, Any]:
     """concept.json of the model: what concept_model.py needs to know beside the delta."""
-    base, root, entry = config.base.model_dump(mode="json"), results.root, config.entry(results.concept)
+    base, root, entry = config.base.model_dump(mode="json"), results.root, results.entry
     local = (root / config.base.model).resolve()
     inside = local.exists() and local.is_relative_to(root)
     if local.exists():

@@ -124,7 +124,7 @@ def _log_training(tracking: Tracking, config: Config, results: Results, run: Run
     # Parameters cannot change in MLflow: what the live curve logged already stays.
     new = {key: value for key, value in _parameters(config, results).items() if key not in run.data.params}
     client.log_batch(run_id, params=[Param(key, redacted(str(value))) for key, value in new.items()])
-    pictures = {name: lineage.data_hash(results.root, [name]) for name in config.entry(results.concept).concepts}
+    pictures = lineage.data_hashes(results.root, results.entry)
     data = [
         Dataset(
             name,
@@ -171,7 +171,7 @@ def read_lineage(tracking: Tracking, version: ModelVersion) -> dict[str, Any]:
 
 
 def _parameters(config: Config, results: Results) -> dict[str, Any]:
-    entry = config.entry(results.concept)
+    entry = results.entry
     values = results.training.get("config") or config.train_config(results.concept).model_dump(mode="json")
     return values | {
         "class_word": entry.class_word,

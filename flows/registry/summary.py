@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.pipeline.lineage import data_hash
+from flows.pipeline.lineage import data_hashes
 from flows.registry.promotion import judge_against_base
 from svdiff.data.concepts import concept_folder
 from svdiff.files import read_table
@@ -35,7 +35,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 def card(config: Config, results: Results) -> str:
     """The model card of a version: purpose, data, licence, base, scores with intervals, limits, pictures."""
-    entry, training, metrics = config.entry(results.concept), results.training, results.metrics
+    entry, training, metrics = results.entry, results.training, results.metrics
     settings = training.get("config", {})
     method = settings.get("method", "svdiff")
     chosen = ", ".join(
@@ -50,7 +50,7 @@ def card(config: Config, results: Results) -> str:
         "",
         "## Data",
         "",
-        *(_data(results, name) for name in entry.concepts),
+        *(_data(results.root, name, digest) for name, digest in data_hashes(results.root, entry).items()),
         "",
         "## Training",
         "",
@@ -84,13 +84,10 @@ def description(config: Config, results: Results) -> str:
     return text.strip()
 
 
-def _data(results: Results, concept: str) -> str:
-    folder = results.root / concept_folder(concept)
+def _data(root: Path, concept: str, digest: str) -> str:
+    folder = root / concept_folder(concept)
     pictures = len([path for path in folder.glob("*") if path.suffix.lower() in PICTURES])
-    return (
-        f"- `{concept_folder(concept)}`: {pictures} pictures, {data_hash(results.root, [concept])}; "
-        f"licence: {licence_near(folder)}"
-    )
+    return f"- `{concept_folder(concept)}`: {pictures} pictures, {digest}; licence: {licence_near(folder)}"
 
 
 def licence_near(folder: Path) -> str:

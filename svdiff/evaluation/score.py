@@ -108,8 +108,7 @@ def read_samples(folder: Path) -> tuple[pd.DataFrame, list[Image.Image]]:
     """`images.csv` of a sample folder and its pictures, checked: every picture is there, from the trained model and the base."""
     table = folder / "images.csv"
     if not table.is_file():
-        fix = f"with `dvc repro sample@{folder.name}`, or `svdiff sample {folder.name}`"
-        raise SvdiffError(f"{table} not found; sample {folder.name} first, {fix}")
+        raise SvdiffError(f"{table} not found; draw the pictures first, with `svdiff sample {folder.name}`")
     samples = read_table(table)
     missing = [file for file in samples["file"] if not (folder / file).is_file()]
     if missing:

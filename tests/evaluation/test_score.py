@@ -107,7 +107,7 @@ def test_the_evaluator_reads_prompts_without_the_token(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "images.csv").unlink(), "dvc repro sample@red-dog"),
+        (lambda folder: (folder / "images.csv").unlink(), "svdiff sample red-dog"),
         (lambda folder: (folder / "base/p00-s0003.png").unlink(), "base/p00-s0003.png"),
         (
             lambda folder: (folder / "images.csv").write_text(

@@ -8,18 +8,25 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+import yaml
 from miniature import BASE_HASH, Project, write_params, write_results
 from mlflow import MlflowClient
 
+from flows.pipeline.lineage import data_hashes
 from flows.pipeline.results import read_results
 from flows.registry import register as registry
 from flows.registry.concepts import find, list_concepts, model_id, read_concept, read_concepts
 from flows.registry.promotion import aliases_of, champion_of
 from flows.registry.runs import TRAIN_KEY
+from svdiff.catalogue import Entry
+from svdiff.config import ConceptConfig, load_config
 from svdiff.errors import SvdiffError
+
+ROOT = Path(__file__).parents[2]
 
 
 def versions(project: Project, concept: str = "dog") -> list[int]:
@@ -185,6 +192,31 @@ def test_missing_results_name_the_file_and_the_stage(project: Project, missing: 
     (project.root / "out" / missing).unlink()
     with pytest.raises(SvdiffError, match=rf"out/{missing}.*dvc repro {missing.split('/')[0]}@dog"):
         read_results(project.config, "dog", project.root)
+
+
+def test_stages_of_pairs_have_names_of_their_own_and_edits_are_not_registered(tmp_path: Path) -> None:
+    config = load_config(ROOT / "params.yaml")
+    (pair,), (edit, *_) = config.pairs, config.edits
+    with pytest.raises(SvdiffError, match=f"`dvc repro train-pair@{pair}`"):
+        read_results(config, pair, tmp_path)
+    with pytest.raises(SvdiffError, match=f"'{edit}' is an edit, and edits are not registered"):
+        read_results(config, edit, tmp_path)
+
+
+def test_pictures_of_a_pair_are_those_of_its_own_mixes(tmp_path: Path) -> None:
+    """Not those that one of its concepts was trained on by itself, later."""
+
+    def stage(md5: str, out: str) -> dict[str, Any]:
+        return {"deps": [{"path": "data/concepts/dog", "md5": md5}], "outs": [{"path": out}]}
+
+    stages = {
+        "mix@both": stage("mixed", "out/mix/both"),
+        "train@dog": stage("alone", "out/train/dog/delta.safetensors"),
+    }
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
+    dog = {"dog": ConceptConfig(class_word="dog", token="sks")}
+    assert data_hashes(tmp_path, Entry("both", "pair", dog)) == {"dog": "md5:mixed"}
+    assert data_hashes(tmp_path, Entry("dog", "concept", dog)) == {"dog": "md5:alone"}
 
 
 def test_a_file_that_is_no_delta_is_refused(project: Project) -> None:
