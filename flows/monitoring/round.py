@@ -255,7 +255,15 @@ class Round:
             sound.append(Verdict.NEW_BASELINE)
         if previous.verdict not in sound:
             return f"not rolled back: version {number} is no better off ({previous.verdict}: {previous.reason})"
-        rollback(self.tracking, concept.name, f"re-evaluation: {result.verdict}")
+        try:  # others register and promote while these are measured
+            rollback(
+                self.tracking,
+                concept.name,
+                f"re-evaluation: {result.verdict}",
+                expected=(result.version, number),
+            )
+        except SvdiffError as error:
+            return f"not rolled back: {error}"
         return f"rolled back to version {number} ({previous.verdict})"
 
 

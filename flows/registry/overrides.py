@@ -48,14 +48,22 @@ def promote_manually(tracking: Tracking, concept: str, version: int | None, reas
     return number
 
 
-def rollback(tracking: Tracking, concept: str, reason: str) -> tuple[int, int]:
+def rollback(
+    tracking: Tracking, concept: str, reason: str, *, expected: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """Put the previous champion back and bar the present one from automatic promotion.
+
+    Args:
+        tracking: the registry.
+        concept: whose champion.
+        reason: stays with both versions.
+        expected: the champion and its predecessor that the decision was made on; default whichever they are.
 
     Returns:
         Version numbers of the champion that was and of the one that is now.
 
     Raises:
-        SvdiffError: no champion, no usable predecessor on record, or the predecessor was deleted.
+        SvdiffError: no champion, no usable predecessor on record, the predecessor was deleted, or others than expected.
     """
     with locked(tracking.locks / f"register-{concept}"):
         found = read_concept(tracking, concept)
@@ -67,6 +75,11 @@ def rollback(tracking: Tracking, concept: str, reason: str) -> tuple[int, int]:
             raise SvdiffError(
                 f"champion version {number} of '{concept}' has no predecessor on record that could come back; "
                 "promote another by hand"
+            )
+        if expected and expected != (number, previous):
+            raise SvdiffError(
+                f"'{concept}' has champion version {number} with predecessor {previous} by now; expected {expected[0]} with "
+                f"{expected[1]}: decide again"
             )
         model_version(tracking, concept, previous)
         client = tracking.client

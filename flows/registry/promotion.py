@@ -40,7 +40,7 @@ from flows.registry.conditions import (
     conditions_of_results,
     set_baseline,
 )
-from flows.registry.tracking import Tracking
+from flows.registry.tracking import Tracking, locked
 from svdiff.config import Config, PromoteConfig, ScoreConfig
 from svdiff.secrets import redacted
 
@@ -187,17 +187,19 @@ def decide_again(tracking: Tracking, config: Config, concept: str) -> Decision |
 
     For when the champion was measured anew: what could not be compared perhaps can be now.
     """
-    number = aliases_of(tracking, concept).get(CHALLENGER)
-    if number is None:
-        return None
-    challenger = model_version(tracking, concept, number)
-    conditions = baseline_conditions(challenger)
-    if conditions is None:
-        return None
-    before = Decision(True, challenger.tags.get(REASON, ""))  # a challenger is better than the base
-    decision = _decide_by_rule(tracking, config, challenger, before, baseline_scores(tracking, challenger), conditions)
-    _apply(tracking, challenger, decision)
-    return decision
+    with locked(tracking.locks / f"register-{concept}"):
+        number = aliases_of(tracking, concept).get(CHALLENGER)
+        if number is None:
+            return None
+        challenger = model_version(tracking, concept, number)
+        conditions = baseline_conditions(challenger)
+        if conditions is None:
+            return None
+        before = Decision(True, challenger.tags.get(REASON, ""))  # a challenger is better than the base
+        scores = baseline_scores(tracking, challenger)
+        decision = _decide_by_rule(tracking, config, challenger, before, scores, conditions)
+        _apply(tracking, challenger, decision)
+        return decision
 
 
 def _apply(tracking: Tracking, version: ModelVersion, decision: Decision) -> None:

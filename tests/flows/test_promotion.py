@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,8 +13,10 @@ from hypothesis import strategies as st
 from miniature import Project
 
 from flows.pipeline.results import Scores
+from flows.registry import promotion
 from flows.registry.overrides import promote_manually, rollback
-from flows.registry.promotion import aliases_of, champion_of, judge, judge_against_base
+from flows.registry.promotion import aliases_of, champion_of, decide_again, judge, judge_against_base
+from flows.registry.tracking import locked
 from svdiff.config import PromoteConfig, ScoreConfig
 from svdiff.errors import SvdiffError
 
@@ -196,6 +202,24 @@ def test_champions_challengers_and_the_way_back(project: Project) -> None:
     assert "rolled_back" not in tags(3)
     assert tags(3)["promotion_reason"] == "by hand: was the scanner"
     assert aliases_of(project.tracking, "dog") == {"champion": 3, "challenger": 2}
+
+
+def test_a_challenger_is_judged_again_as_it_is_once_nobody_else_is_at_work(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody promotes it while `decide_again` waits for the lock: there is no challenger any more."""
+    project.register(value=1, identity=0.5)
+    project.register(value=2, identity=0.4)
+
+    @contextmanager
+    def waits(lock: Path) -> Iterator[None]:
+        promote_manually(project.tracking, "dog", 2, "meanwhile")
+        with locked(lock):
+            yield
+
+    monkeypatch.setattr(promotion, "locked", waits)
+    assert decide_again(project.tracking, project.config, "dog") is None
+    assert champion_of(project.tracking, "dog") == 2
 
 
 def test_people_are_told_what_cannot_be(project: Project) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from champions import EVALUATORS, SAMPLE, Champions, disturb_autoencoder
+from miniature import Project, write_params
+from mlflow.entities.model_registry import ModelVersion
 from typer.testing import CliRunner
 
 from flows.monitoring import round as module
@@ -15,7 +17,7 @@ from flows.monitoring.commands import app
 from flows.monitoring.round import REEVALUATES, VERDICT, WHEN, Round
 from flows.monitoring.rule import Verdict, compare
 from flows.registry.concepts import model_id
-from flows.registry.overrides import retire
+from flows.registry.overrides import promote_manually, retire
 from flows.registry.promotion import aliases_of, champion_of
 from svdiff.config import ReevaluateConfig
 from svdiff.errors import SvdiffError
@@ -147,12 +149,30 @@ def test_a_killed_round_goes_on_and_nothing_is_measured_twice(
     ]
 
 
+def test_a_champion_that_came_while_the_last_was_measured_stays(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(project.root, "dog", "dog2", reevaluate={"rollback": True})
+    project = Project(project.root)
+    for value in (1, 2):
+        project.register(value=value, identity=0.4 + value / 10)
+
+    def measure(self: Round, version: ModelVersion) -> module.Result:
+        number = int(version.version)
+        if number == 1:
+            promote_manually(project.tracking, "dog", 1, "meanwhile")
+        return module.Result("dog", number, Verdict.BROKEN if number == 2 else Verdict.UNCHANGED, "as the test says")
+
+    monkeypatch.setattr(Round, "_reevaluate", measure)
+    result = Round(project.tracking, project.config, project.root).reevaluate("dog")
+    assert "not rolled back: 'dog' has champion version 1 with predecessor 2 by now; expected 2 with 1" in result.reason
+    assert champion_of(project.tracking, "dog") == 1
+
+
 @pytest.mark.slow
 def test_a_broken_champion_makes_way_for_a_sound_predecessor(champions: Champions, tiny_pipe) -> None:
     champions.train(tiny_pipe, "dog", seed=1)
     champions.train(tiny_pipe, "dog", seed=2)
-    from flows.registry.overrides import promote_manually
-
     if champion_of(champions.tracking, "dog") == 1:
         promote_manually(champions.tracking, "dog", 2, "for the test")
     corrupt = champions.delta_file("dog", 2)
