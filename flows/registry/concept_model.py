@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class ConceptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-define
         base, cache = find_base(config, delta)
         if Path(base["model"]).is_absolute() and not Path(base["model"]).exists():
             raise SvdiffError(f"registered concept '{self.concept}': its base model is not at {base['model']}; {fix}")
-        self.pipe = load_pipeline(BaseModelConfig(**base))
+        self.pipe, self.at_work = load_pipeline(BaseModelConfig(**base)), threading.Lock()
         try:
             self.set_scale = put_on(self.pipe, delta, cache)
         except SvdiffError as error:
@@ -65,7 +66,10 @@ class ConceptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-define
             ) from error
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Pictures for prompts; each depends on its own prompt and seed only. MLflow would take hints for a signature."""
+        """Pictures for prompts; each depends on its own prompt and seed only. MLflow would take hints for a signature.
+
+        MLflow's server asks by several threads: they draw one after the other, each at its own strength.
+        """
         from svdiff.sampling import Job
         from svdiff.sampling.stage import draw_pictures
 
@@ -75,9 +79,10 @@ class ConceptModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-define
         prompts = [prompt.replace("{subject}", self.subject) for prompt in prompts]
         seeds = read_seeds(given, len(prompts), seeds)
         settings = read_settings(self.defaults, given)
-        self.set_scale(read_scale(given))
-        jobs = [Job(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        images = draw_pictures(self.pipe, jobs, settings, self.negatives)
+        scale, jobs = read_scale(given), [Job(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        with self.at_work:
+            self.set_scale(scale)
+            images = draw_pictures(self.pipe, jobs, settings, self.negatives)
         return pd.DataFrame({"prompt": prompts, "seed": seeds, "image": [_png(image) for image in images]})
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,16 @@ def test_seeds_stand_beside_prompts_in_params_or_count_up(served: Any) -> None:
 def test_the_rest_is_refused_by_name(served: Any, sent: Any, params: dict[str, Any], message: str) -> None:
     with pytest.raises(SvdiffError, match=message):
         served.predict(sent, params=FEW | params)
+
+
+def test_requests_at_once_are_drawn_each_at_its_own_strength_and_steps(served: Any) -> None:
+    def draw(params: dict[str, Any]) -> np.ndarray:
+        return picture(served.predict("a {subject}", params=FEW | params))
+
+    asked = [{"scale": scale, "steps": steps} for scale in (0.0, 1.0, 2.0, 3.0) for steps in (2, 3)]
+    alone = [draw(params) for params in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        assert all(map(np.array_equal, alone, pool.map(draw, asked)))
 
 
 def requirements(model: Any) -> list[str]:
