@@ -1,8 +1,9 @@
 """Trains a registered version again from its lineage alone, and compares it bit for bit.
 
 A clone of this repository at the version's commit, with the version's own entries of dvc.lock, gets its inputs from
-the DVC cache or remote by hash. DVC must find nothing changed in it; then the training runs again, without any resume
-state or run cache, by the code of that commit. Equal means equal files: same shifts, same metadata.
+the DVC cache or remote by hash, or from here what neither git nor DVC has, such as a large base. DVC must find nothing
+changed in it; then the training runs again, without any resume state or run cache, by the code of that commit. Equal means
+equal files: same shifts, same metadata.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any
 import yaml
 
 from flows.pipeline.lineage import git, makers_of, packages
+from flows.pipeline.order import stage_of
 from flows.pipeline.process_tree import running
+from svdiff.catalogue import Entry
 from svdiff.errors import SvdiffError
 from svdiff.files import sha256_file
 from svdiff.models import scratch
@@ -74,7 +77,7 @@ def reproduce(
         say(f"{which}: clone at {commit[:12]} in {clone}")
         _share(root, clone)
         (clone / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": lineage["stages"]}, sort_keys=False))
-        _bring_inputs(clone, stage, lineage, say)
+        _bring_inputs(root, clone, stage, lineage, say)
         say(f"{which}: training again ({stage})")
         _dvc(clone, "repro", "--single-item", "--force", "--no-run-cache", "--no-commit", stage, say=say)
         made = clone / "out" / "train" / lineage["concept"] / "delta.safetensors"
@@ -103,9 +106,10 @@ def _usable_commit(root: Path, which: str, lineage: dict[str, Any]) -> str:
 def _training_stage(which: str, lineage: dict[str, Any]) -> str:
     stages = makers_of(lineage["stages"], [f"out/train/{lineage['concept']}"])
     if not stages:
+        entry = Entry(lineage["concept"], "pair" if len(lineage["concepts"]) > 1 else "concept")
         raise SvdiffError(
             f"{which} was registered without DVC's record of its training, so that its inputs are not known; "
-            f"`dvc repro register@{lineage['concept']}` registers with it"
+            f"`dvc repro {stage_of(entry, 'register')}` registers with it"
         )
     return stages[0]
 
@@ -146,8 +150,9 @@ def _share(root: Path, clone: Path) -> None:
         (clone / ".svdiff" / "bases").symlink_to(bases)
 
 
-def _bring_inputs(clone: Path, stage: str, lineage: dict[str, Any], say: Say) -> None:
-    """Check out what the training reads, from the cache or else the remote, and let DVC compare it with the record."""
+def _bring_inputs(root: Path, clone: Path, stage: str, lineage: dict[str, Any], say: Say) -> None:
+    """Check out what the training reads, from the cache, the remote or else `root`, and let DVC compare it with the record."""
+    lacking = {}  # what DVC does not have, and what to say should `root` not have it either
     for dependency in lineage["stages"][stage].get("deps", []):
         path = dependency["path"]
         if git(clone, "ls-files", "--", path):
@@ -157,10 +162,15 @@ def _bring_inputs(clone: Path, stage: str, lineage: dict[str, Any], say: Say) ->
             _dvc(clone, "checkout", "--force", path, check=False).returncode
             and (done := _dvc(clone, "pull", "--force", path, check=False)).returncode
         ):
-            raise SvdiffError(
-                f"{path} with hash {dependency.get('md5')} is neither in the DVC cache nor to be had from the remote; "
-                f"push it from a machine that has it. DVC says:\n{_tail(done)}"
+            lacking[path] = (
+                f"{path} with hash {dependency.get('md5')} is neither in the DVC cache nor to be had from the remote, nor "
+                f"here in {root}; push it from a machine that has it, or put it there. DVC says:\n{_tail(done)}"
             )
+            if not (root / path).exists():
+                raise SvdiffError(lacking[path])
+            if not (clone / path).exists():  # a path from the root of the disk is the same in both
+                (clone / path).parent.mkdir(parents=True, exist_ok=True)
+                (clone / path).symlink_to((root / path).resolve())
     # DVC prints `{}` for a stage without changes; its own outputs are missing, as they should be.
     status = json.loads(_dvc(clone, "status", "--json", stage).stdout or "{}")
     changed = {
@@ -169,6 +179,8 @@ def _bring_inputs(clone: Path, stage: str, lineage: dict[str, Any], say: Say) ->
         if isinstance(part, dict)
         for path, how in part.get("changed deps", {}).items()
     }
+    for path in lacking.keys() & changed:
+        raise SvdiffError(lacking[path])
     if changed:
         raise SvdiffError(
             f"commit {lineage['git_commit'][:12]} has other inputs of {stage} than were recorded when it was trained: "

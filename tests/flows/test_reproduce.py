@@ -126,7 +126,25 @@ def test_a_commit_that_a_shallow_clone_lacks_is_named_with_the_way_to_it(checkou
         reproduce(shallow, "dog@1", lineage, lambda folder: folder, say=print)
 
 
+def test_a_base_that_neither_git_nor_dvc_has_is_taken_from_here_if_it_is_the_same(dvc_project: Path) -> None:
+    checkout = Checkout(dvc_project)
+    base = checkout.root / "models/large"
+    base.mkdir(parents=True)
+    (base / "weights").write_text("trained on these")
+    (checkout.root / ".gitignore").write_text((checkout.root / ".gitignore").read_text() + "/models\n")
+    stages = (checkout.root / "dvc.yaml").read_text()
+    (checkout.root / "dvc.yaml").write_text(stages.replace("[stage.py, ", "[stage.py, models/large, "))
+    checkout.commit("a base as the how-to says")
+    checkout.train()
+    assert checkout.reproduce().equal
+    assert (base / "weights").read_text() == "trained on these"
+    (base / "weights").write_text("others")
+    with pytest.raises(SvdiffError, match=r"models/large with hash \S+ is neither in the DVC cache nor .* nor here in"):
+        checkout.reproduce()
+
+
 def test_data_that_is_gone_is_named(checkout: Checkout) -> None:
     shutil.rmtree(checkout.root / ".dvc/cache/files")
+    shutil.rmtree(checkout.root / "data/concepts/dog")
     with pytest.raises(SvdiffError, match=r"data/concepts/dog with hash \S+ is neither in the DVC cache nor"):
         checkout.reproduce()
