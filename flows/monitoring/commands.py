@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.registry.commands import PARAMS, Params, connected
+from svdiff.secrets import redacted
 
 app = typer.Typer()
 
@@ -41,7 +42,7 @@ def reevaluate(
         try:
             result = round_.reevaluate(p.concept)
         except Exception as error:  # one that fails does not stop the others
-            typer.secho(f"{p.concept} version {p.version}: failed: {error}", err=True, fg="red")
+            typer.secho(f"{p.concept} version {p.version}: failed: {redacted(str(error))}", err=True, fg="red")
             wrong.append(p.concept)
             continue
         typer.echo(result.line())

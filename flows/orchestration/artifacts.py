@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import re
+import time
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +22,11 @@ from prefect.artifacts import (
 from flows.pipeline.results import Results
 from flows.registry import summary
 from flows.registry.runs import sample_grids
+from svdiff.secrets import redacted
 
+log = logging.getLogger(__name__)
+
+SERVER_AWAY = 300.0  # seconds in which a bar is not shown again, after Prefect's client has tried for a minute
 PERCENT = re.compile(r"(\d+)%\|")  # as tqdm writes it
 
 
@@ -35,22 +41,30 @@ def publish_concept(results: Results) -> None:
 
 
 class Progress:
-    """A progress artifact that follows the bar of one stage; there is none for a stage that shows no bar."""
+    """A progress artifact that follows the bar of one stage; there is none for a stage that shows no bar.
+
+    A server that is away, or refuses, is no reason to end the stage: its bar is then not shown for a while.
+    """
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.artifact: UUID | None = None
+        self.next = 0.0
 
     def show(self, bar: str) -> None:
         """Set the artifact to what `bar`, a line of tqdm, says."""
         found = PERCENT.search(bar)
-        if found is None:
+        if found is None or time.monotonic() < self.next:
             return
-        if self.artifact is None:
-            made: Any = create_progress_artifact(float(found[1]), key=key("progress", self.stage), description=bar)
-            self.artifact = made
-        else:
-            update_progress_artifact(self.artifact, float(found[1]), description=bar)
+        try:
+            if self.artifact is None:
+                made: Any = create_progress_artifact(float(found[1]), key=key("progress", self.stage), description=bar)
+                self.artifact = made
+            else:
+                update_progress_artifact(self.artifact, float(found[1]), description=bar)
+        except Exception as error:
+            log.warning("the progress of %s is not shown: %s", self.stage, redacted(str(error)))
+            self.next = time.monotonic() + SERVER_AWAY
 
 
 def key(*parts: str) -> str:

@@ -6,6 +6,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
@@ -29,7 +30,10 @@ def run_on_workers(deployment: str, name: str, parameters: dict[str, Any]) -> No
     )
     with get_client(sync_client=True) as client:
         while True:
-            state = client.read_flow_run(part.id).state
+            try:
+                state = client.read_flow_run(part.id).state
+            except httpx.HTTPError:  # the server is away, while the part goes on
+                state = None
             if state is not None and state.is_final():
                 if state.is_completed():
                     return

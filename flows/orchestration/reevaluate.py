@@ -26,6 +26,7 @@ from flows.orchestration.schedules import cancel_missed
 from flows.registry.runs import FLOW_RUN, FLOW_RUN_URL
 from flows.registry.tracking import connect
 from svdiff.config import load_config
+from svdiff.secrets import redacted
 
 EVENTS = {Verdict.DRIFT: "svdiff.champion.drifted", Verdict.BROKEN: "svdiff.champion.broken"}
 
@@ -88,7 +89,7 @@ def _measure(names: Sequence[str], round_: Round) -> tuple[list[Result], dict[st
     for name in names:
         state = _reevaluate(name, round_, return_state=True)
         if not state.is_completed():
-            failures[name] = state.message or state.type.value
+            failures[name] = redacted(state.message or state.type.value)
             continue
         result = state.result()
         results.append(result)

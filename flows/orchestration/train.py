@@ -29,7 +29,7 @@ from flows.orchestration.parameters import Minutes, Name, check
 from flows.orchestration.tasks import GPU, dvc_stage, train_group
 from flows.pipeline.order import analysis_stages, own_stages, shared_stages, stage_of
 from flows.pipeline.results import read_results
-from flows.pipeline.stages import changed
+from flows.pipeline.stages import StageFailed, changed
 from svdiff.config import Config, TrainConfig, load_config
 from svdiff.errors import SvdiffError
 
@@ -159,7 +159,11 @@ def _train_in_groups(
     for name in names:
         for stage in takewhile(lambda stage: not stage.startswith("train"), own_stages(config, name)):
             _attempt({}, stage, timeout_minutes)
-    groups = _groups(config, names, together, limit)
+    try:
+        groups = _groups(config, names, together, limit)
+    except StageFailed as error:  # such as another run's training, during which DVC tells nothing of these stages
+        log.warning("which trainings are due cannot be told, so each is trained alone: %s", error)
+        return
     if not groups:
         return
     with ThreadPoolTaskRunner[Any](max_workers=limit) as runner:

@@ -25,6 +25,7 @@ from flows.services.supervision import Supervisor, answers
 from svdiff.config import load_config
 from svdiff.errors import SvdiffError
 from svdiff.files import write_atomic
+from svdiff.secrets import redacted
 
 API_URL = "http://127.0.0.1:4200/api"
 MLFLOW_PORT = 5000  # or another, where that is taken
@@ -173,11 +174,16 @@ def _mlflow(supervisor: Supervisor, environment: dict[str, str], root: Path) -> 
     for port in supervisor.ports("mlflow"):
         return f"MLflow UI answers at http://127.0.0.1:{port}"
     store = connect(load_config(root / "params.yaml").tracking, root).uri
+    if urlsplit(store).scheme in ("http", "https"):
+        return f"MLflow UI: {redacted(store)}"
     port = _free_port() if _taken(MLFLOW_PORT) else MLFLOW_PORT
     url = f"http://127.0.0.1:{port}"
-    command = ["mlflow", "server", "--backend-store-uri", store, "--workers", "1", "--host", "127.0.0.1"]
-    command += ["--port", str(port)]
-    supervisor.start("mlflow", command, environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    own = {
+        "MLFLOW_BACKEND_STORE_URI": store,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }  # arguments are seen by all
+    supervisor.start("mlflow", command, environment | own)
     supervisor.wait_for("mlflow", f"{url}/health")
     return f"MLflow UI started at {url} (log: {supervisor.log('mlflow')})"
 

@@ -132,6 +132,9 @@ class Supervisor:
         parser = configparser.RawConfigParser()
         if not alone:
             parser.read(self.configuration)
+            for name in parser.sections():
+                if name.startswith("program:"):  # that of `become` starts by itself, with another service's settings
+                    parser[name]["autostart"] = "false"
         sections: dict[str, dict[str, str]] = {
             "supervisord": {"logfile": f"{self.home}/supervisord.log", "pidfile": f"{self.home}/supervisord.pid"},
             "unix_http_server": {"file": str(self.socket), "chmod": "0700"},

@@ -88,8 +88,6 @@ class Drawer:
 
         `deltas` has those that the pictures want.
         """
-        from svdiff.sampling import Job, sample_images
-
         errors: dict[int, Exception] = {}
         for place, picture in enumerate(pictures):
             try:
@@ -100,21 +98,32 @@ class Drawer:
                 errors[place] = error
         sound = [picture for place, picture in enumerate(pictures) if place not in errors]
         self._evict(keep={version.delta for picture in sound for version, _ in picture.mix})
-        images: list[Image] = []
-        if sound:
-            mixes = [{version.delta: weight for version, weight in picture.mix} or None for picture in sound]
-            steps, guidance = sound[0].kind
+        drawn = iter(self._drawn(sound))
+        return [errors.get(place) or next(drawn) for place in range(len(pictures))]
+
+    def _drawn(self, pictures: Sequence[Picture]) -> list[Result]:
+        """Pictures whose deltas are in place, as one batch; each alone where one of them spoils it."""
+        from svdiff.sampling import Job, sample_images
+
+        if not pictures:
+            return []
+        mixes = [{version.delta: weight for version, weight in picture.mix} or None for picture in pictures]
+        steps, guidance = pictures[0].kind
+        try:
             with self._personal.concepts(mixes) as pipe:
                 images = sample_images(
                     pipe,
-                    [Job(picture.prompt, picture.seed) for picture in sound],
+                    [Job(picture.prompt, picture.seed) for picture in pictures],
                     steps=steps,
                     guidance=guidance,
                     eta=self._eta,
-                    batch_size=len(sound),
+                    batch_size=len(pictures),
                 )
-        drawn = iter(images)
-        return [errors.get(place) or Drawn(_png(next(drawn)), len(sound)) for place in range(len(pictures))]
+        except SvdiffError as error:  # weights so large that pixels are no numbers
+            if len(pictures) > 1:
+                return [one for picture in pictures for one in self._drawn([picture])]
+            return [Refusal(str(error), param="model")]
+        return [Drawn(_png(image), len(pictures)) for image in images]
 
     def _check(self, picture: Picture) -> None:
         try:

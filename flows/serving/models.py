@@ -15,6 +15,7 @@ from flows.monitoring.measurement import entry_of
 from flows.registry.concepts import CHAMPION, RETIRED, RegisteredConcept, read_concepts
 from flows.registry.promotion import BETTER_THAN_BASE, ROLLED_BACK
 from svdiff.errors import SvdiffError
+from svdiff.secrets import redacted
 from svdiff.words import NAME, did_you_mean
 
 if TYPE_CHECKING:
@@ -202,6 +203,6 @@ class Watch:
             try:
                 self.models = self._next()
             except Exception as error:  # whatever a store that is away raises
-                logger.warning("the registry cannot be read, what was known is served: %s", error)
+                logger.warning("the registry cannot be read, what was known is served: %s", redacted(str(error)))
             # A registry so large that reading it takes long is read less often.
             pause = max(self._seconds, 5 * (time.monotonic() - began))

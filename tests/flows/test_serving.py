@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from flows.serving.batches import Batcher, Order
 from flows.serving.drawing import Drawn, Picture, Result
 from flows.serving.models import Models, Refusal, ServedConcept, Version, Watch, written
 from flows.serving.server import Settings, one_process
+from svdiff.errors import SvdiffError
 
 TEAPOT = {n: Version("teapot", n, f"delta-{n}", "sks teapot", 0) for n in (1, 2, 3)}
 CAT = {1: Version("cat", 1, "delta-cat", "zwx cat", 0)}
@@ -325,6 +327,36 @@ def test_what_is_wrong_is_refused_in_openais_form_before_work(client: TestClient
 
 
 @pytest.mark.slow
+def test_a_picture_that_spoils_its_batch_fails_alone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    import svdiff.sampling
+
+    original, batches = svdiff.sampling.sample_images, []
+
+    def spoiled(pipe, jobs, **settings):
+        batches.append(len(jobs))
+        if any(job.seed == 13 for job in jobs):
+            raise SvdiffError("the network drew pixels that are not finite numbers")
+        return original(pipe, jobs, **settings)
+
+    monkeypatch.setattr(svdiff.sampling, "sample_images", spoiled)
+    with ThreadPoolExecutor() as pool:
+        bad, good = pool.submit(refused, client, seed=13), pool.submit(generate, client, seed=21, n=3)
+    assert (bad.result()["status"], bad.result()["param"]) == (400, "model")
+    assert "not finite" in bad.result()["message"]
+    assert len(good.result()) == 3
+    assert max(batches) > 1, "they were never in one batch"
+
+
+def test_a_failure_of_the_server_is_counted(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    import svdiff.sampling
+
+    name = 'svdiff_requests_total{path="/v1/images/generations",status="500"}'
+    before = metric(client, name)
+    monkeypatch.setattr(svdiff.sampling, "sample_images", lambda *_, **__: 1 / 0)
+    assert refused(client)["status"] == 500
+    assert metric(client, name) == before + 1
+
+
 def test_a_full_queue_is_told_and_empties(client: TestClient) -> None:
     statuses = []
 

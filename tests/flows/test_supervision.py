@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +85,14 @@ def test_an_environment_may_hold_any_characters(supervisor: Supervisor, tmp_path
     supervisor.start("server", ["says"], {"PREFECT_X": value})
     until(lambda: f"it is {value}" in supervisor.log("server").read_text(), 60)
     assert supervisor.configuration.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_worker_of_another_server_is_not_started_with_services_of_this_machine(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "execve", lambda *_: None)
+    monkeypatch.setattr(os, "chdir", lambda _: None)
+    supervisor.become("worker", ["leaves_one"], {"PREFECT_API_URL": "http://a-team.example.org/api"})
+    supervisor.start("server", ["http.server", str(free_port()), "--bind", "127.0.0.1"], {})
+    assert set(supervisor.running()) == {"server"}
+    assert supervisor.start("worker", ["leaves_one"], {})
