@@ -21,7 +21,7 @@ from svdiff.data.cutmix import mix_prompts, prior_mix_prompts
 from svdiff.errors import SvdiffError
 from svdiff.evaluation.evaluators import describe_evaluators
 from svdiff.files import write_atomic
-from svdiff.models import load_words
+from svdiff.models import is_distilled, load_words, native_size
 from svdiff.models.compatibility import check_family, check_precision
 from svdiff.sections import BaseModelConfig, EvaluatorsConfig
 from svdiff.words import is_folder
@@ -54,6 +54,11 @@ def check(config: Config) -> Path:
         with _named_in(name):
             check_family(family, settings)
             check_precision(config.base, settings)
+    native_size(config.base)
+    if config.sample.beta < 1 and is_distilled(config.base):
+        raise SvdiffError(
+            f"sample.beta is {config.sample.beta:g}, and the base is distilled and knows no negative prompts: set it to 1"
+        )
     for place, eta in _etas(config):
         with _named_in(place):
             family.check_eta(eta)
@@ -107,12 +112,13 @@ def _named(stages: dict[str, Any], values: dict[str, Any]) -> set[str]:
 
 def _check_base(base: BaseModelConfig) -> None:
     """DVC follows the base by its files."""
-    if not Path(base.model).exists() and not is_folder(base.model):
-        folder = f"models/{base.model.rpartition('/')[2]}"
-        raise SvdiffError(
-            f"base.model is '{base.model}', a Hub id, and the pipeline follows a base by its files: bring it into a folder, "
-            f"`hf download {base.model} --local-dir {folder}`, and set base.model: {folder}"
-        )
+    for key, name in {"model": base.model, "config": base.config or ""}.items():
+        if name and not Path(name).exists() and not is_folder(name):
+            folder = f"models/{name.rpartition('/')[2]}"
+            raise SvdiffError(
+                f"base.{key} is '{name}', a Hub id, and the pipeline follows a base by its files: bring it into a folder, "
+                f"`hf download {name} --local-dir {folder}`, and set base.{key}: {folder}"
+            )
 
 
 def _check_places(evaluators: EvaluatorsConfig) -> None:

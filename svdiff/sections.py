@@ -50,6 +50,10 @@ Prompts = Annotated[list[AnyPrompt], AfterValidator(_distinct)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[list[Seed], AfterValidator(_distinct)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+Steps = Annotated[
+    int, Field(ge=1, le=500)
+]  # of the 1000 timesteps of training; more than half would start below pure noise
+Guidance = Annotated[float, Field(ge=1, le=50)]  # 1 is none; below it diffusers' pipelines and Eq. 9 differ
 
 
 class Section(BaseModel):
@@ -85,8 +89,8 @@ class BaseModelConfig(Section):
         "fp32", description="numbers that the weights are held in, for training and sampling alike; shifts stay fp32"
     )
     resolution: int | None = Field(None, ge=8, le=8192, description="side of pictures in pixels; null: the base's own")
-    offload: Literal["none", "parts", "layers"] = Field(
-        "none", description="on a GPU, sampling: keep in main memory the parts, or layers, that are not running"
+    offload: Literal["none", "parts"] = Field(
+        "none", description="on a GPU, sampling: parts keeps in main memory the networks that are not running"
     )
     vae_slicing: bool = Field(False, description="decode pictures one by one: less memory")
     vae_tiling: bool = Field(False, description="decode pictures in tiles: less memory, for large ones")
@@ -150,8 +154,8 @@ class PriorConfig(Section):
 
     images: int = Field(64, ge=1, le=10_000, description="pictures a class")
     prompt: SubjectPrompt = Field("a {subject}", description="prompt; {subject} becomes the class word")
-    steps: int = Field(25, ge=1, le=1000, description="DDIM steps")
-    guidance: float = Field(3.0, ge=0, le=50, description="classifier-free guidance scale s of Eq. 9; 1 is none")
+    steps: Steps = Field(25, description="DDIM steps")
+    guidance: Guidance = Field(3.0, description="classifier-free guidance scale s of Eq. 9; 1 is none")
     eta: float = Field(0.0, ge=0, le=1, description="η of DDIM: 0 is deterministic, 1 injects noise at every step")
     seed: Seed = Field(0, description="first seed; picture i uses seed + i")
 
@@ -261,8 +265,8 @@ class SampleConfig(Section):
 
     prompts: Prompts = Field(min_length=1, description="evaluation prompts with {subject}, unseen in training")
     seeds: Seeds = Field([0, 1, 2, 3], min_length=1, description="one picture a prompt and seed")
-    steps: int = Field(25, ge=1, le=1000, description="DDIM steps")
-    guidance: float = Field(3.0, ge=0, le=50, description="classifier-free guidance scale s of Eq. 9; 1 is none")
+    steps: Steps = Field(25, description="DDIM steps")
+    guidance: Guidance = Field(3.0, description="classifier-free guidance scale s of Eq. 9; 1 is none")
     eta: float = Field(0.0, ge=0, le=1, description="η of DDIM; 0 is deterministic")
     beta: float = Field(1.0, ge=0, le=1, description="β of Eq. 10; 1 is plain guidance, below it negatives count")
     negatives: list[Prompt] = Field([], description="negative prompts of Eq. 10; none given: the prior prompts")
@@ -288,6 +292,10 @@ class SampleConfig(Section):
 
     @model_validator(mode="after")
     def _negatives_count(self) -> Self:
+        if self.beta < 1 and self.guidance == 1:
+            raise ValueError(
+                f"beta {self.beta:g} has no effect with guidance 1, which is none: set guidance above 1, or beta 1"
+            )
         if self.negatives and self.beta == 1:
             raise ValueError("negatives have no effect with beta 1: set beta below 1 (Eq. 10), e.g. 0.5")
         return self
@@ -458,8 +466,15 @@ class EditingConfig(Section):
         "mixture of both for edits that move things",
     )
     seeds: Seeds = Field([0, 1], min_length=1, description="one picture a prompt, start and seed")
-    steps: int = Field(50, ge=1, le=1000, description="DDIM steps, of inversion and of sampling")
-    guidance: float = Field(3.0, ge=0, le=50, description="scale s of Eq. 9 in sampling; inversion has none")
+    steps: Steps = Field(50, description="DDIM steps, of inversion and of sampling")
+    guidance: Guidance = Field(3.0, description="scale s of Eq. 9 in sampling; inversion has none")
+
+    @field_validator("starts")
+    @classmethod
+    def _free(cls, starts: dict[str, StartConfig]) -> dict[str, StartConfig]:
+        if taken := sorted({"input", "autoencoder", "reconstruction"} & starts.keys()):
+            raise ValueError(f"scores of other pictures are called {', '.join(taken)}: give the start another name")
+        return starts
 
 
 class EditConfig(Section):

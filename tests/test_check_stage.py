@@ -93,6 +93,40 @@ def test_a_hub_id_is_refused_with_the_command_that_brings_it() -> None:
     fix = r"hf download some/model --local-dir models/model`, and set base\.model: models/model"
     with pytest.raises(SvdiffError, match=fix):
         checked("some/model")
+    Path("model.safetensors").touch()
+    Path("params.yaml").write_text(
+        yaml.safe_dump(params("") | {"base": {"model": "model.safetensors", "config": "some/model"}})
+    )
+    with pytest.raises(SvdiffError, match=r"base\.config is 'some/model'.* set base\.config: models/model"):
+        check(load_config())
+
+
+def test_a_resolution_that_is_no_whole_number_of_patches_is_refused(tiny_base: Path) -> None:
+    with pytest.raises(SvdiffError, match=r"base\.resolution is 25; expected a multiple of 2 pixels"):
+        Path("params.yaml").write_text(
+            yaml.safe_dump(params("") | {"base": {"model": str(tiny_base), "resolution": 25}})
+        )
+        check(load_config())
+
+
+def test_a_base_without_one_of_its_text_encoders_can_be_checked(tmp_path: Path) -> None:
+    base = make_tiny("sd3", tmp_path / "sd3")
+    index = json.loads((base / "model_index.json").read_text())
+    index |= {"tokenizer_3": [None, None], "text_encoder_3": [None, None]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    checked(base)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2-klein"])
+def test_negative_prompts_of_a_distilled_base_are_refused(tmp_path: Path, family: str) -> None:
+    base = make_tiny(family, tmp_path / family)
+    if family == "flux2-klein":
+        index = json.loads((base / "model_index.json").read_text())
+        (base / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    flow = {"prior": {"eta": 0.0}}
+    checked(base, **flow)
+    with pytest.raises(SvdiffError, match="the base is distilled"):
+        checked(base, **flow, sample={"prompts": ["a {subject}"], "beta": 0.5})
 
 
 def test_other_evaluators_are_another_file_and_the_same_ones_are_not(tiny_base: Path) -> None:

@@ -41,6 +41,13 @@ def test_the_projects_own_parameters_are_valid_and_described() -> None:
     [
         (lambda v: v["train"].update(learning_rate=1), ["train.learning_rate", "unknown key", "lr_1d"]),
         (lambda v: v["train"].update(steps=-1), ["train.steps", "-1", "greater than or equal to 1"]),
+        (lambda v: v["sample"].update(steps=501), ["sample.steps", "501", "less than or equal to 500"]),
+        (lambda v: v["prior"].update(guidance=0), ["prior.guidance", "greater than or equal to 1"]),
+        (lambda v: v["sample"].update(guidance=1, beta=0.5), ["sample", "beta 0.5 has no effect with guidance 1"]),
+        (
+            lambda v: v["edit"].update(starts={"input": {"eta": 0, "alpha": 1}}),
+            ["edit.starts", "called input", "another name"],
+        ),
         (lambda v: v["train"].update(method="svd"), ["train.method", "'svdiff'", "'lora'", "'svd'"]),
         (
             lambda v: v["concepts"]["scarf-cat"].update(train={"lrr": 1}),

@@ -43,7 +43,7 @@ class ImagesRequest(BaseModel):
     size: Annotated[str, Field(description="the base's own, such as 64x64, or auto")] = "auto"
     seed: Annotated[int | None, Field(ge=0, le=LAST_SEED, description="default: a random one, which is told")] = None
     steps: Annotated[int | None, Field(ge=1, description="DDIM steps")] = None
-    guidance: Annotated[float | None, Field(ge=0, le=50, description="scale s of Eq. 9; 1 is none")] = None
+    guidance: Annotated[float | None, Field(ge=1, le=50, description="scale s of Eq. 9; 1 is none")] = None
     response_format: Literal["b64_json"] = "b64_json"
     user: Annotated[str | None, Field(description="not used")] = None
 

@@ -11,7 +11,7 @@ import json
 import logging
 import random
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,21 +60,19 @@ def concept_folder(name: str) -> Path:
 def load_concept_images(
     folder: str | Path,
     *,
-    minimum: int = 1,
     maximum: int = MAX_PICTURES,
-    min_side: int = MIN_SIDE,
     masks: bool = False,
     captions: bool = True,
+    prepare: Callable[[Image.Image], Image.Image] | None = None,
 ) -> list[ConceptImage]:
     """Load every picture of a concept folder, sorted by file name.
 
     Args:
         folder: the folder; pictures are read from its top level. What lies beside them (`left_alone`) is ignored.
-        minimum: fewest pictures accepted.
         maximum: most pictures accepted, against pointing at the wrong folder.
-        min_side: fewest pixels along the shorter side.
         masks: read masks beside pictures as well, and refuse those that cannot be used.
         captions: read captions beside pictures, and refuse those that name no subject.
+        prepare: what is kept of a picture, applied to each as it is read: a large folder does not fit into memory.
 
     Returns:
         Upright 8-bit RGB pictures. Very large ones are reduced by a whole factor, their shorter side staying
@@ -86,21 +84,23 @@ def load_concept_images(
     """
     folder = Path(folder)
     files, _ = _candidates(folder)
-    if not minimum <= len(files) <= maximum:
+    if not 1 <= len(files) <= maximum:
         raise SvdiffError(
-            f"Concept folder {folder} holds {_count(len(files))}; expected {_expected(minimum, maximum)}. "
+            f"Concept folder {folder} holds {_count(len(files))}; expected 1 to {maximum} pictures. "
             + (
                 "Fix: put 3 to 5 JPEG or PNG pictures of the subject there."
-                if len(files) < minimum
+                if not files
                 else "Fix: point at the folder of one subject, or keep its best 3 to 5 pictures."
             )
         )
     pictures, problems = [], []
     texts = _captions(folder, files) if captions else {}
-    mask_files = _mask_files(folder.iterdir()) if masks else {}
+    mask_files = _mask_files(_entries(folder)) if masks else {}
     for path in files:
         try:
-            picture = replace(read_picture(path, min_side), caption=texts.get(path))
+            picture = replace(read_picture(path, MIN_SIDE), caption=texts.get(path))
+            if prepare:
+                picture = replace(picture, image=prepare(picture.image))
             pictures.append(_with_mask(picture, mask_files.get(path)) if masks else picture)
         except Refused as refusal:
             problems.append(f"  {path.name}: {refusal}")
@@ -120,14 +120,14 @@ def left_alone(folder: str | Path, *, masks: bool = False) -> list[str]:
     return _candidates(Path(folder), masks)[1]
 
 
-def load_picture(path: str | Path, *, min_side: int = MIN_SIDE) -> ConceptImage:
+def load_picture(path: str | Path) -> ConceptImage:
     """One picture by its path, read as those of a concept folder are.
 
     Raises:
         SvdiffError: it cannot be used; the message names the file, what was found, what was expected and the fix.
     """
     try:
-        picture = read_picture(Path(path), min_side)
+        picture = read_picture(Path(path), MIN_SIDE)
     except Refused as refusal:
         raise SvdiffError(f"Picture {path}: {refusal} Nothing was started.") from None
     for note in picture.notes:
@@ -203,8 +203,7 @@ def _candidates(folder: Path, masks: bool = False) -> tuple[list[Path], list[str
             f"Concept folder {folder}: found {found} there; expected a folder of pictures. "
             "Fix: create it and put 3 to 5 JPEG or PNG pictures of the subject there."
         )
-    entries = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER]
-    entries.sort(key=lambda path: (unicodedata.normalize("NFC", path.name), path.name))
+    entries = _entries(folder)
     stems = {path.stem.casefold() for path in entries if path.suffix.lower() in Image.registered_extensions()}
     used = {*_caption_files(entries), *(_mask_files(entries).values() if masks else ())}
     files, beside = [], []
@@ -215,6 +214,17 @@ def _candidates(folder: Path, masks: bool = False) -> tuple[list[Path], list[str
         elif path not in used:
             beside.append(f"{path.name} is left alone: {what}")
     return files, beside
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What people put into a folder, in an order that does not depend on the file system; other systems leave hidden files."""
+    entries = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER]
+    return sorted(entries, key=lambda path: (_composed(path.name), path.name))
+
+
+def _composed(name: str) -> str:
+    """A file's name, written the same on systems that take letters and accents apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _beside(path: Path, stems: set[str]) -> str | None:
@@ -272,19 +282,27 @@ def _caption_files(entries: Iterable[Path]) -> dict[Path, list[Path]]:
 def _captions(folder: Path, files: list[Path]) -> dict[Path, str]:
     """The caption of each picture that has one. Raises SvdiffError for captions that cannot be read, or name no {subject}."""
     found: dict[Path, str] = {}
-    for source, about in _caption_files(folder.iterdir()).items():
+    entries = _entries(folder)
+    by_name = {_composed(path.name): path for path in entries}
+    for source, about in _caption_files(entries).items():
         try:
             text = source.read_text(encoding="utf-8-sig").strip()
             if source.name != CAPTIONS:
                 found |= dict.fromkeys(about, text)
                 continue
             for row in map(json.loads, filter(None, text.splitlines())):
-                found[folder / row["file_name"]] = str(row["text"]).strip()
+                found[by_name.get(_composed(row["file_name"]), folder / row["file_name"])] = str(row["text"]).strip()
         except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
             raise SvdiffError(
                 f"captions {source}: found {type(error).__name__}: {error}; expected "
                 f"{_CAPTION_LINE if source.name == CAPTIONS else 'UTF-8 text'}. Fix: write it so, or move the file out of the folder"
             ) from None
+    lost = [str(path.relative_to(folder)) for path in found if path not in entries]
+    if lost:
+        raise SvdiffError(
+            f"captions {folder / CAPTIONS}: found {', '.join(lost[:5])} as file_name, which {folder} does not hold; expected names "
+            "of its pictures. Fix: write them as they are, or leave those lines out"
+        )
     problems = [
         f"  {path.name}: found caption '{text}'; expected one with {{subject}}, which becomes the token and the class word, "
         "and without any other braces. Fix: write {subject} where the subject is named"
@@ -300,7 +318,3 @@ def _captions(folder: Path, files: list[Path]) -> dict[Path, str]:
 
 def _count(number: int) -> str:
     return f"{number} file" if number == 1 else f"{number} files"
-
-
-def _expected(minimum: int, maximum: int) -> str:
-    return f"{minimum} to {maximum} pictures"

@@ -16,10 +16,11 @@ from svdiff.editing.scores import score_edits
 from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.evaluation.evaluators import Evaluators, describe_evaluators, load_evaluators
-from svdiff.files import atomic_dir, check_writable
-from svdiff.models import load_pipeline
+from svdiff.files import atomic_dir, check_writable, sha256_file
+from svdiff.models import family_of, load_pipeline
 from svdiff.sampling.images import check_prompts
 from svdiff.sampling.stage import delta_path, personalise
+from svdiff.words import file_stem
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +50,17 @@ def edit(config: Config, name: str, *, delta: Path | None = None, output: Path |
             f"{delta} not found; train on the picture first, with `dvc repro train-edit@{name}`, or `svdiff train {name}`"
         )
     pipe = load_pipeline(config.base)
-    check_prompts(pipe, [request.prompt, *request.targets])
+    _check_base(pipe, config, [request.prompt, *request.targets])
     evaluators = load_evaluators(config.evaluators)
     personalise(pipe, delta)
     return make_edits(pipe, config, name, evaluators, output)
+
+
+def _check_base(pipe: Any, config: Config, prompts: Sequence[str]) -> None:
+    """Raise SvdiffError for prompts or starts that this base has no place for."""
+    check_prompts(pipe, prompts)
+    for start in config.edit.starts.values():
+        family_of(pipe).check_eta(start.eta)
 
 
 def make_edits(pipe: Any, config: Config, name: str, evaluators: Evaluators | None, output: Path) -> Path:
@@ -91,9 +99,9 @@ def edit_any(
     overrides: dict[str, Any] | None = None,
     output: Path = Path("pictures"),
 ) -> Path:
-    """Train on any picture, then edit it: <output>/<picture's name>/train/ and …/edit/, the sheet among them.
+    """Train on any picture, then edit it: <output>/<picture's name and hash>/train/ and …/edit/<targets>/, the sheet in the latter.
 
-    The same picture, prompt and settings are trained once: asking again for other targets only samples. Where the
+    The same picture, prompt and settings are trained once: asking again for other targets only samples, beside the first. Where the
     evaluators are not at hand the edits are made all the same, and a warning says why they have no scores.
 
     Args:
@@ -113,11 +121,12 @@ def edit_any(
     from svdiff.training import train
 
     check_writable(output)
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", image.stem).strip("-.") or "picture"
-    own = with_edit(config, name, {"image": str(image), "prompt": prompt, "targets": list(targets)})
     load_picture(image)
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", image.stem).strip("-.") or "picture"
+    name = f"{stem}-{sha256_file(image)[:8]}"  # pictures of one name lie in many folders
+    own = with_edit(config, name, {"image": str(image), "prompt": prompt, "targets": list(targets)})
     own.train_config(name, overrides)
-    check_prompts(load_pipeline(own.base), [prompt, *targets])
+    _check_base(load_pipeline(own.base), own, [prompt, *targets])
     delta = train(own, name, out_dir=output / name / "train", overrides=overrides)
     try:
         evaluators = load_evaluators(own.evaluators)
@@ -126,7 +135,7 @@ def edit_any(
         evaluators = None
     pipe = load_pipeline(own.base)
     personalise(pipe, delta)
-    return make_edits(pipe, own, name, evaluators, output / name / "edit")
+    return make_edits(pipe, own, name, evaluators, output / name / "edit" / file_stem(" ".join(targets)))
 
 
 def with_edit(config: Config, name: str, request: dict[str, Any]) -> Config:

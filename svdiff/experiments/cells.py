@@ -186,8 +186,8 @@ class Runner:
 
     @cached_property
     def _base(self) -> str:
-        model = Path(self.config.base.model)
-        return sha256_tree(model) if model.is_dir() else _digest(self.config.base.model_dump())
+        model, settings = Path(self.config.base.model), self.config.base.model_dump(exclude={"offload", "vae_slicing"})
+        return _digest(settings, sha256_tree(model) if model.is_dir() else None)
 
     @cached_property
     def _scored_by(self) -> str:

@@ -124,9 +124,14 @@ class Family(ABC):
         return int(configs[cls.network_name]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1))
 
     @classmethod
-    def grid(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        """Pixels that the sides of pictures are multiples of, by the configurations that `native_size` reads."""
+    def patch_side(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Pixels along the side of what the network reads as one, by the configurations that `native_size` reads."""
         return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1) * cls.patch)
+
+    @classmethod
+    def grid(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Pixels that the sides of oblong pictures are multiples of, by the same."""
+        return cls.patch_side(configs)
 
     @property
     def configs(self) -> dict[str, Mapping[str, Any]]:
@@ -137,6 +142,11 @@ class Family(ABC):
     def guidance_is_learned(self) -> bool:
         """Whether the network was distilled to read the guidance scale, and knows no negative prompt."""
         return False
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the network was taught the guided prediction, so that Eq. 9 and negative prompts have no place."""
+        return self.guidance_is_learned
 
     # -- text ----------------------------------------------------------------------------------------------
 
@@ -201,6 +211,12 @@ class Family(ABC):
     # -- pictures ------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Where the networks run, also those that wait elsewhere."""
+        device: torch.device = self.pipe._execution_device
+        return device
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of a picture's latents."""
         side = self.image_size // self.pipe.vae_scale_factor
@@ -209,7 +225,7 @@ class Family(ABC):
     def to_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's posterior, (B, C, h, w), of pixels (B, 3, H, W) in −1 to 1; float32."""
         with self._autoencoder() as vae:
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            posterior = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
         return self.scaled(posterior.mean.float()), self.scaled(posterior.std.float(), deviation=True)
 
     def to_pictures(self, latents: Tensor) -> list[Image]:

@@ -56,7 +56,7 @@ class Flux(Family):
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """See `Family`."""
         embedded, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts), device=self.pipe.device, max_sequence_length=self.reader[1]
+            prompt=list(prompts), device=self.device, max_sequence_length=self.reader[1]
         )
         return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
 

@@ -50,7 +50,7 @@ class Flux2(Flux):
 
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """See `Family`."""
-        embedded, _ = self.pipe.encode_prompt(prompt=list(prompts), device=self.pipe.device, **self._text)
+        embedded, _ = self.pipe.encode_prompt(prompt=list(prompts), device=self.device, **self._text)
         return {"encoder_hidden_states": embedded}
 
     @property
@@ -114,3 +114,8 @@ class Flux2Klein(Flux2):
     pipeline = "Flux2KleinPipeline"
     sizes = {}  # noqa: RUF012
     layers = (9, 18, 27)
+
+    @property
+    def is_distilled(self) -> bool:
+        """See `Family`."""
+        return self.guidance_is_learned or bool(self.pipe.config.is_distilled)

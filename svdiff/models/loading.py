@@ -82,8 +82,10 @@ def load_words(base: BaseModelConfig) -> Family:
         parts = json.loads((folder / "model_index.json").read_text())
         tokenizers = {
             name: getattr(transformers, part[1]).from_pretrained(folder / name, local_files_only=True)
+            if part[1]
+            else None
             for name, part in parts.items()
-            if name.startswith("tokenizer") and part[1]
+            if name.startswith("tokenizer")
         }
     return family(SimpleNamespace(**tokenizers))
 
@@ -164,12 +166,7 @@ def _note_files(pipe: Any, base: BaseModelConfig, started: float) -> None:
 def _fit(pipe: Any, base: BaseModelConfig) -> None:
     """Set the size of pictures, and how the autoencoder saves memory."""
     if base.resolution is not None:
-        factor = pipe.vae_scale_factor * family_of(pipe).patch
-        if base.resolution % factor:
-            raise SvdiffError(
-                f"base.resolution is {base.resolution}; expected a multiple of {factor} pixels, the side of a patch"
-            )
-        pipe.default_sample_size = base.resolution // pipe.vae_scale_factor
+        pipe.default_sample_size = native_size(base) // pipe.vae_scale_factor
     if base.vae_slicing:
         pipe.vae.enable_slicing()
     if base.vae_tiling:
@@ -177,7 +174,7 @@ def _fit(pipe: Any, base: BaseModelConfig) -> None:
 
 
 def _placed(pipe: Any, base: BaseModelConfig, device: torch.device) -> Any:
-    """The pipeline on its device; on a GPU whole, or by parts or layers as they run."""
+    """The pipeline on its device; on a GPU whole, or by parts as they run."""
     import torch
 
     if device.type == "cuda":
@@ -185,20 +182,34 @@ def _placed(pipe: Any, base: BaseModelConfig, device: torch.device) -> Any:
         torch.backends.cudnn.allow_tf32 = True
     if device.type == "cpu" or base.offload == "none":
         pipe.to(device)
-    elif base.offload == "parts":
-        pipe.enable_model_cpu_offload(device=device)
     else:
-        pipe.enable_sequential_cpu_offload(device=device)
+        pipe.enable_model_cpu_offload(device=device)
     return pipe
 
 
 def native_size(base: BaseModelConfig) -> int:
     """Side of a base's pictures in pixels, from its configurations alone.
 
-    Raises SvdiffError for another architecture or a missing folder.
+    Raises SvdiffError for another architecture, a missing folder, or a size that is no whole number of patches.
     """
     family = family_at(base)
-    return family.native_size(_configs(base, family)) if base.resolution is None else base.resolution
+    configs = _configs(base, family)
+    if base.resolution is None:
+        return family.native_size(configs)
+    if base.resolution % (side := family.patch_side(configs)):
+        raise SvdiffError(
+            f"base.resolution is {base.resolution}; expected a multiple of {side} pixels, the side of a patch"
+        )
+    return base.resolution
+
+
+def is_distilled(base: BaseModelConfig) -> bool:
+    """Whether a base was taught the guided prediction, so that Eq. 9 and negative prompts have no place; as `native_size`."""
+    family, folder = family_at(base), Path(_configured(base))
+    network, index = _configs(base, family)[family.network_name], folder / "model_index.json"
+    return bool(
+        network.get("guidance_embeds") or (index.is_file() and json.loads(index.read_text()).get("is_distilled"))
+    )
 
 
 def picture_grid(base: BaseModelConfig) -> int:

@@ -74,7 +74,7 @@ class StableDiffusion3(Family):
             prompt=list(prompts),
             prompt_2=None,
             prompt_3=None,
-            device=self.pipe.device,
+            device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.text_length,
         )

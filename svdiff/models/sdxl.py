@@ -55,7 +55,7 @@ class StableDiffusionXL(StableDiffusion):
     def encode(self, prompts: Sequence[str]) -> Conditions:
         """See `Family`."""
         embedded, _, pooled, _ = self.pipe.encode_prompt(
-            prompt=list(prompts), device=self.pipe.device, do_classifier_free_guidance=False
+            prompt=list(prompts), device=self.device, do_classifier_free_guidance=False
         )
         if self.pipe.config.force_zeros_for_empty_prompt:
             written = torch.tensor([prompt != "" for prompt in prompts], device=embedded.device).to(embedded)

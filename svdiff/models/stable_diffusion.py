@@ -70,7 +70,7 @@ class StableDiffusion(Family):
             truncation=True,
             return_tensors="pt",
         )
-        return {"encoder_hidden_states": self.pipe.text_encoder(tokens.input_ids.to(self.pipe.device))[0]}
+        return {"encoder_hidden_states": self.pipe.text_encoder(tokens.input_ids.to(self.device))[0]}
 
     @property
     def objective(self) -> Diffusion:

@@ -82,11 +82,10 @@ def denoise(
     if guidance != 1:
         texts = [[""] * count, *([text] * count for text in (negatives if beta < 1 else ())), prompts]
     family = family_of(pipe)
-    if family.guidance_is_learned:
+    if family.is_distilled:
         if beta < 1:
             raise SvdiffError(
-                f"β of Eq. 10 is {beta}, and this {family.title} reads the guidance scale and knows no negative prompts: "
-                "set β to 1"
+                f"β of Eq. 10 is {beta}, and this {family.title} is distilled and knows no negative prompts: set β to 1"
             )
         texts = [prompts]
     conditions = encode_prompts(pipe, [prompt for text in texts for prompt in text])

@@ -23,7 +23,7 @@ def draw_noise(pipe: Any, generators: Sequence[torch.Generator]) -> Tensor:
     """ε ~ N(0, I) of the pipeline's native size, (len(generators), C, h, w), as the pipeline itself draws it."""
     family = family_of(pipe)
     shape, dtype = (1, *family.latent_shape), family.dtype
-    return torch.cat([torch.randn(shape, generator=g, dtype=dtype) for g in generators]).to(pipe.device)
+    return torch.cat([torch.randn(shape, generator=g, dtype=dtype) for g in generators]).to(family_of(pipe).device)
 
 
 def slerp(alpha: float, z: Tensor, noise: Tensor) -> Tensor:

@@ -71,13 +71,18 @@ def make_prior_images(config: Config, class_word: str) -> Path:
 
 def _own_images(config: Config, class_word: str, prompt: str) -> Path:
     """The user's pictures of a class, as squares of the base's size."""
-    pictures = load_concept_images(config.regularisation[class_word], maximum=MOST_OWN, captions=False)
     size = native_size(config.base)
+    pictures = load_concept_images(
+        config.regularisation[class_word],
+        maximum=MOST_OWN,
+        captions=False,
+        prepare=lambda picture: to_square(picture, size),
+    )
     with atomic_dir(prior_folder(class_word)) as folder:
         rows = []
         for i, picture in enumerate(pictures):
             file = f"{i:05d}.png"
-            to_square(picture.image, size).save(folder / file)
+            picture.image.save(folder / file)
             rows.append({"file": file, "prompt": prompt, "source": picture.path.name})
         pd.DataFrame(rows).to_csv(folder / "prompts.csv", index=False)
     return prior_folder(class_word)
@@ -85,9 +90,10 @@ def _own_images(config: Config, class_word: str, prompt: str) -> Path:
 
 def _key(config: Config, prompt: str, pipe: object) -> str:
     """Everything that a prior picture depends on, but its seed."""
-    settings = config.prior
+    settings, family = config.prior, family_of(pipe)
     parts = [
-        [weights_hash(part) for part in family_of(pipe).parts.values()],
+        [weights_hash(part) for part in family.parts.values()],
+        [family.image_size, config.base.vae_tiling, family.pipe.scheduler.to_json_string()],
         [prompt, settings.steps, settings.guidance, settings.eta, settings.seed],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -101,7 +101,7 @@ def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | 
     check_compile(first, accelerator.device)
     peaks = Peaks()
     with peaks.phase("loading"):
-        pipe = load_pipeline(config.base, accelerator.device)
+        pipe = load_pipeline(config.base.model_copy(update={"offload": "none"}), accelerator.device)
     family = family_of(pipe)
     for name, own in settings.items():
         check_family(family, own)
@@ -112,7 +112,7 @@ def _train(config: Config, settings: Mapping[str, TrainConfig], out_dir: Path | 
         datasets = {name: of.encode(family) for name, of in data.items()}
     check_prompts(pipe, [text for name in settings for text in (*datasets[name].prompts, *validation[name])])
     others = [part for name, part in family.parts.items() if name != family.network_name]
-    frozen = [*(weights_hash(part) for part in others), pipe.scheduler.to_json_string()]
+    frozen = [*(weights_hash(part) for part in others), pipe.scheduler.to_json_string(), str(family.image_size)]
 
     def start(name: str, method: Method) -> Training:
         entry, own = entries[name], settings[name]

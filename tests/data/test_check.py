@@ -133,6 +133,23 @@ def test_captions_beside_pictures_and_in_one_file(good: Path) -> None:
     assert verdict.notes == ["dog-2.png: no caption, so `train.prompt` describes them"]
 
 
+def test_captions_are_found_as_other_systems_write_names_and_hidden_files_are_none(good: Path) -> None:
+    (good / "._dog-0.png").write_bytes(b"\x00\x05\x16\x07")  # beside each file that a Mac copies to a foreign disk
+    (good / "._dog-0.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    (good / "dog-1.png").rename(good / "caf\u00e9.png")
+    (good / "metadata.jsonl").write_text(json.dumps({"file_name": "cafe\u0301.png", "text": "{subject} asleep"}) + "\n")
+    assert [picture.caption for picture in load_concept_images(good)] == ["{subject} asleep", None, None]
+
+
+def test_captions_of_pictures_that_are_not_there_stop(good: Path) -> None:
+    (good / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "train/dog-1.png", "text": "{subject} asleep"}) + "\n"
+    )
+    assert said(good).word == "stop"
+    with pytest.raises(SvdiffError, match=r"found train/dog-1\.png as file_name, which .* does not hold"):
+        load_concept_images(good)
+
+
 @pytest.mark.parametrize("text", ["a photo of a dog", "", "{subject} {style}", "{", "{subject"])
 def test_a_caption_without_subject_stops(good: Path, text: str) -> None:
     (good / "dog-0.txt").write_text(text)

@@ -183,7 +183,6 @@ def test_large_pictures_are_reduced_and_huge_ones_refused(tmp_path: Path, monkey
 def test_tiny_picture_is_refused(tmp_path: Path) -> None:
     picture(64, 20).save(tmp_path / "thumb.png")
     assert "64 × 20 pixels" in refusal(tmp_path)
-    assert load_concept_images(tmp_path, min_side=20)
 
 
 def test_all_problems_in_one_message(tmp_path: Path) -> None:
@@ -236,7 +235,6 @@ def test_too_few_and_too_many(tmp_path: Path) -> None:
     for index in range(3):
         picture().save(tmp_path / f"{index}.png")
     assert "3 files; expected 1 to 2 pictures" in refusal(tmp_path, maximum=2)
-    assert "3 files; expected 4 to 100 pictures" in refusal(tmp_path, minimum=4)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from svdiff.sampling.inversion import edit_image, encode_images, invert
 from svdiff.sampling.stage import personalise
 from svdiff.training import train
 from svdiff.training.datasets import read_training_data
+from tests.models.tiny import make_tiny
 
 STAGE = import_module("svdiff.training.stage")  # the package's attribute of this name is the function
 PROMPT, TARGET = "a dog on a blue background", "a dog on a red background"
@@ -118,7 +120,9 @@ def test_each_target_is_inverted_under_its_own_prompt(checkout: Checkout) -> Non
 def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config()
     first = edit_any(config, Path("photo.png"), PROMPT, [TARGET])
-    assert first == Path("pictures/photo/edit")
+    assert first.parts[0] == "pictures"
+    assert first.parts[1].startswith("photo-")
+    before = {path: path.read_bytes() for path in first.iterdir() if path.is_file()}
     monkeypatch.setattr("svdiff.training.loop.Trainer._loss", lambda *_: pytest.fail("trained again"))
     editing = choose_starts(config.edit, inversion=True, eta=0.0)
     changed = config.model_copy(update={"edit": editing})
@@ -126,8 +130,19 @@ def test_other_targets_and_starts_need_no_other_training(checkout: Checkout, mon
     table = pd.read_csv(second / "images.csv")
     assert set(table["prompt"]) == {PROMPT, "a cat"}
     assert set(table["start"]) == {"inversion"}
+    assert {path: path.read_bytes() for path in before} == before, "those of the first targets stay"
     one, other = (Image.open(second / "pictures" / f"p01-inversion-s000{seed}.png") for seed in (0, 1))
     assert np.array_equal(pixels(one), pixels(other)), "η = 0 and α = 0 leave nothing random"
+
+
+def test_starts_that_the_base_is_not_sampled_with_are_refused_before_training(
+    checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout.values["base"] = {"model": str(make_tiny("sd3", tmp_path / "sd3"))}
+    checkout.write()
+    monkeypatch.setattr("svdiff.training.train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(SvdiffError, match="η is"):
+        edit_any(load_config(), Path("photo.png"), PROMPT, [TARGET])
 
 
 @pytest.mark.slow
@@ -149,7 +164,7 @@ def test_baselines_edit_as_well(checkout: Checkout, method: str) -> None:
     checkout.write()
     config = load_config()
     folder = edit_any(config, Path("photo.png"), PROMPT, [TARGET], overrides={"method": method})
-    settings = json.loads((folder.parent / "train/train.json").read_text())["config"]
+    settings = json.loads((folder.parents[1] / "train/train.json").read_text())["config"]
     assert settings["method"] == method
     assert (settings["lr"], settings["steps"]) == {"full": (1e-4, 6), "lora": (3e-3, 2)}[method]
     assert (folder / "sheet.png").is_file()
@@ -254,7 +269,7 @@ def test_killed_in_training_and_run_again_gives_the_very_same_edit(checkout: Che
     straight = start(checkout, *arguments)
     output, _ = straight.communicate()
     assert straight.returncode == 0, output
-    assert "wrote pictures/photo/edit/sheet.png" in output
+    assert re.search(r"wrote pictures/photo-\w+/edit/.*/sheet\.png", output)
     made, home = checkout.root / "pictures", checkout.root / "scratch"
     made.rename(checkout.root / "straight")
     (home / "state").rename(checkout.root / "straight-state")
@@ -272,10 +287,10 @@ def test_killed_in_training_and_run_again_gives_the_very_same_edit(checkout: Che
     output, _ = again.communicate()
     assert again.returncode == 0, output
 
-    one, other = (load_file(root / "photo/train/delta.safetensors") for root in (checkout.root / "straight", made))
+    one, other = (load_file(*root.glob("*/train/delta.safetensors")) for root in (checkout.root / "straight", made))
     assert one.keys() == other.keys()
     assert all(one[name].equal(other[name]) for name in one)
-    for path in sorted((made / "photo/edit").rglob("*.*")):
+    for path in sorted(made.glob("*/edit/**/*.*")):
         assert path.read_bytes() == (checkout.root / "straight" / path.relative_to(made)).read_bytes(), path
 
 

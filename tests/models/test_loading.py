@@ -88,7 +88,7 @@ def test_a_single_file_is_read_with_the_configuration_beside_it(
 
 @pytest.mark.parametrize(
     ("offload", "called"),
-    [("none", ["to"]), ("parts", ["enable_model_cpu_offload"]), ("layers", ["enable_sequential_cpu_offload"])],
+    [("none", ["to"]), ("parts", ["enable_model_cpu_offload"])],
 )
 def test_on_a_gpu_tensor_float_32_is_allowed_and_parts_or_layers_wait_in_main_memory(
     monkeypatch: pytest.MonkeyPatch, offload: Any, called: list[str]

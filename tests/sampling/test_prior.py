@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from svdiff.check import check
-from svdiff.config import Config
+from svdiff.config import BaseModelConfig, Config
 from svdiff.data.prior import load_prior_images, prior_folder
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline, scratch
@@ -65,6 +65,9 @@ def test_what_is_drawn_is_kept_and_other_settings_draw_anew(tiny_base: Path) -> 
         count = len(stored())
         make_prior_images(configured(tiny_base, **changed), "dog")
         assert len(stored()) == count + 3, changed
+    larger = configured(tiny_base).model_copy(update={"base": BaseModelConfig(model=str(tiny_base), resolution=24)})
+    make_prior_images(larger, "dog")
+    assert Image.open(prior_folder("dog") / "000.png").size == (24, 24)
 
 
 def test_a_class_that_is_not_in_use_is_refused(tiny_base: Path) -> None:

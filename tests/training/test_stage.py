@@ -111,11 +111,15 @@ def test_training_again_gives_the_same_delta(checkout: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_a_finished_training_is_not_repeated(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = train(load_config(), "pet").read_bytes()
-    monkeypatch.setattr("svdiff.training.loop.Trainer._loss", lambda *_: pytest.fail("trained again"))
-    assert load_file(train(load_config(), "pet")).keys()
-    assert len(first) > 0
+def test_another_size_is_another_training(checkout: Path) -> None:
+    config = load_config()
+    base = config.base.model_copy(update={"resolution": 24})
+    configs = [config, config.model_copy(update={"base": base})]
+    keys = [
+        json.loads(train(one, "pet", overrides={"steps": 1}).with_name("train.json").read_text())["train_key"]
+        for one in configs
+    ]
+    assert keys[0] != keys[1]
 
 
 def test_refusals_come_before_any_work(checkout: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
