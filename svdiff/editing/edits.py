@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from svdiff.data.concepts import to_square
@@ -39,7 +40,7 @@ class EditedPicture:
 
 
 def edit_picture(
-    pipe: Any, picture: Image, prompt: str, targets: Sequence[str], settings: EditingConfig
+    pipe: Any, picture: Image, prompt: str, targets: Sequence[str], settings: EditingConfig, batch_size: int = 8
 ) -> EditedPicture:
     """Invert `picture` under each prompt, and sample each from every start of `settings` at its seeds.
 
@@ -49,27 +50,32 @@ def edit_picture(
         prompt: what was trained with.
         targets: the edited prompts.
         settings: section `edit` of params.yaml.
+        batch_size: prompts inverted, or pictures sampled, together.
     """
     prompts = [prompt, *targets]
     original = to_square(picture, family_of(pipe).image_size)
     latents = encode_images(pipe, [original])
-    inverted = invert(pipe, latents.expand(len(prompts), -1, -1, -1), prompts, steps=settings.steps)
+    slices = [prompts[place : place + batch_size] for place in range(0, len(prompts), batch_size)]
+    inverted = torch.cat(
+        [invert(pipe, latents.expand(len(some), -1, -1, -1), some, steps=settings.steps) for some in slices]
+    )
     [autoencoded] = decode(pipe, latents)
     [reconstruction] = reconstruct(pipe, inverted[:1], [prompt], steps=settings.steps)
     rows: list[dict[str, object]] = []
     pictures: list[Image] = []
     for index, text in enumerate(tqdm(prompts, desc="edit", unit="prompt")):
         for name, start in settings.starts.items():
-            pictures += edit_image(
-                pipe,
-                inverted[index : index + 1],
-                text,
-                settings.seeds,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                eta=start.eta,
-                alpha=start.alpha,
-            )
+            for place in range(0, len(settings.seeds), batch_size):
+                pictures += edit_image(
+                    pipe,
+                    inverted[index : index + 1],
+                    text,
+                    settings.seeds[place : place + batch_size],
+                    steps=settings.steps,
+                    guidance=settings.guidance,
+                    eta=start.eta,
+                    alpha=start.alpha,
+                )
             rows += [
                 {
                     "prompt_index": index,

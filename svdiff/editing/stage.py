@@ -69,7 +69,8 @@ def make_edits(pipe: Any, config: Config, name: str, evaluators: Evaluators | No
     Without evaluators there are no scores in images.csv, and neither of the two json files.
     """
     request = config.edit_of(name)
-    edited = edit_picture(pipe, load_picture(request.image).image, request.prompt, request.targets, config.edit)
+    picture, batch_size = load_picture(request.image).image, config.sample.batch_size
+    edited = edit_picture(pipe, picture, request.prompt, request.targets, config.edit, batch_size)
     table, numbers = score_edits(edited, evaluators) if evaluators else (edited.table, {})
     with atomic_dir(output) as folder:
         (folder / "pictures").mkdir()

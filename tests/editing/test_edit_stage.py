@@ -111,6 +111,9 @@ def test_each_target_is_inverted_under_its_own_prompt(checkout: Checkout) -> Non
         )
         return pixels(drawn)
 
+    one_by_one = edit_picture(pipe, picture, PROMPT, [TARGET], settings, batch_size=1)
+    for one, other in zip(one_by_one.pictures, edited.pictures, strict=True):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 1
     made = pixels(edited.pictures[edited.table.query("prompt_index == 1 and seed == 0").index[0]])
     assert np.abs(made - expected(TARGET)).max() <= 1
     assert np.abs(made - expected(PROMPT)).max() > 5
