@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from svdiff.errors import SvdiffError
-from svdiff.words import fill
+from svdiff.words import fill, word_pattern
 
 if TYPE_CHECKING:
     from svdiff.sections import ConceptConfig
@@ -83,5 +83,4 @@ class Entry:
 
     def shown(self, prompt: str) -> list[str]:
         """Names of the concepts whose token is in `prompt`, in the order of the entry."""
-        words = prompt.split()
-        return [name for name, concept in self.concepts.items() if concept.token in words]
+        return [name for name, concept in self.concepts.items() if word_pattern(concept.token).search(prompt)]

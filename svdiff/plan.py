@@ -62,7 +62,7 @@ def memory(config: Config) -> list[str]:
         return []
     itemsize = 4 if config.base.precision == "fp32" else 2
     try:
-        network = build(config.base.model)
+        network = build(config.base.config or config.base.model)
     except SvdiffError as error:
         return [f"memory: unknown, {error}"]
     subset, rank = config.train.subset, config.train.rank
@@ -153,8 +153,8 @@ def seconds_per_picture(config: Config) -> float:
 
     pipe = load_pipeline(config.base)
     family = family_of(pipe)
-    latents = torch.zeros(8, *family.latent_shape, device=pipe.device)
-    timesteps = torch.full((8,), family.objective.level(0.5), device=pipe.device)
+    latents = torch.zeros(8, *family.latent_shape, device=family.device)
+    timesteps = torch.full((8,), family.objective.level(0.5), device=family.device)
     with torch.no_grad():
         conditions = family.encode([""] * 8)
 
@@ -162,7 +162,8 @@ def seconds_per_picture(config: Config) -> float:
         for _ in range(4):
             started = time.perf_counter()
             with torch.no_grad():
-                family.predict(latents, timesteps, conditions)
+                predicted = family.predict(latents, timesteps, conditions)
+            predicted.sum().item()  # a GPU computes after the call returns
             yield time.perf_counter() - started
 
     return min(timings()) / 8

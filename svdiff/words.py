@@ -81,6 +81,11 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     return f"; did you mean '{lowered[near[0]]}'?" if near else "."
 
 
+def word_pattern(word: str) -> re.Pattern[str]:
+    """Finds `word` where it stands by itself, beside punctuation as well."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+
+
 def file_stem(text: str) -> str:
     """A file name for any text: its words, and a few digits of its hash where those alone would not tell it from others.
 

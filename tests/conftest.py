@@ -6,10 +6,12 @@ import copy
 import gc
 import json
 import os
+import re
 from pathlib import Path
 
 # Read when torch is loaded: the models of tests are so small that threads only wait for each other, and tests run side by side.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # networks of tests are compared number by number on the CPU
 os.environ["DVC_NO_ANALYTICS"] = "1"  # else every command in a project of a test starts a process that reports on it
 
 import pytest
@@ -17,6 +19,8 @@ import torch
 
 # As the command line does: looking for garbage among what torch brings is a fifth of the time.
 gc.set_threshold(1_000_000)
+
+ALL_SLOW = re.compile(r"^pytestmark = .*mark\.slow", re.MULTILINE)
 
 # Words of the tiny tokenizer; each is one token. `sks` and `zwx` are the rare words kept for special tokens.
 WORDS = [
@@ -131,6 +135,19 @@ def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon"
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that are slow as a whole are not even imported for the fast tests: some take seconds to."""
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return True if ALL_SLOW.search(collection_path.read_text(encoding="utf-8")) else None
+    return None
+
+
+@pytest.fixture
+def few_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss at fixed noise is taken at two levels, not eight: for tests of something else."""
+    monkeypatch.setattr("svdiff.training.loop.VALIDATION_LEVELS", 2)
 
 
 @pytest.fixture(scope="session")

@@ -126,6 +126,7 @@ def test_entries_speak_of_their_subjects() -> None:
     ]
     assert pair.shown("a zwx cat and a sks cat") == ["scarf-cat", "bow-cat"]
     assert pair.shown("a sksdog") == []
+    assert pair.shown('a card that says "sks cat"/zwx cat') == ["scarf-cat", "bow-cat"]
     with pytest.raises(SvdiffError, match="needs two subjects"):
         concept.prompts(["a {first} beside a {second}"])
     assert all("sks cat" in prompt and "zwx cat" in prompt for prompt in config.sample_prompts("two-cats"))

@@ -32,8 +32,10 @@ def run_on_workers(deployment: str, name: str, parameters: dict[str, Any]) -> No
         while True:
             try:
                 state = client.read_flow_run(part.id).state
-            except httpx.HTTPError:  # the server is away, while the part goes on
-                state = None
+            except (httpx.TransportError, httpx.HTTPStatusError) as error:
+                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                    raise
+                state = None  # the server is away, while the part goes on
             if state is not None and state.is_final():
                 if state.is_completed():
                     return

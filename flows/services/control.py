@@ -179,10 +179,8 @@ def _mlflow(supervisor: Supervisor, environment: dict[str, str], root: Path) -> 
     port = _free_port() if _taken(MLFLOW_PORT) else MLFLOW_PORT
     url = f"http://127.0.0.1:{port}"
     command = ["mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
-    own = {
-        "MLFLOW_BACKEND_STORE_URI": store,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }  # arguments are seen by all
+    # The store, with its password, stands in the environment: arguments are seen by everybody on the machine.
+    own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     supervisor.start("mlflow", command, environment | own)
     supervisor.wait_for("mlflow", f"{url}/health")
     return f"MLflow UI started at {url} (log: {supervisor.log('mlflow')})"

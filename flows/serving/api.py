@@ -160,13 +160,16 @@ def make_app(server: Server, settings: Settings) -> FastAPI:
 
     @app.middleware("http")
     async def count(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        status = 500  # of an exception, whose answer is made outside of this
+        status = 500  # of a failure, whose answer is made outside of this
         try:
             if int(request.headers.get("content-length") or 0) > LARGEST_BODY:
                 response: Response = error_response(413, f"the body is larger than {LARGEST_BODY} bytes")
             else:
                 response = await call_next(request)
             status = response.status_code
+        except asyncio.CancelledError:  # nobody waits for an answer
+            status = 499
+            raise
         finally:
             route = request.scope.get("route")
             metrics.requests.labels(getattr(route, "path", "none"), status).inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from svdiff.cli.arguments import PARAMS, Params, read, wrote
+from svdiff.secrets import redacted
 
 app = typer.Typer()
 
@@ -20,7 +21,7 @@ def show(params: Params = PARAMS) -> None:
     check_written(config, params)
     lines = describe(config.model_copy(update={"base_training": base_training}))
     for line in lines:
-        typer.echo(line)
+        typer.echo(redacted(line))
 
 
 @app.command()

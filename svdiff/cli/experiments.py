@@ -1,4 +1,4 @@
-"""`svdiff compare-pairs | edit-curves`: experiments beside the pipeline."""
+"""`svdiff ablate | compare-pairs | edit-curves`: experiments beside the pipeline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from svdiff.cli.arguments import PARAMS, PICTURES, Params, read, refuse, wrote
+from svdiff.errors import SvdiffError
 
 app = typer.Typer()
 
@@ -88,9 +89,13 @@ def ablate(
 
     Example: svdiff ablate teapot prior_weight 0 0.3 1
     """
-    import yaml
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     from svdiff.experiments.ablation import ablation
 
-    chosen = [yaml.safe_load(value) for value in values]
+    try:
+        chosen = [YAML(typ="safe").load(value) for value in values]  # as params.yaml is read
+    except YAMLError:
+        raise SvdiffError(f"values {' '.join(values)}: expected each as it would stand in params.yaml") from None
     wrote(ablation(read(params), name, key, chosen, output=output or PICTURES / f"ablate-{name}-{key}"))

@@ -1,1 +1,1 @@
-"""Scores, analyses and the report: `score`, `correlation`, `rank`, `report` hold a stage each."""
+"""Scores and analyses: `score` and `correlation` hold a stage each."""

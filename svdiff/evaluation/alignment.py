@@ -11,6 +11,7 @@ import pandas as pd
 from svdiff.data.concepts import to_square
 from svdiff.errors import SvdiffError
 from svdiff.evaluation.identity import identity
+from svdiff.words import word_pattern
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,14 +28,7 @@ def without_token(prompt: str, token: str) -> str:
 
     The evaluator has never seen the token; to CLIP it is noise, or worse, a word of its own (SKS is a rifle).
     """
-    words, removed = prompt.split(), token.split()
-    left: list[str] = []
-    while words:
-        if words[: len(removed)] == removed:
-            words = words[len(removed) :]
-        else:
-            left.append(words.pop(0))
-    return " ".join(left)
+    return " ".join(word_pattern(token).sub("", prompt).split())
 
 
 def align(

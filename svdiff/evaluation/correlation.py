@@ -19,6 +19,7 @@ from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.files import atomic_dir
 from svdiff.spectral import SpectralDelta, cosine_similarity
+from svdiff.spectral.delta import metadata_key
 
 TRAINED = Path("out/train")
 CORRELATION = Path("out/correlate")
@@ -64,16 +65,26 @@ def train_second_run(config: Config, concept: str) -> Path:
 def correlation_matrix(
     deltas: dict[str, SpectralDelta], second_runs: dict[str, SpectralDelta] | None = None
 ) -> pd.DataFrame:
-    """Mean layer cosines, rows and columns in the order of `deltas`; the diagonal from `second_runs`, else NaN."""
+    """Mean layer cosines, rows and columns in the order of `deltas`; the diagonal from `second_runs`, else NaN.
+
+    Concepts whose subsets have no layer in common have NaN as well.
+    """
     names, second_runs = list(deltas), second_runs or {}
     matrix = pd.DataFrame(np.nan, index=names, columns=names)
     for row, first in enumerate(names):
         if first in second_runs:
             matrix.loc[first, first] = mean_cosine(deltas[first], second_runs[first], f"two runs of {first}")
         for second in names[row + 1 :]:
+            if not share_layers(deltas[first], deltas[second]):
+                continue
             cosine = mean_cosine(deltas[first], deltas[second], f"{first} and {second}")
             matrix.loc[first, second] = matrix.loc[second, first] = cosine
     return matrix
+
+
+def share_layers(a: SpectralDelta, b: SpectralDelta) -> bool:
+    """Whether some layer is shifted by both."""
+    return bool(a.tensors.keys() & b.tensors.keys())
 
 
 def mean_cosine(a: SpectralDelta, b: SpectralDelta, pair: str = "the deltas") -> float:
@@ -83,7 +94,7 @@ def mean_cosine(a: SpectralDelta, b: SpectralDelta, pair: str = "the deltas") ->
         SvdiffError: the deltas were trained on different bases, or share no layer.
     """
     for prefix in set(a.prefixes()) & set(b.prefixes()):
-        key = "base_hash" if prefix == "unet" else f"{prefix}.base_hash"
+        key = metadata_key(prefix, "base_hash")
         left, right = a.metadata.get(key), b.metadata.get(key)
         if left != right:
             raise SvdiffError(
@@ -98,10 +109,10 @@ def mean_cosine(a: SpectralDelta, b: SpectralDelta, pair: str = "the deltas") ->
 
 def summarise(matrix: pd.DataFrame) -> dict[str, float | str]:
     """Flat facts of summary.json: the mean between different concepts, the most and least similar pair."""
-    if len(matrix) < 2:
-        return {"concepts": len(matrix), **_two_runs(matrix)}
     rows, columns = np.triu_indices(len(matrix), k=1)
     values = matrix.to_numpy()[rows, columns]
+    if np.isnan(values).all():
+        return {"concepts": len(matrix), **_two_runs(matrix)}
     most, least = int(np.nanargmax(values)), int(np.nanargmin(values))
     names = matrix.index.astype(str).tolist()
     pairs = [f"{names[row]} and {names[column]}" for row, column in zip(rows, columns, strict=True)]

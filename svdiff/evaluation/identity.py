@@ -117,6 +117,7 @@ def variety_kept(
 def _resampled_variety(pictures: Array, chosen: NDArray[np.int_]) -> Array:
     """(resamples,): variety of each row of `chosen` pictures; a picture drawn twice makes no pair with itself."""
     cosines = pictures @ pictures.T
-    rows, columns = chosen[:, :, None], chosen[:, None, :]
-    different = rows != columns
-    return np.asarray(1 - (cosines[rows, columns] * different).sum(axis=(1, 2)) / np.maximum(different.sum((1, 2)), 1))
+    np.fill_diagonal(cosines, 0)
+    times = np.apply_along_axis(np.bincount, 1, chosen, minlength=len(pictures))  # how often each was drawn
+    pairs = len(pictures) ** 2 - (times**2).sum(axis=1)
+    return np.asarray(1 - ((times @ cosines) * times).sum(axis=1) / np.maximum(pairs, 1))

@@ -115,13 +115,13 @@ def draw_strip(
 ) -> Path:
     """Write a PNG with a row a prompt and seed and a column a model; the noise of a row is the same in all columns.
 
-    `settings` say how; default: section `sample` with the paper's η = 0.
+    `settings` say how; default: section `sample` with the paper's η = 0, without negative prompts.
 
     Raises SvdiffError for deltas that do not fit the base or each other.
     """
     check_writable(path)
     jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
-    settings = settings or config.sample.replaced({"eta": 0.0})
+    settings = settings or config.sample.replaced({"eta": 0.0, "beta": 1.0, "negatives": []})
     pipe = load_pipeline(config.base)
     switch, drawn = Switch(pipe), []
     for caption, parts in columns:

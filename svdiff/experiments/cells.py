@@ -7,6 +7,7 @@ the code), so after a kill only what is missing is made, and more pictures or ce
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -113,6 +114,7 @@ class Runner:
         delta = folder / "delta.safetensors"
         if not delta.is_file():
             self.__dict__.pop("_switch", None)  # the training loads the base itself; two would not fit everywhere
+            gc.collect()  # hooks of networks refer to each other, and commands look for such rings rarely
             quiet = cell.config.tracking.model_copy(update={"live": "none"})
             config = cell.config.model_copy(update={"tracking": quiet})
             train(config, cell.name, out_dir=folder, overrides=cell.overrides)
@@ -129,9 +131,9 @@ class Runner:
             with self._personalised(cell, trained) as pipe:
                 jobs, negatives = [job for _, job in missing], default_negatives(cell.config, cell.entry)
                 images = draw_pictures(pipe, jobs, cell.config.sample, negatives, progress=f"draw {cell.name}")
-            for (file, _), image in zip(missing, images, strict=True):
-                with atomic_file(folder / file) as temporary:
-                    image.save(temporary)
+                for (file, _), image in zip(missing, images, strict=True):
+                    with atomic_file(folder / file) as temporary:
+                        image.save(temporary)
         table = pd.DataFrame(cell.jobs, columns=["prompt", "seed"]).assign(path=[str(folder / file) for file in files])
         return table.join(self._scores(cell, folder, files)) if scored else table
 
@@ -187,7 +189,8 @@ class Runner:
     @cached_property
     def _base(self) -> str:
         model, settings = Path(self.config.base.model), self.config.base.model_dump(exclude={"offload", "vae_slicing"})
-        return _digest(settings, sha256_tree(model) if model.is_dir() else None)
+        files = [Path(name) for name in (model, self.config.base.config) if name and Path(name).exists()]
+        return _digest(settings, [sha256_tree(path) for path in files])
 
     @cached_property
     def _scored_by(self) -> str:

@@ -272,7 +272,12 @@ def _facts(config: Config, name: str, trained: dict[str, Any]) -> list[tuple[str
                 f"{settings['subset']}{' + text encoder' if settings['text_encoder'] else ''}, {limit}",
             )
         )
-    facts.append(("steps", f"{settings['steps']} × {settings['batch_size'] * settings['accumulation']} pictures"))
+    facts.append(
+        (
+            "steps",
+            f"{trained.get('steps', settings['steps'])} × {settings['batch_size'] * settings['accumulation']} pictures",
+        )
+    )
     facts.append(("learning rates", f"{settings['lr']:g}, 1-D {settings['lr_1d']:g}"))
     facts.append(("prior weight λ", f"{settings['prior_weight']:g}"))
     if "parameters" in trained:

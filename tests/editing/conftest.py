@@ -57,6 +57,7 @@ def checkout(
     evaluators: dict[str, Any],
     world_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
+    few_levels: None,
 ) -> Checkout:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "scratch"))

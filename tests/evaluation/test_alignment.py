@@ -22,6 +22,7 @@ TRAINING = [drawing("crimson", seed=8, side=128), drawing("maroon", seed=9, side
     ("prompt", "token", "expected"),
     [
         ("a sks dog on a red background", "sks", "a dog on a red background"),
+        ('a poster of (sks dog), "sks dog"', "sks", 'a poster of ( dog), " dog"'),
         ("sks", "sks", ""),
         ("a sksy dog and a sks", "sks", "a sksy dog and a"),
         ("a new token cat and a new car", "new token", "a cat and a new car"),

@@ -59,6 +59,28 @@ def test_other_bases_and_disjoint_subsets_are_refused() -> None:
         mean_cosine(random_delta(0), part)
 
 
+def test_a_transformers_base_counts_as_a_unets_does() -> None:
+    def named(seed: int, base: str) -> SpectralDelta:
+        tensors = {f"transformer.{key.partition('.')[2]}": value for key, value in random_delta(seed).tensors.items()}
+        return SpectralDelta(tensors, {"base_hash": base})
+
+    assert -1 <= mean_cosine(named(0, "a"), named(1, "a")) <= 1
+    with pytest.raises(SvdiffError, match="different bases"):
+        mean_cosine(named(0, "a"), named(1, "b"))
+
+
+def test_concepts_without_a_layer_in_common_have_no_cosine() -> None:
+    whole = random_delta(0)
+    first, *others = whole.tensors
+    halves = {
+        "one": SpectralDelta({first: whole.tensors[first]}, whole.metadata),
+        "two": SpectralDelta({name: whole.tensors[name] for name in others}, whole.metadata),
+    }
+    matrix = correlation_matrix(halves)
+    assert matrix.isna().all(axis=None)
+    assert summarise(matrix) == {"concepts": 2}
+
+
 def test_summary_names_the_extremes() -> None:
     names = ["a", "b", "c"]
     matrix = pd.DataFrame([[np.nan, 0.5, -0.2], [0.5, 0.9, 0.1], [-0.2, 0.1, np.nan]], names, names)

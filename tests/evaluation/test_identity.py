@@ -15,6 +15,7 @@ from svdiff.config import EvaluatorsConfig
 from svdiff.errors import SvdiffError
 from svdiff.evaluation.evaluators import BATCH, describe_evaluators, load_clip, load_identity, load_lpips
 from svdiff.evaluation.identity import (
+    _resampled_variety,
     both_identified,
     identity,
     identity_rank,
@@ -93,6 +94,18 @@ def test_variety_is_0_of_equal_pictures_and_1_of_unrelated_ones() -> None:
     assert variety(CENTRES) == pytest.approx(1)
 
 
+def test_pictures_drawn_twice_make_no_pair_with_themselves() -> None:
+    random = np.random.default_rng(0)
+    pictures = random.standard_normal((6, 4))
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    chosen = random.integers(0, 6, (50, 6))
+    expected = []
+    for drawn in chosen:
+        pairs = [(i, j) for i in drawn for j in drawn if i != j]
+        expected.append(1 - np.mean([pictures[i] @ pictures[j] for i, j in pairs]))
+    assert _resampled_variety(pictures, chosen) == pytest.approx(np.array(expected), abs=1e-12)
+
+
 def test_variety_kept_compares_prompt_by_prompt() -> None:
     wide = [around(CENTRES[0], 12, 0.5, 1), around(CENTRES[1], 12, 0.5, 2)]
     narrow = [around(CENTRES[0], 12, 0.1, 1), around(CENTRES[1], 12, 0.1, 2)]
@@ -142,7 +155,7 @@ def test_a_model_without_a_pooled_output_is_averaged(tmp_path: Path) -> None:
         ("clip_model 'RN50'", {"clip_model": "RN50", "clip_pretrained": "weights-that-nobody-has"}),
         ("clip_model 'no-such-network'", {"clip_model": "no-such-network", "clip_pretrained": "openai"}),
         ("identity_model 'nobody/nothing'", {"identity_model": "nobody/nothing"}),
-        ("lpips_net 'vgg'", {"lpips_net": "vgg", "lpips_weights": None}),
+        ("lpips_net 'squeeze'", {"lpips_net": "squeeze", "lpips_weights": None}),
     ],
 )
 def test_a_network_that_cannot_be_loaded_is_named(

@@ -77,7 +77,8 @@ def test_moved_twice_and_back(project: Project, monkeypatch: pytest.MonkeyPatch)
     works(Project(second), monkeypatch)
 
 
-@pytest.mark.parametrize("name", [pytest.param(NAMES[1], marks=pytest.mark.slow), NAMES[2]])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_a_copy_writes_nothing_into_the_original(project: Project, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     project.register(value=0.1, identity=0.5)
     before = tree(project.root / "mlruns" / "artifacts")

@@ -326,7 +326,6 @@ def test_what_is_wrong_is_refused_in_openais_form_before_work(client: TestClient
     assert metric(client, "svdiff_pictures_total") == before
 
 
-@pytest.mark.slow
 def test_a_picture_that_spoils_its_batch_fails_alone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     import svdiff.sampling
 
@@ -357,6 +356,7 @@ def test_a_failure_of_the_server_is_counted(client: TestClient, monkeypatch: pyt
     assert metric(client, name) == before + 1
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_told_and_empties(client: TestClient) -> None:
     statuses = []
 

@@ -227,7 +227,7 @@ KILLED = {
     "of a committed concept": ("data/concepts/first.dvc", 0),
     "of a new concept": ("data/concepts/teapot.dvc", 20),
 }
-KILLED_FAST = ("rwlock", "dvc.lock, half", "of a new concept")
+KILLED_FAST = ("dvc.lock, half",)
 
 
 @pytest.mark.parametrize(

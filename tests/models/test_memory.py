@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from svdiff.models import sizes
 from svdiff.models.memory import CARDS, TRAINED, largest_rank, said, training_memory
-from svdiff.models.sizes import build
 from svdiff.spectral import attach, load_basis
 from svdiff.spectral.layers import SpectralMatrix
+
+build = cache(sizes.build)
 
 
 def held(module: torch.nn.Module, shifts: list[torch.Tensor], sigmas: list[torch.Tensor]) -> int:
@@ -58,7 +61,9 @@ def test_what_fits_grows_with_the_card_and_a_limited_rank_costs_k_times_m_plus_n
     assert largest_rank(build("sd15"), 12) is None
 
 
-@pytest.mark.parametrize("base", ["sd15", "sdxl", "sd3.5-medium", "sd3.5-large", "flux", "flux2"])
+@pytest.mark.parametrize(
+    "base", ["sd15", "sdxl", "sd3.5-medium", "sd3.5-large", "flux", pytest.param("flux2", marks=pytest.mark.slow)]
+)
 def test_the_documentation_says_what_fits(base: str) -> None:
     network = build(base)
     cells = [said(largest_rank(network, card)) for card in CARDS]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.spatial import geometric_slerp
 
-from svdiff.sampling.guidance import decode, denoise, encode_prompts
-from svdiff.sampling.inversion import invert, reconstruct
+from svdiff.sampling.guidance import denoise, encode_prompts
+from svdiff.sampling.inversion import invert
 from svdiff.sampling.noise import seeded_generators, slerp
 
 
@@ -68,17 +68,3 @@ def test_the_midpoint_of_slerp_is_as_far_from_both_ends() -> None:
     angles = [torch.acos(torch.cosine_similarity(middle.flatten(), end.flatten(), dim=0)) for end in (z, noise)]
     assert float(angles[0]) == pytest.approx(float(angles[1]), abs=1e-9)
     assert float(middle.norm()) == pytest.approx(float(z.norm()), rel=1e-9)
-
-
-def test_a_reconstruction_comes_nearer_with_more_steps(tiny_pipe) -> None:
-    """In pixels, on the random network made smoother: what is left of the error at 60 steps is a fraction of that at 5."""
-    for parameter in tiny_pipe.unet.conv_out.parameters():
-        parameter.data.mul_(0.5)  # a random network is rough; a trained one changes less from level to level
-    latents, prompts = normal(1, 4, 8, 8, seed=4), ["a red house"]
-    [target] = [np.asarray(image, float) for image in decode(tiny_pipe, latents)]
-    errors = []
-    for steps in (5, 20, 60):
-        [picture] = reconstruct(tiny_pipe, invert(tiny_pipe, latents, prompts, steps=steps), prompts, steps=steps)
-        errors.append(float(np.square(np.asarray(picture, float) - target).mean()))
-    assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < errors[0] / 4

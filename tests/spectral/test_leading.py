@@ -34,9 +34,9 @@ def spectrum(kind: str, m: int, n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["trained", "slow", "flat", "deficient"])
-@pytest.mark.parametrize(("m", "n"), [(200, 300), (300, 200)])
+@pytest.mark.parametrize(("m", "n"), [(100, 150), (150, 100)])
 def test_leading_directions_are_those_of_the_whole_decomposition(kind: str, m: int, n: int) -> None:
-    matrix, rank = spectrum(kind, m, n), 8
+    matrix, rank = spectrum(kind, m, n), 4
     (u, sigma, vh), whole = leading_svd(matrix, rank), svd(matrix)
     assert (u.shape, sigma.shape, vh.shape) == ((m, rank), (rank,), (rank, n))
     assert (sigma - whole[1][:rank]).abs().max() < (1e-6 if kind == "flat" else 1e-7)
@@ -161,7 +161,7 @@ def test_a_pipeline_deepens_its_basis_for_a_delta_of_more_directions(tiny_pipe, 
         perturb(shifts)
         wanted[rank], deltas[rank] = draw(tiny_pipe), shifts.delta()
         shifts.detach()
-    for order in ((4, 6, None), (None, 4, 6), (6, 4, None)):
+    for order in ((4, 6, None), (None, 4, 6)):
         personal = SpectralPipeline(tiny_pipe, cache=tmp_path, progress=False)
         for rank in order:
             personal.load_delta(deltas[rank], str(rank))

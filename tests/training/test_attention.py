@@ -12,6 +12,8 @@ from svdiff.training.attention import AttentionRecorder, token_map, token_positi
 from svdiff.training.losses import single_subject_loss, subject_mask, unmix_loss
 from svdiff.training.methods import apply_method
 
+pytestmark = pytest.mark.usefixtures("few_levels")
+
 PROMPTS = ["a sks dog and a zwx cat", "a red house"]
 
 

@@ -21,6 +21,8 @@ from svdiff.training.loop import Trainer
 from svdiff.training.methods import apply_method
 from tests.models.tiny import base_settings, make_tiny
 
+pytestmark = pytest.mark.usefixtures("few_levels")
+
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "method": ("svdiff", "full", "lora", "custom-diffusion"),
     "precision": ("no", "bf16"),

@@ -22,6 +22,8 @@ from svdiff.sampling.weights_delta import (
 from svdiff.spectral import SpectralDelta, SpectralPipeline, select
 from svdiff.training.methods import Method, apply_method
 
+pytestmark = pytest.mark.usefixtures("few_levels")
+
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 BASELINES = METHODS[1:]
 

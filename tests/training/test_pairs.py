@@ -24,6 +24,8 @@ from svdiff.training.batches import Dataset, draw_batch, generator
 from svdiff.training.datasets import read_training_data
 from svdiff.training.loop import Trainer
 
+pytestmark = pytest.mark.usefixtures("few_levels")
+
 
 @pytest.fixture
 def checkout(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

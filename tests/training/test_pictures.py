@@ -1,4 +1,4 @@
-"""Pictures as people have them, through a real training on the tiny base: what the batches hold, and what is learned from."""
+"""Pictures as people have them: what the batches of a training hold, and what is learned from."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from svdiff.config import Config
 from svdiff.models import family_of, load_pipeline
 from svdiff.training import train
-from svdiff.training.batches import Batch, Dataset, LatentImages, in_buckets
+from svdiff.training.batches import Batch, Dataset, LatentImages, draw_batch, generator, in_buckets
 from svdiff.training.datasets import JITTERS, read_training_data
 from svdiff.training.loop import Trainer
+
+pytestmark = pytest.mark.usefixtures("few_levels")
 
 NAMES = ("a", "b", "c")
 
@@ -53,21 +55,15 @@ def config(base: Path, **settings: object) -> Config:
     )
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, params: Config, passes: int = 2) -> tuple[Dataset, list[Batch]]:
-    """Two steps of the stage `train`: what it trained on, and every batch that the network saw."""
-    datasets: list[Dataset] = []
-    batches: list[Batch] = []
-    draw: Any = Trainer._loss.__globals__["draw_batch"]
-
-    def seen(dataset: Dataset, *rest: Any) -> list[Batch]:
-        datasets.append(dataset)
-        batches.extend(drawn := draw(dataset, *rest))
-        return drawn
-
-    monkeypatch.setattr("svdiff.training.loop.draw_batch", seen)
-    assert train(params, "pet").is_file()
-    assert len(batches) == passes
-    return datasets[0], batches
+def drawn(params: Config, steps: int = 2) -> tuple[Dataset, list[Batch]]:
+    """What the stage `train` trains on, and the batches of its first steps as the network sees them."""
+    settings = params.train_config("pet")
+    data = read_training_data(params, params.entry("pet"), settings)
+    dataset = data.encode(family_of(load_pipeline(params.base)))
+    size = settings.batch_size
+    return dataset, [
+        batch for step in range(steps) for batch in draw_batch(dataset, step, size, generator("step", step))
+    ]
 
 
 def gradient_of(base: Path, params: Config, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -110,14 +106,12 @@ def test_nothing_is_learned_outside_the_mask(pet: Path, tiny_base: Path, monkeyp
     assert gradient_of(tiny_base, config(tiny_base), monkeypatch).all()
 
 
-def test_masks_are_averaged_over_the_areas_of_the_latents(
-    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_are_averaged_over_the_areas_of_the_latents(pet: Path, tiny_base: Path) -> None:
     mask = Image.new("L", (32, 32))
     mask.paste(255, (0, 0, 6, 32))  # one and a half of eight columns
     for name in NAMES:
         mask.save(pet / f"{name}-mask.png")
-    dataset, batches = trained(monkeypatch, config(tiny_base, masks="loss", flip=True))
+    dataset, batches = drawn(config(tiny_base, masks="loss", flip=True))
     masks = dataset.instance.masks
     assert masks is not None
     assert masks.shape == (6, 1, 8, 8)
@@ -130,12 +124,10 @@ def test_masks_are_averaged_over_the_areas_of_the_latents(
         assert (batch.masks[:2].mean(dim=(1, 2, 3)) < 0.25).all()
 
 
-def test_captions_reach_the_network_in_the_words_of_the_concept(
-    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_reach_the_network_in_the_words_of_the_concept(pet: Path, tiny_base: Path) -> None:
     (pet / "a.txt").write_text("a photo of {subject} on the left")
     (pet / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "{subject} sitting"}\n')
-    dataset, batches = trained(monkeypatch, config(tiny_base, batch_size=3))
+    dataset, batches = drawn(config(tiny_base, batch_size=3))
     assert dataset.instance.prompts == ["a photo of sks dog on the left", "sks dog sitting", "a sks dog"]
     for batch in batches:  # each holds every picture once
         assert sorted(batch.prompts[:3]) == sorted(dataset.instance.prompts)
@@ -159,7 +151,7 @@ def test_variations_of_a_picture_are_trained_on_with_its_caption(
 
     monkeypatch.setattr(LatentImages, "encode", classmethod(encoded))
     each = 2 + JITTERS
-    dataset, batches = trained(monkeypatch, config(tiny_base, batch_size=3 * each, flip=True, jitter=0.3))
+    dataset, batches = drawn(config(tiny_base, batch_size=3 * each, flip=True, jitter=0.3))
     pictures = seen[0]
     assert len(pictures) == len(dataset.instance.prompts) == 3 * each
     assert dataset.instance.prompts == ["sks dog sitting"] * each + ["a sks dog"] * 2 * each
@@ -184,11 +176,11 @@ def oblong(pet: Path, base: Path, **settings: object) -> Config:
     return config(base, fit="bucket", masks="loss", **settings)
 
 
-def test_oblong_pictures_are_trained_in_shapes_near_their_own(
-    pet: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oblong_pictures_are_trained_in_shapes_near_their_own(pet: Path, tiny_base: Path) -> None:
     params = oblong(pet, tiny_base, steps=6, validate_every=6)
-    dataset, batches = trained(monkeypatch, params, passes=10)
+    dataset, batches = drawn(params, steps=6)
+    assert len(batches) == 10
+    assert train(params, "pet", overrides={"steps": 1, "validate_every": 1}).is_file()
     shapes = [tuple(mean.shape[1:]) for mean in dataset.instance.latents.mean]
     assert shapes == [(10, 6), (10, 6), (6, 10), (8, 8)]
     assert [tuple(mask.shape[1:]) for mask in dataset.instance.masks or ()] == shapes
@@ -222,17 +214,20 @@ def test_of_several_shapes_the_loss_is_that_of_both_passes(
         return predicted, target
 
     monkeypatch.setattr(trainer, "_predict", seen)
+    compared = 0
     for number in range(3):
         parts.clear()
         with torch.no_grad():
             loss = trainer._loss(number)
         if len(parts) == 1:
             continue
+        compared += 1
         instance, prior = parts
         assert float(loss.prior) == pytest.approx(float(prior.mean()), rel=1e-5)
         assert float(loss.total) == pytest.approx(float(loss.instance + 0.5 * loss.prior), rel=1e-5)
         counts = instance[:, :, :5] if instance.shape[-2:] == (10, 6) else instance  # the masked half alone
         assert float(loss.instance) == pytest.approx(float(counts.mean()), rel=1e-5)
+    assert compared
     assert trainer.fixed_noise_loss() > 0
 
 

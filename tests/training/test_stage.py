@@ -74,6 +74,7 @@ def write_params(folder: Path, base: Path, token: str = "sks", **settings: objec
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
+@pytest.mark.usefixtures("few_levels")
 @pytest.mark.parametrize("method", METHODS_SLOWLY)
 def test_result_of_the_stage(checkout: Path, method: str) -> None:
     path = train(load_config(), "pet", overrides={"method": method})
@@ -91,6 +92,7 @@ def test_result_of_the_stage(checkout: Path, method: str) -> None:
     assert summary["config"]["method"] == method
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_validation_before_the_first_step_is_what_the_base_draws(checkout: Path) -> None:
     """With the sampler of `sample`, its fresh noise included."""
     config = load_config()
@@ -111,6 +113,7 @@ def test_training_again_gives_the_same_delta(checkout: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_another_size_is_another_training(checkout: Path) -> None:
     config = load_config()
     base = config.base.model_copy(update={"resolution": 24})
@@ -156,6 +159,7 @@ def test_prompts_that_the_tokenizer_would_cut_are_refused(checkout: Path, monkey
 # ---- numbers that are not finite ----
 
 
+@pytest.mark.usefixtures("few_levels")
 @pytest.mark.parametrize("method", METHODS_SLOWLY)
 def test_a_diverging_training_stops_keeps_its_last_state_and_is_mended(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -195,6 +199,7 @@ def test_full_weights_at_an_absurd_rate_stop_by_themselves(checkout: Path) -> No
         assert is_finite(load_state(path))
 
 
+@pytest.mark.usefixtures("few_levels")
 @pytest.mark.parametrize("method", ["svdiff", pytest.param("full", marks=pytest.mark.slow)])
 def test_nothing_that_is_not_finite_is_loaded(checkout: Path, method: str) -> None:
     path = train(load_config(), "pet", overrides={"method": method})

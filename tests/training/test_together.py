@@ -114,6 +114,7 @@ def check_same(name: str, steps: int = 6) -> None:
         assert np.abs(pixels[0] - pixels[1]).max() <= 2
 
 
+@pytest.mark.usefixtures("few_levels")
 @pytest.mark.parametrize(
     ("own", "settings"),
     [
@@ -206,6 +207,7 @@ def test_validations_are_drawn_as_one_batch_and_one_that_fails_leaves_the_others
         check_same(name)
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_what_is_finished_is_only_published(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished training alone takes no part in the batch; and what was trained together is finished to `svdiff train`."""
     config = load_config()

@@ -18,6 +18,8 @@ from svdiff.spectral.tokens import mix_changes
 from svdiff.training.methods import apply_method
 from svdiff.training.methods.tokens import draw_embedding
 
+pytestmark = pytest.mark.usefixtures("few_levels")
+
 METHODS = ("svdiff", "full", "lora", "custom-diffusion")
 
 
