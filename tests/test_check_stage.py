@@ -334,3 +334,11 @@ def test_gradients_that_would_vanish_are_refused(tiny_base: Path) -> None:
         check(load_config())
     Path("params.yaml").write_text(yaml.safe_dump(written | {"train": {"precision": "fp16"}}))
     check(load_config())
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "custom-diffusion"])
+def test_weights_trained_beside_ones_of_another_precision_are_refused(tiny_base: Path, method: str) -> None:
+    half = {"base": {"model": str(tiny_base), "precision": "bf16"}}
+    Path("params.yaml").write_text(yaml.safe_dump(params("") | half | {"train": {"method": method}}))
+    with pytest.raises(SvdiffError, match=rf"one: base\.precision is bf16 and train\.method {method}"):
+        check(load_config())

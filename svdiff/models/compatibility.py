@@ -49,7 +49,12 @@ def check_family(family: Family, settings: TrainConfig) -> None:
 
 
 def check_precision(base: BaseModelConfig, settings: TrainConfig) -> None:
-    """Raise SvdiffError for gradients that would vanish."""
+    """Raise SvdiffError for gradients that would vanish, and for weights that are trained beside ones of another precision."""
+    if base.precision != "fp32" and settings.method != "svdiff":
+        raise SvdiffError(
+            f"base.precision is {base.precision} and train.method {settings.method}, which trains numbers in fp32 beside weights "
+            f"in {base.precision}: set base.precision to fp32, and train.precision to {base.precision}"
+        )
     if base.precision == "fp16" and settings.precision != "fp16":
         raise SvdiffError(
             f"base.precision is fp16 and train.precision {settings.precision}: gradients in fp16 vanish without the "

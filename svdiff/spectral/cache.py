@@ -181,7 +181,10 @@ def list_cache(cache: str | Path) -> list[CachedBasis]:
     """The decompositions under `cache`, most recently used first."""
     found = []
     for folder in Path(cache).glob("*") if Path(cache).is_dir() else []:
-        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+        # Hidden ones are being written.
+        files = (
+            [file for file in folder.glob("*.safetensors") if not file.name.startswith(".")] if folder.is_dir() else []
+        )
         if files:
             size = sum(file.stat().st_size for file in files)
             found.append(CachedBasis(folder.name, len(files), size, folder.stat().st_mtime))

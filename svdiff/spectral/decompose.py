@@ -52,17 +52,27 @@ def leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if 4 * block < min(matrix.shape):
         matrix = matrix.detach().to(torch.float64)
         for iterations in (8, 32):
-            # The library draws its first block from the global generator: fixed here, so that all find the same.
-            with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-                torch.manual_seed(0)
-                u, sigma, v = torch.svd_lowrank(matrix, block, niter=iterations)
-            u, sigma, v = u[:, :rank], sigma[:rank], v[:, :rank]
+            u, sigma, v = (part[..., :rank] for part in _power_iterations(matrix, block, iterations))
             # One of the two is exact by construction; which one, depends on the shape.
             left = torch.cat([matrix @ v - u * sigma, matrix.T @ u - v * sigma]).norm(dim=0)
             if left.max() <= _SETTLED * sigma[0]:
                 return u, sigma, v.T
     u, sigma, vh = svd(matrix)
     return u[:, :rank], sigma[:rank], vh[:rank]
+
+
+def _power_iterations(matrix: Tensor, block: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`U (M, block)`, `sigma (block,)`, `V (N, block)` of a float64 `matrix (M, N)` (Halko et al. 2011, Alg. 4.4 and 5.1).
+
+    As `torch.svd_lowrank`, which starts from the generator that all threads share: this start is the same everywhere.
+    """
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], block, dtype=matrix.dtype, generator=random).to(matrix.device)
+    q = torch.linalg.qr(matrix @ start).Q
+    for _ in range(iterations):
+        q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ q).Q).Q
+    u, sigma, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+    return q @ u, sigma, vh.T
 
 
 def _svd_wide(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -144,14 +144,18 @@ class SpectralDelta:
         part = self.part(prefix)
         if not part:
             return
-        trained = self.metadata.get(metadata_key(prefix, "base_hash"))
-        if trained != basis.base_hash:
-            raise SvdiffError(
-                f"this delta was trained on a {prefix} with weights {str(trained)[:16]}, the model at hand has "
-                f"{basis.base_hash[:16]}: load the base that it was trained on, in the same precision"
-            )
+        self.check_base(basis.base_hash, prefix)
         if self.metadata.get(metadata_key(prefix, "basis_id")) != basis.id:
             self._check_directions(basis, prefix, part)
+
+    def check_base(self, base_hash: str, prefix: str) -> None:
+        """Raise SvdiffError unless it was trained on weights of this hash."""
+        trained = self.metadata.get(metadata_key(prefix, "base_hash"))
+        if trained != base_hash:
+            raise SvdiffError(
+                f"this delta was trained on a {prefix} with weights {str(trained)[:16]}, the model at hand has "
+                f"{base_hash[:16]}: load the base that it was trained on, in the same precision"
+            )
 
     def _check_directions(self, basis: Basis, prefix: str, part: Mapping[str, Tensor]) -> None:
         """Another machine's rounding makes another basis id; the directions must still be the same."""

@@ -14,6 +14,7 @@ from svdiff.errors import SvdiffError
 from svdiff.spectral.basis import Basis, matrix_weights
 from svdiff.spectral.cache import load_basis
 from svdiff.spectral.delta import SpectralDelta
+from svdiff.spectral.hashing import weights_hash
 from svdiff.spectral.shifts import SpectralShifts
 from svdiff.spectral.subsets import weights as weights_of
 from svdiff.spectral.tokens import LoadedTokens
@@ -85,13 +86,34 @@ class SpectralPipeline:
         self._refuse("loading another delta")
         delta = source if isinstance(source, SpectralDelta) else SpectralDelta.load(source)
         for prefix in delta.prefixes():
-            basis = self.basis(prefix, delta.part(prefix), rank=delta.directions(prefix))
-            delta.check(basis, prefix)
-        for prefix in delta.prefixes():
-            self._cover(prefix, delta.part(prefix))
-        self._tokens.load(name, delta.tokens)
-        self._rows[name] = {prefix: self._shifts[prefix].pack(delta.part(prefix)) for prefix in delta.prefixes()}
+            delta.check_base(self._base_hash(prefix), prefix)  # before minutes of decomposition
+        with self._as_before_on_failure():
+            for prefix in delta.prefixes():
+                basis = self.basis(prefix, delta.part(prefix), rank=delta.directions(prefix))
+                delta.check(basis, prefix)
+            for prefix in delta.prefixes():
+                self._cover(prefix, delta.part(prefix))
+            self._tokens.load(name, delta.tokens)
+            self._rows[name] = {prefix: self._shifts[prefix].pack(delta.part(prefix)) for prefix in delta.prefixes()}
         self.set_deltas({name: 1.0} if len(self._rows) == 1 else self._active)
+
+    @contextmanager
+    def _as_before_on_failure(self) -> Iterator[None]:
+        """What was loaded draws as it did, where the block fails: a full memory or disk, a delta that does not fit after all."""
+        bases, rows = dict(self._bases), {name: dict(of) for name, of in self._rows.items()}
+        sizes = {prefix: dict(shifts.sizes) for prefix, shifts in self._shifts.items()}
+        changes, shifts = dict(self._tokens.changes), dict(self._shifts)
+        try:
+            yield
+        except BaseException:
+            self._bases, self._rows, self._tokens.changes = bases, rows, changes
+            for prefix in {*sizes, *self._shifts}:
+                if self._shifts.get(prefix) is not shifts.get(prefix):
+                    self._release(prefix)
+                    if prefix in sizes:
+                        self._attach(prefix, list(sizes[prefix]), sizes[prefix])
+            self.set_deltas(self._active)
+            raise
 
     def set_deltas(self, names: str | Sequence[str] | Mapping[str, float], weights: Any = None) -> None:
         """Choose the active deltas: `{"a": 0.5, "b": 1}`, or names with a weight, or one weight for each.
@@ -191,6 +213,16 @@ class SpectralPipeline:
                 self._tokens.follow()
             self._bases[prefix] = Basis({**(known or {}), **more}, more.base_hash, more.rank)
         return self._bases[prefix]
+
+    def _base_hash(self, prefix: str) -> str:
+        """Which weights a part of the pipeline has, whatever is on them."""
+        if known := self._bases.get(prefix):
+            return known.base_hash
+        self._tokens.remove()
+        try:
+            return weights_hash(self._module(prefix))
+        finally:
+            self._tokens.follow()
 
     def _module(self, prefix: str) -> nn.Module:
         module = getattr(self.pipe, prefix, None)

@@ -113,6 +113,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+            self.average.to(self.accelerator.device)  # states are read on the CPU
         self.step = state["step"]
 
     def run(self) -> Iterator[Row]:

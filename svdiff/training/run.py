@@ -66,7 +66,9 @@ class Run:
     @property
     def losses(self) -> dict[int, float]:
         """Fixed-noise losses of the validations so far, by step."""
-        rows = [json.loads(path.read_text()) for path in sorted((self.state_dir / "validation").glob("*.json"))]
+        rows = [
+            json.loads(path.read_text()) for path in sorted((self.state_dir / "validation").glob("step-*.json"))
+        ]  # others are half-written
         losses = {row["step"]: row["fixed_noise_loss"] for row in rows}
         return {step: loss for step, loss in losses.items() if self.validates(step)}
 
@@ -103,18 +105,17 @@ def _train_from(trainer: Trainer, run: Run, rows: list[Row], stop: StopRequest) 
     if saved is not None:
         trainer.load_state(saved["trainer"])
         rows += saved["rows"]
-    elif accelerator.is_main_process:
-        yield from _validate(trainer, run)
-    accelerator.wait_for_everyone()
-    over = _over(trainer, run)
-    main = accelerator.is_main_process
+    main, failure = accelerator.is_main_process, None
+    if saved is None and main:
+        failure = yield from _validated(trainer, run)
+    over = _over(trainer, run, failure)
     while trainer.step < settings.steps and not over:
         rows.append((yield from trainer.take_step()))
         run.curve.add(rows[-1])
         last = trainer.step == settings.steps
         if main and run.validates(trainer.step):
-            yield from _validate(trainer, run)
-        over = run.validates(trainer.step) and _over(trainer, run)
+            failure = yield from _validated(trainer, run)
+        over = run.validates(trainer.step) and _over(trainer, run, failure)
         if main and (trainer.step % settings.save_every == 0 or last or over or stop.requested):
             _save(trainer, run, rows)
         if stop.requested and not last and not over:
@@ -228,11 +229,15 @@ def train_side_by_side(
                 yield from ended
 
 
-def _over(trainer: Trainer, run: Run) -> bool:
-    """`is_over`, as the first process finds."""
+def _over(trainer: Trainer, run: Run, failure: SvdiffError | None) -> bool:
+    """`is_over`, as the first process finds; where its validation failed, all raise that: none waits for another."""
     losses = {step: loss for step, loss in run.losses.items() if step <= trainer.step}
-    answer = [is_over(losses, run.settings.patience) if trainer.accelerator.is_main_process else False]
-    return bool(broadcast_object_list(answer)[0])
+    first = trainer.accelerator.is_main_process
+    answer = [is_over(losses, run.settings.patience) if first else False, str(failure) if failure else None]
+    over, failed = broadcast_object_list(answer)
+    if failed is not None:
+        raise failure or SvdiffError(failed)
+    return bool(over)
 
 
 def _save(trainer: Trainer, run: Run, rows: list[dict[str, float]]) -> bool:
@@ -291,6 +296,15 @@ def _save_delta(trainer: Trainer, run: Run) -> None:
     """Write what is learned so far as a delta."""
     known = {"base_model": run.config.base.model, "config": run.settings.model_dump_json(), "step": str(trainer.step)}
     trainer.method.save(run.delta_path(trainer.step), run.identity | known | {"method": run.settings.method})
+
+
+def _validated(trainer: Trainer, run: Run) -> Asking[SvdiffError | None]:
+    """Validate; returns what went wrong."""
+    try:
+        yield from _validate(trainer, run)
+    except SvdiffError as error:
+        return error
+    return None
 
 
 def _validate(trainer: Trainer, run: Run) -> Asking[None]:

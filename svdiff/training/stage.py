@@ -165,7 +165,9 @@ def _write_result(training: Training, rows: list[Row]) -> None:
     run, method = training.run, training.trainer.method
     settings, state_dir, fixed = run.settings, run.state_dir, run.losses
     versions = {"svdiff": svdiff.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    chosen = best_step(fixed) if settings.choose == "best" else max(fixed)
+    # A training that went on from a shorter one has those deltas that the shorter one kept.
+    there = {step: loss for step, loss in fixed.items() if run.delta_path(step).is_file()}
+    chosen = best_step(there) if settings.choose == "best" else max(fixed)
     with atomic_dir(training.out_dir) as folder:
         shutil.copyfile(run.delta_path(chosen), folder / "delta.safetensors")
         curve = pd.DataFrame(rows)

@@ -212,10 +212,11 @@ class SharedNetwork:
 
     def _predict(self, trainers: Sequence[Trainer], passes: Sequence[Pass]) -> Sequence[Tensor]:
         """What the network makes of a pass of each, in one pass for all."""
-        for trainer, one in zip(trainers, passes, strict=True):
-            if not trainer.knows(one.batch.prompts):
-                self.turn(trainer.method)
-                trainer.encoded(one.batch.prompts)
+        with trainers[0].accelerator.autocast():  # as each alone encodes
+            for trainer, one in zip(trainers, passes, strict=True):
+                if not trainer.knows(one.batch.prompts):
+                    self.turn(trainer.method)
+                    trainer.encoded(one.batch.prompts)
         prompts = [(row, prompt) for row, one in enumerate(passes) for prompt in one.batch.prompts]
 
         def fixed(text: tuple[int, str]) -> Conditions | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,45 @@ def test_wrong_use_is_refused(concepts: SpectralPipeline, tiny_pipe, bases: Path
         concepts.load_delta(delta, "a")
     with pytest.raises(SvdiffError, match="2 weights"):
         concepts.set_deltas(["a"], [1, 2])
+
+
+@pytest.mark.parametrize("when", ["decomposing", "attaching", "packing"])
+def test_a_load_that_fails_leaves_all_as_it_was(
+    concepts: SpectralPipeline, tiny_pipe, bases: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    small, large = make_delta(tiny_pipe, bases, 1, subset="UNet-CA"), make_delta(tiny_pipe, bases, 2)
+    concepts.load_delta(small, "small")
+    of_small = draw(tiny_pipe)
+    module = import_module("svdiff.spectral.pipeline")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        if when == "decomposing":
+            patch.setattr(module, "load_basis", full)
+        elif when == "packing":
+            patch.setattr(concepts._tokens, "load", full)
+        else:
+            calls, real = [], module.SpectralShifts
+
+            def once(*positional: object, **named: object):
+                calls.append(named)
+                return full() if len(calls) == 1 else real(*positional, **named)
+
+            patch.setattr(module, "SpectralShifts", once)
+        concepts.load_delta(large, "large")
+    assert (concepts.deltas, concepts.active) == (["small"], {"small": 1.0})
+    assert torch.equal(draw(tiny_pipe), of_small)
+    concepts.load_delta(large, "large")
+    assert torch.allclose(draw(tiny_pipe), of_small, atol=1e-5)
+
+
+def test_a_delta_of_another_base_is_refused_before_the_base_is_decomposed(
+    concepts: SpectralPipeline, tiny_pipe, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = make_delta(tiny_pipe, bases, 1)
+    other = SpectralDelta(delta.tensors, dict(delta.metadata) | {"base_hash": "c" * 64})
+    monkeypatch.setattr("svdiff.spectral.pipeline.load_basis", lambda *_, **__: pytest.fail("decomposed"))
+    with pytest.raises(SvdiffError, match="load the base that it was trained on"):
+        concepts.load_delta(other, "other")
