@@ -32,7 +32,7 @@ repro: $(BIN)/.installed
 
 # On all cores, up to four: each process holds torch and a server or two.
 test: $(BIN)/.installed
-	python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist worksteal
+	python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(BIN)/.installed
 	python -m pytest -m slow

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from svdiff.files import write_atomic
 from svdiff.models import is_distilled, load_words, native_size
 from svdiff.models.compatibility import check_family, check_precision
 from svdiff.sections import BaseModelConfig, EvaluatorsConfig
-from svdiff.words import is_folder
+from svdiff.words import did_you_mean, is_folder
 
 OUTPUT = Path("out/check.txt")  # the same whatever params.yaml says, so that a change of it reruns nothing else
 EVALUATORS = Path("out/evaluators.json")  # changes with what scores, so that other evaluators rerun what scores
@@ -37,6 +38,7 @@ def check(config: Config) -> Path:
     """
     _check_base(config.base)
     _check_places(config.evaluators)
+    _check_names(config.evaluators)
     for word, folder in config.regularisation.items():
         if not Path(folder).is_dir():
             raise SvdiffError(
@@ -119,6 +121,21 @@ def _check_base(base: BaseModelConfig) -> None:
                 f"base.{key} is '{name}', a Hub id, and the pipeline follows a base by its files: bring it into a folder, "
                 f"`hf download {name} --local-dir {folder}`, and set base.{key}: {folder}"
             )
+
+
+def _check_names(evaluators: EvaluatorsConfig) -> None:
+    """Weights that open_clip has none of would end the stage `score`, after all that is trained and drawn."""
+    model, tag = evaluators.clip_model, evaluators.clip_pretrained
+    if is_folder(model) or model.startswith("hf-hub:") or not tag or Path(tag).is_file() or not find_spec("open_clip"):
+        return
+    from open_clip.pretrained import is_pretrained_cfg, list_pretrained_tags_by_model
+
+    if not is_pretrained_cfg(model, tag):
+        known = list_pretrained_tags_by_model(model)
+        raise SvdiffError(
+            f"evaluators.clip_pretrained is '{tag}'; expected weights that open_clip has of clip_model '{model}': "
+            f"{', '.join(known) or 'it knows no such model'}{did_you_mean(tag, known)}"
+        )
 
 
 def _check_places(evaluators: EvaluatorsConfig) -> None:

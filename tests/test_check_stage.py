@@ -129,6 +129,12 @@ def test_negative_prompts_of_a_distilled_base_are_refused(tmp_path: Path, family
         checked(base, **flow, sample={"prompts": ["a {subject}"], "beta": 0.5})
 
 
+def test_weights_that_open_clip_does_not_have_are_refused(tiny_base: Path) -> None:
+    evaluators = {"clip_model": "ViT-B-32", "clip_pretrained": "opena", "lpips_weights": None}
+    with pytest.raises(SvdiffError, match=r"clip_pretrained is 'opena'.*laion2b_s34b_b79k.*openai"):
+        checked(tiny_base, evaluators=evaluators)
+
+
 def test_other_evaluators_are_another_file_and_the_same_ones_are_not(tiny_base: Path) -> None:
     hub = {"clip_model": "ViT-B-32", "clip_pretrained": "openai"}
     checked(tiny_base)

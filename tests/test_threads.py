@@ -24,7 +24,7 @@ BASE = Path(__file__).parents[1] / "models/base"  # large enough for its product
 @pytest.mark.parametrize(
     ("program", "written", "threads"),
     [
-        pytest.param(f"{READ}; {THREADS}", "threads: 3\n", "3", id="before, set"),
+        pytest.param(f"{READ}; {THREADS}", "threads: 3\n", "3", id="before, set", marks=pytest.mark.slow),
         pytest.param(f"{READ}; {THREADS}", "", "2", id="before, default", marks=pytest.mark.slow),
         pytest.param(f"import torch; {READ}; {THREADS}", "threads: 3\n", "3", id="after, set", marks=pytest.mark.slow),
         pytest.param(f"import torch; {READ}; {THREADS}", "", "2", id="after, default"),

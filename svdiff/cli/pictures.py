@@ -143,6 +143,14 @@ def _find(delta: str) -> Path:
     return path
 
 
+def _stem(name: str) -> str:
+    """What a delta is called in a file's name: its entry, or the folder or stem of its file."""
+    path = Path(name)
+    if path.suffix != ".safetensors":
+        return name
+    return path.parent.name if path.name == "delta.safetensors" and path.parent.name else path.stem
+
+
 def _draw(
     kind: str,
     columns: list[Column],
@@ -159,6 +167,6 @@ def _draw(
     names = [text.partition(":")[0] for text in deltas]
     if any("{" in prompt for prompt in prompts):
         prompts = config.entry(names[0]).prompts(prompts)
-    stems = [Path(name).parent.name if name.endswith(".safetensors") else name for name in names]
+    stems = [_stem(name) for name in names]
     path = output or PICTURES / f"{kind}-{'-'.join(stems)}.png"
     wrote(draw_strip(config, columns, prompts, seeds or [0], path))

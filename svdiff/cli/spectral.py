@@ -78,7 +78,7 @@ def subsets(
 @app.command()
 def cache(
     folder: Annotated[Path | None, typer.Option(help="the cache [default: .svdiff/bases]")] = None,
-    prune: Annotated[int | None, typer.Option(help="keep only so many, the most recently used")] = None,
+    prune: Annotated[int | None, typer.Option(min=0, help="keep only so many, the most recently used")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show cached decompositions, or prune them."""
@@ -176,13 +176,19 @@ def import_file(
     output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")],
     base: Base = EMBEDDED,
     precision: Precision = "fp32",
-    part: Annotated[str, typer.Option(help="unet or text_encoder")] = "unet",
+    part: Annotated[Literal["unet", "text_encoder"], typer.Option(help="what the shifts are of")] = "unet",
 ) -> None:
     """Read `spectral_shifts.safetensors` of svdiff-pytorch 0.2."""
     from svdiff.spectral.cache import load_basis
     from svdiff.spectral.legacy import import_spectral_shifts
 
-    module = getattr(_pipeline(base, precision), part)
+    if not file.is_file():
+        raise SvdiffError(f"{file} is not a file here")
+    module = getattr(_pipeline(base, precision), part, None)
+    if module is None:
+        raise SvdiffError(
+            f"--part {part}: the base {base} has none, and svdiff-pytorch knew Stable Diffusion 1.x and 2.x alone"
+        )
     import_spectral_shifts(file, module, load_basis(module, _cache_folder()), prefix=part).save(output)
     wrote(output)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from svdiff.config import Config
+from svdiff.errors import SvdiffError
 from svdiff.evaluation import plots
 from svdiff.files import atomic_file, check_writable
 from svdiff.models import family_of, load_pipeline
@@ -54,6 +55,10 @@ def draw_attention(
     """
     check_writable(path)
     pipe = load_pipeline(config.base)
+    if (family := family_of(pipe)).attention != "cross":
+        raise SvdiffError(
+            f"attention sheets show cross-attention maps, and {family.title} has joint attention of picture and text instead"
+        )
     check_prompts(pipe, [prompt])
     seen = {BEFORE: picture_and_maps(pipe, config, prompt, words, seed, layers, sides)}
     switch = Switch(pipe)

@@ -202,7 +202,8 @@ def load_lpips(config: EvaluatorsConfig) -> Distance:
         def of_pairs(places: torch.Tensor) -> torch.Tensor:
             return network(a[places[:, 0]].to(device), b[places[:, 1]].to(device)).flatten()
 
-        return scale * _in_batches(of_pairs, pairs).reshape(len(a), len(b))
+        few = max(1, BATCH * 64 // side)  # the network's layers of all pairs of a batch are held at once
+        return scale * _in_batches(of_pairs, pairs, few).reshape(len(a), len(b))
 
     return distance
 
@@ -224,12 +225,12 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _in_batches(function: Callable[[Any], torch.Tensor], items: Any) -> torch.Tensor:
-    """`function` of all items, at most BATCH at a time."""
+def _in_batches(function: Callable[[Any], torch.Tensor], items: Any, size: int = BATCH) -> torch.Tensor:
+    """`function` of all items, at most `size` at a time."""
     import torch
 
     with torch.inference_mode():
-        parts = torch.cat([function(items[start : start + BATCH]) for start in range(0, len(items), BATCH)])
+        parts = torch.cat([function(items[start : start + size]) for start in range(0, len(items), size)])
     return parts.clone()
 
 
@@ -251,7 +252,7 @@ def describe_evaluators(config: EvaluatorsConfig) -> dict[str, dict[str, Any]]:
     else:
         clip |= {
             "model": config.clip_model,
-            "weights": config.clip_pretrained,
+            "weights": sha256_file(tag) if (tag := config.clip_pretrained) and Path(tag).is_file() else tag,
             "transform": "open_clip's for this model",
         }
     lpips: dict[str, Any] = {"score": "1 − distance, mean over the training pictures", "net": config.lpips_net}

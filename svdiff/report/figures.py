@@ -13,6 +13,8 @@ from PIL import Image
 
 from svdiff.evaluation import plots
 
+LARGEST_WEBP = 16_383  # pixels a side that the format has
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -51,6 +53,9 @@ def _half_size(image: Image.Image, alt: str) -> Figure:
 def _uri(image: Image.Image, **options: Any) -> str:
     """WebP: less than half of PNG's bytes, which a page of hundreds of concepts needs."""
     buffer = io.BytesIO()
+    if max(image.size) > LARGEST_WEBP:
+        image = image.copy()
+        image.thumbnail((LARGEST_WEBP, LARGEST_WEBP))
     image.save(buffer, "WEBP", method=5, **options)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

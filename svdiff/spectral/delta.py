@@ -267,6 +267,13 @@ def _check_together(parts: list[SpectralDelta]) -> None:
             left, right = (d.metadata.get(metadata_key(prefix, "base_hash")) for d in (a, b))
             if left != right:
                 raise SvdiffError(f"deltas of different bases do not add up: the {prefix} is {left} and {right}")
+            ranks = [d.directions(prefix) for d in (a, b)]
+            if ranks[0] != ranks[1]:
+                known = " and ".join("all" if rank is None else str(rank) for rank in ranks)
+                raise SvdiffError(
+                    f"deltas that were trained on {known} singular directions of the {prefix} do not become one file; pictures "
+                    "of both: `svdiff sample --delta A --delta B`"
+                )
             if a.metadata.get(metadata_key(prefix, "basis_id")) != b.metadata.get(metadata_key(prefix, "basis_id")):
                 mine, theirs = a.fingerprints(prefix), b.fingerprints(prefix)
                 far = [name for name in mine.keys() & theirs.keys() if not _near(mine[name], theirs[name])]

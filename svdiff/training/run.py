@@ -229,11 +229,11 @@ def train_side_by_side(
                 yield from ended
 
 
-def _over(trainer: Trainer, run: Run, failure: SvdiffError | None) -> bool:
+def _over(trainer: Trainer, run: Run, failure: Exception | None) -> bool:
     """`is_over`, as the first process finds; where its validation failed, all raise that: none waits for another."""
     losses = {step: loss for step, loss in run.losses.items() if step <= trainer.step}
     first = trainer.accelerator.is_main_process
-    answer = [is_over(losses, run.settings.patience) if first else False, str(failure) if failure else None]
+    answer = [is_over(losses, run.settings.patience) if first else False, None if failure is None else str(failure)]
     over, failed = broadcast_object_list(answer)
     if failed is not None:
         raise failure or SvdiffError(failed)
@@ -298,11 +298,11 @@ def _save_delta(trainer: Trainer, run: Run) -> None:
     trainer.method.save(run.delta_path(trainer.step), run.identity | known | {"method": run.settings.method})
 
 
-def _validated(trainer: Trainer, run: Run) -> Asking[SvdiffError | None]:
-    """Validate; returns what went wrong."""
+def _validated(trainer: Trainer, run: Run) -> Asking[Exception | None]:
+    """Validate; returns what went wrong, a full memory or disk as well."""
     try:
         yield from _validate(trainer, run)
-    except SvdiffError as error:
+    except Exception as error:
         return error
     return None
 

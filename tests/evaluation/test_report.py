@@ -17,6 +17,7 @@ from PIL import Image
 from svdiff.config import Config
 from svdiff.evaluation.correlation import correlate
 from svdiff.evaluation.score import score
+from svdiff.report.figures import LARGEST_WEBP, _uri
 from svdiff.report.page import report
 
 
@@ -204,3 +205,10 @@ def test_a_pair_stands_beside_its_concepts(checkout: Path, config: Config, evalu
     assert [image for image in page.all("img") if "mixes that both" in str(image["alt"])]
     pictures = [str(image["alt"]) for image in page.all("img")]
     assert sum("training picture 1 of red-dog" in alt for alt in pictures) == 2  # of itself, and of the pair
+
+
+def test_a_row_wider_than_the_format_is_shrunk() -> None:
+    wide = Image.new("RGB", (20_000, 40))
+    content = _uri(wide).partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(content))).width == LARGEST_WEBP
+    assert wide.width == 20_000

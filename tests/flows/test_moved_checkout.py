@@ -39,7 +39,7 @@ def works(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetched.read_bytes() == project.results(identity=0.5).delta.read_bytes()
     assert read_lineage(tracking, version)["concept"] == "dog"
     used = {usage.what: usage for usage in disk_usage(tracking, project.root)}
-    assert used["MLflow artifacts"].where == str(project.root / "mlruns")
+    assert used["MLflow artifacts"].where == str(project.root / "mlruns" / "artifacts")
     assert used["MLflow artifacts"].bytes > 0
     monkeypatch.setattr(prune, "DAY", -1.0)
     [part] = [p for p in find_unused(tracking, project.root) if p.name == "MLflow"]

@@ -305,7 +305,7 @@ WRONG = [
     ({"n": 11}, 400, "n", "less than or equal to 10"),
     ({"size": "1024x1024"}, 400, "size", "draws pictures of 16x16"),
     ({"steps": 6}, 400, "steps", "at most 5"),
-    ({"guidance": -1}, 400, "guidance", "greater than or equal to 0"),
+    ({"guidance": -1}, 400, "guidance", "greater than or equal to 1"),
     ({"seed": -1}, 400, "seed", "greater than or equal to 0"),
     ({"seed": 2**63}, 400, "seed", "less than or equal to"),
     ({"response_format": "url"}, 400, "response_format", "b64_json"),

@@ -42,6 +42,7 @@ def dvc_of(pid: int) -> psutil.Process:
     return next(p for p in psutil.Process(pid).parents() if "--single-item" in p.cmdline())
 
 
+@pytest.mark.slow
 def test_runs_once_then_is_unchanged_then_restored(dvc_project: Path) -> None:
     lines: list[str] = []
     first = run_stage("prior@dog", root=dvc_project, on_line=lines.append)

@@ -50,6 +50,7 @@ def test_a_server_answers_is_there_already_and_is_stopped(supervisor: Supervisor
     assert supervisor.running() == {}
 
 
+@pytest.mark.slow
 def test_what_dies_is_started_again_and_leaves_nothing_behind(supervisor: Supervisor) -> None:
     supervisor.start("worker", ["leaves_one"], {})
     (first,) = until(lambda: children(supervisor), 60)

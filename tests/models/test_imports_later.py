@@ -60,6 +60,7 @@ print("works")
 """
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_without_what_it_does_not_need(tiny_base: Path, tiny_pipe, tmp_path: Path) -> None:
     attach(tiny_pipe.unet, load_basis(tiny_pipe.unet, None, progress=False)).delta().save(tmp_path / "zero.safetensors")
     concepts = {"classes": ["dog"], "concepts": {"rex": {"class_word": "dog"}}, "sample": {"prompts": ["a {subject}"]}}

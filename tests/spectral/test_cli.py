@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from svdiff.cli import app
+from svdiff.cli.pictures import _stem
 from svdiff.config import BaseModelConfig
 from svdiff.errors import SvdiffError
 from svdiff.models import load_pipeline
@@ -113,3 +114,29 @@ def test_a_delta_of_a_half_precision_base_is_exported_from_that_base(
     shifts.fuse()
     for name, weight in pipe.unet.state_dict().items():
         assert torch.equal(fused[name], weight.float()), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cache", "--prune", "-1"], "greater than or equal to 0"),
+        (["delta", "import", "notes.txt", "--part", "unett", "-o", "o.safetensors"], "'unet'"),
+        (["delta", "import", "notes.txt", "-o", "o.safetensors"], "notes.txt is not a file here"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(tmp_path: Path, monkeypatch, arguments: list[str], words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code != 0
+    assert words in result.output + str(result.exception)
+
+
+def test_strips_of_files_have_files_of_their_own() -> None:
+    assert [
+        _stem(name) for name in ("rex", "a.safetensors", "deltas/b.safetensors", "out/train/rex/delta.safetensors")
+    ] == [
+        "rex",
+        "a",
+        "b",
+        "rex",
+    ]

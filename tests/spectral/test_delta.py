@@ -159,6 +159,8 @@ def test_deltas_of_other_bases_do_not_add_up() -> None:
     for change in ({"base_hash": "c"}, {"basis_id": "k"}):
         with pytest.raises(SvdiffError, match="do not add up"):
             a + SpectralDelta(a.tensors, a.metadata | change)
+    with pytest.raises(SvdiffError, match="4 and all singular directions of the unet do not become one file"):
+        SpectralDelta(a.tensors, a.metadata | {"directions": "4"}) + a
     longer = SpectralDelta({**a.tensors, "unet.a.weight": torch.zeros(9)}, a.metadata)
     with pytest.raises(SvdiffError, match=r"'unet.a.weight' has 6 shifts in one delta, 9"):
         a + longer

@@ -108,6 +108,7 @@ def test_resuming_twice_equals_training_straight(tiny_base: Path, tmp_path: Path
     assert part.fixed_noise_loss() == straight.fixed_noise_loss()
 
 
+@pytest.mark.slow
 def test_resuming_with_text_encoder_and_warmup(tiny_base: Path, tmp_path: Path) -> None:
     settings = {"text_encoder": True, "schedule": "linear", "warmup": 2, "accumulation": 1}
     straight = trainer_on(tiny_base, **settings)
@@ -211,6 +212,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_base: Path) -> None:
     assert same_bits(plain.method.state(), thrifty.method.state())
 
 
+@pytest.mark.slow
 def test_half_precision_gradients_are_unscaled_once(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scaler of fp16 refuses to be asked twice a step; the CPU's stands in for the GPU's, on float32 arithmetic."""
     monkeypatch.setattr(Accelerator, "autocast", lambda self, **_: nullcontext())
@@ -315,6 +317,7 @@ def test_text_encoder_and_token_have_rates_of_their_own(tiny_base: Path) -> None
     assert max(d for n, d in moved.items() if n.startswith("unet.")) == pytest.approx(5e-3, rel=0.01)
 
 
+@pytest.mark.slow
 def test_prodigy_trains_and_resumes(tiny_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("prodigyopt")
     straight = trainer_on(tiny_base, optimizer="prodigy", lr=1.0, lr_1d=1.0, schedule="constant")

@@ -22,7 +22,7 @@ ADAPTER = "svdiff"
 class LoraMethod:
     """LoRA (PEFT) on every linear and convolution layer of the subset, and the weights of its norms.
 
-    Text encoders are trained whole, when asked. The rank is `rank` of the configuration, 1 where it is not set. B starts at zero, so step 0 is the base; A is drawn
+    Of text encoders, when asked, it is on all layers, whatever the subset. The rank is `rank` of the configuration, 1 where it is not set. B starts at zero, so step 0 is the base; A is drawn
     from the configuration's seed. Norms in the file are changes W − W₀; the pairs are named as PEFT and diffusers do.
     """
 
