@@ -10,7 +10,7 @@
 - `memory_together_over_one`: peak memory of the process that trains 8 over that of a process that trains one;
 - `switch_p99_ms`: switching between resident concepts, text encoder included.
 
-Batches run in turn in one process, trainings (`benchmarks/together.py`) in a process each. Of `sd15` the base is written to build/sd15
+Batches run in turn in one process, trainings (`benchmarks/together.py`) in a process each, which take turns on small bases. Of `sd15` the base is written to build/sd15
 and decomposed once, 12 GB in all; a step of a concept is one picture there. The tiny UNet has no pipeline to train.
 """
 

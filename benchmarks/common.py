@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +80,59 @@ def memory_gb(which: str = "VmHWM") -> float:
 
 def in_child(module: str, **arguments: Any) -> dict[str, Any]:
     """Run `python -m module --child <json>` and return what it prints as JSON on its last line."""
-    command = [sys.executable, "-m", module, "--child", json.dumps(arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        return {"error": f"exit status {done.returncode}"}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run(_command(module, arguments), stdout=subprocess.PIPE, text=True, check=False)
+    return _result(done.returncode, done.stdout)
+
+
+def children_in_turn(
+    module: str, children: Mapping[str, Mapping[str, Any]], slices: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """`in_child` of several that take turns, so that what else the machine does meanwhile slows all of them alike.
+
+    Args:
+        module: as in `in_child`.
+        children: arguments of each by name. A result's `started` and `ended`, by `time.time()`, say what of it is timed.
+        slices: seconds of a turn of each, best in the ratio of the times that they need; while one has its turn the others stop.
+
+    Returns:
+        their results; with `wall_s`, the seconds from `started` to `ended` in which it had its turn.
+    """
+    with ExitStack() as stack:
+        outputs, running = dict[str, Any](), dict[str, subprocess.Popen[str]]()
+        for name, arguments in children.items():
+            outputs[name] = stack.enter_context(tempfile.TemporaryFile("w+"))
+            running[name] = subprocess.Popen(_command(module, arguments), stdout=outputs[name], text=True)
+            stack.callback(running[name].kill)
+            running[name].send_signal(signal.SIGSTOP)
+        turns: dict[str, list[tuple[float, float]]] = {name: [] for name in children}
+        while any(process.poll() is None for process in running.values()):
+            for name, process in running.items():
+                begun = time.time()
+                process.send_signal(signal.SIGCONT)
+                try:
+                    process.wait(slices[name])
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGSTOP)
+                turns[name].append((begun, time.time()))
+        results = {}
+        for name, output in outputs.items():
+            output.seek(0)
+            results[name] = result = _result(running[name].returncode, output.read())
+            if "error" not in result:
+                started, ended = result.pop("started"), result.pop("ended")
+                result["wall_s"] = sum(max(0.0, min(ended, b) - max(started, a)) for a, b in turns[name])
+    return results
+
+
+def _command(module: str, arguments: Mapping[str, Any]) -> list[str]:
+    return [sys.executable, "-m", module, "--child", json.dumps(arguments)]
+
+
+def _result(status: int, output: str) -> dict[str, Any]:
+    """What a child printed on its last line, or why it ended without."""
+    if status:
+        return {"error": f"exit status {status}"}
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
 

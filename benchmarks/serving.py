@@ -5,8 +5,10 @@
 
 The embedded base with random shifts as concepts, through the real registration into a registry of its own.
 
-- `served_over_loop`: pictures a second of the server over the most that the pipeline draws in a loop, at any batch size, in one process
-  with all processors and in as many processes as there are replicas;
+- `served_over_loop`: pictures a second of the server over those that the pipeline draws in a loop. Of the loop, the best way is looked
+  for first (`loops`): any batch size, in one process with all processors and in as many processes as there are replicas. Then this
+  loop and the server, which idles meanwhile, take turns, so that both meet the same machine: `rounds` has the pictures a second
+  of either, the ratio is that of the sums;
 - `p50_s`, `p99_s`: from a request to its pictures;
 - then, for half as long, with a new champion and a killed replica (kill -9, where there are several) in the middle: `errors` counts
   requests of both times without pictures, `wrong` pictures that are not the library's own of that version and seed, drawn in
@@ -24,6 +26,7 @@ import os
 import random
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,6 +45,7 @@ SEEDS = 4
 TOLERANCE = 2  # of 255: sums of batches of other sizes round otherwise
 PROMPT = "a {subject} on a blue background"
 BATCHES = (1, 2, 4, 8, 16)
+ROUNDS = 3  # of the loop and the server in turn
 PATIENCE = 600.0  # seconds for a server to answer
 
 
@@ -136,12 +140,12 @@ class Library:
         return [np.asarray(image, dtype=int) for image in images]
 
 
-def loop(root: str, names: list[str], seconds: float) -> dict[str, float]:
+def loop(root: str, names: list[str], sizes: list[int], seconds: float) -> dict[str, float]:
     """Pictures a second of the pipeline in a loop in this process, by batch size; each picture of a concept at random."""
     library, chance, rates = Library(Path(root), names), random.Random(0), dict[str, float]()
-    for size in BATCHES:
+    for size in sizes:
         done, start = -1, 0.0
-        while done < 1 or time.perf_counter() - start < seconds / len(BATCHES):
+        while done < 1 or time.perf_counter() - start < seconds / len(sizes):
             library.draw([f"{chance.choice(names)}@1" for _ in range(size)], list(range(size)))
             done += 1
             if done == 0:  # the first does not count
@@ -150,10 +154,10 @@ def loop(root: str, names: list[str], seconds: float) -> dict[str, float]:
     return rates
 
 
-def best_of_loops(root: Path, names: list[str], seconds: float, processes: int) -> dict[str, float]:
-    """The most pictures a second of so many processes at once, that share the processors, by batch size."""
+def loops(root: Path, names: list[str], processes: int, sizes: list[int], seconds: float) -> dict[str, float]:
+    """Pictures a second, by batch size, of so many processes at once, that share the processors."""
     threads = max(1, (os.cpu_count() or 1) // processes)
-    command = [sys.executable, "-m", "benchmarks.serving", "--loop", json.dumps([str(root), names, seconds])]
+    command = [sys.executable, "-m", "benchmarks.serving", "--loop", json.dumps([str(root), names, sizes, seconds])]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(processes)]
     outputs = [process.communicate()[0] for process in running]
@@ -264,6 +268,16 @@ def replicas_of(server: subprocess.Popen[bytes]) -> list[Any]:
     return [process for process in tree if "ServeReplica:svdiff:Replica" in "".join(process.cmdline())]
 
 
+def served(clients: Clients, seconds: float) -> float:
+    """Pictures a second that come back, once batches follow each other."""
+    with clients:
+        time.sleep(min(20.0, seconds))
+        start = time.perf_counter()
+        time.sleep(seconds)
+        end = time.perf_counter()
+    return sum(len(a.pictures) for a in clients.answers if start <= a.at + a.seconds <= end) / (end - start)
+
+
 def disturb(server: subprocess.Popen[bytes], url: str, name: str, seconds: float, root: Path) -> tuple[float, int]:
     """Promote a challenger after a third of the time and kill a replica after two: how long until the server has it, and how
     many were killed."""
@@ -324,28 +338,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         names = make_registry(root, options.model, options.concepts)
         os.chdir(repository)
         counts = sorted({1, max(1, options.replicas)})
-        loops = {count: best_of_loops(root, names, options.loop_seconds, count) for count in counts}
-        best = max(rate for rates in loops.values() for rate in rates.values())
+        found = {count: loops(root, names, count, list(BATCHES), options.loop_seconds) for count in counts}
+        count, size = max(((c, s) for c in counts for s in BATCHES), key=lambda way: found[way[0]][str(way[1])])
         server, url = start_server(root, options.replicas, options.batch_size, repository)
-        os.chdir(root)
+        steady, rounds = list[Answer](), list[tuple[float, float]]()
         try:
-            with Clients(url, names, options.clients, options.pictures) as steady:
-                time.sleep(min(20.0, options.seconds))  # until batches follow each other
-                start = time.perf_counter()
-                time.sleep(options.seconds)
-                end = time.perf_counter()
+            for _ in range(ROUNDS):
+                os.chdir(repository)
+                looped = loops(root, names, count, [size], options.loop_seconds / 2)[str(size)]
+                os.chdir(root)
+                clients = Clients(url, names, options.clients, options.pictures)
+                rounds.append((served(clients, options.seconds / ROUNDS), looped))
+                steady += clients.answers
             with Clients(url, names, options.clients, options.pictures) as disturbed:
                 after, killed = disturb(server, url, names[0], options.seconds / 2, root)
         finally:
             stop(server)
             os.chdir(repository)
-        everything = [*steady.answers, *disturbed.answers]
+        everything = [*steady, *disturbed.answers]
         compared = compare(everything, Library(root, names), options.pictures)
         os.chdir(repository)
-    counted = sum(len(a.pictures) for a in steady.answers if start <= a.at + a.seconds <= end)
-    times = [answer.seconds for answer in steady.answers] or [float("nan")]
+    times = [answer.seconds for answer in steady] or [float("nan")]
     errors = [answer.error for answer in everything if answer.error]
-    rate = counted / (end - start)
+    served_per_s, loop_per_s = (statistics.mean(rates) for rates in zip(*rounds, strict=True))
     return {
         "concepts": options.concepts,
         "clients": options.clients,
@@ -353,10 +368,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "replicas": options.replicas,
         "seconds": options.seconds,
-        "served_over_loop": rate / best,
-        "served_per_s": rate,
-        "loop_per_s": best,
-        "loops": {f"{count} processes": rates for count, rates in loops.items()},
+        "served_over_loop": served_per_s / loop_per_s,
+        "served_per_s": served_per_s,
+        "loop_per_s": loop_per_s,
+        "rounds": rounds,
+        "loop": f"{count} processes, batches of {size}",
+        "loops": {f"{count} processes": rates for count, rates in found.items()},
         "p50_s": float(np.quantile(times, 0.5)),
         "p99_s": float(np.quantile(times, 0.99)),
         "requests": len(everything),
@@ -375,8 +392,12 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=50)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=4, help="that a request asks for")
-    parser.add_argument("--seconds", type=float, default=120, help="of load; half as long again with disturbances")
-    parser.add_argument("--loop-seconds", type=float, default=60, help="of each way of drawing in a loop")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="of load, in rounds; half as long again with disturbances"
+    )
+    parser.add_argument(
+        "--loop-seconds", type=float, default=60, help="of looking for the best loop; half as long in each round"
+    )
     parser.add_argument("--replicas", type=int, default=2, help="as of `svdiff serve`; 0: one process")
     parser.add_argument("--batch-size", type=int, default=16, help="as of `svdiff serve`")
     parser.add_argument("--json", action="store_true")
