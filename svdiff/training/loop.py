@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VALIDATION_LEVELS = 8  # timesteps, evenly spread, at which the fixed-noise loss is taken
+VALIDATION_BATCHES = 4  # batches of training in a pass of it
 
 T = TypeVar("T")
 Row: TypeAlias = "dict[str, float]"
@@ -262,18 +263,29 @@ class Trainer:
         return self._conditions.keys() >= set(prompts)
 
     def fixed_noise_passes(self) -> list[Pass]:
-        """What the network is asked for `fixed_noise_loss`: the validation pictures of one shape at a time, at each level."""
+        """What the network is asked for `fixed_noise_loss`: validation pictures of one shape, at each level.
+
+        A pass holds at most `VALIDATION_BATCHES` batches of training: without gradients they take no more memory than one with.
+        """
         instance, passes = self.dataset.instance, []
+        size = VALIDATION_BATCHES * self.config.batch_size
         for group in instance.latents.by_shape(self.dataset.validation):
-            mean, prompts = stacked(instance.latents.mean, group), [instance.prompts[i] for i in group]
-            masks = None if instance.masks is None else stacked(instance.masks, group).to(mean.device)
-            batch = Batch(mean, prompts, [() for _ in group], len(group), masks)
             for level in range(VALIDATION_LEVELS):
-                noise = torch.randn(mean.shape, generator=generator("fixed noise", level)).to(mean.device)
+                shape = (len(group), *instance.latents.mean[group[0]].shape)
+                noise = torch.randn(shape, generator=generator("fixed noise", level))
                 timestep = self.family.objective.level((level + 0.5) / VALIDATION_LEVELS)
-                timesteps = torch.full((len(mean),), timestep, device=mean.device)
-                passes.append(Pass(batch, batch, noise, timesteps))
+                for start in range(0, len(group), size):
+                    batch = self._validation_batch(group[start : start + size])
+                    device = batch.latents.device
+                    timesteps = torch.full((batch.instances,), timestep, device=device)
+                    passes.append(Pass(batch, batch, noise[start : start + size].to(device), timesteps))
         return passes
+
+    def _validation_batch(self, indices: Sequence[int]) -> Batch:
+        instance = self.dataset.instance
+        mean, prompts = stacked(instance.latents.mean, indices), [instance.prompts[i] for i in indices]
+        masks = None if instance.masks is None else stacked(instance.masks, indices).to(mean.device)
+        return Batch(mean, prompts, [() for _ in indices], len(indices), masks)
 
     @torch.no_grad()
     def fixed_noise_loss(self) -> float:

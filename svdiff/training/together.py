@@ -249,9 +249,13 @@ class SharedNetwork:
 
     @torch.no_grad()
     def _fixed_noise_losses(self, trainers: Sequence[Trainer]) -> list[float]:
-        passes = [trainer.fixed_noise_passes() for trainer in trainers]
-        predicted = zip(*(self._predict(trainers, level) for level in zip(*passes, strict=True)), strict=True)
-        return [trainer.fixed_noise_loss_of(*own) for trainer, *own in zip(trainers, passes, predicted, strict=True)]
+        passes = {trainer: trainer.fixed_noise_passes() for trainer in trainers}
+        predicted: dict[Trainer, list[Tensor]] = {trainer: [] for trainer in trainers}
+        for place in range(max(map(len, passes.values()))):  # those with more pictures ask for more passes
+            asking = [trainer for trainer in trainers if place < len(passes[trainer])]
+            for trainer, part in zip(asking, self._predict(asking, [passes[t][place] for t in asking]), strict=True):
+                predicted[trainer].append(part)
+        return [trainer.fixed_noise_loss_of(passes[trainer], predicted[trainer]) for trainer in trainers]
 
     def _draw(self, asked: Mapping[Trainer, list[Job]], settings: SampleConfig) -> list[Image]:
         self._hold([trainer.method for trainer in asked])

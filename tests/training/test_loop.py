@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,3 +358,16 @@ def test_what_a_flow_without_a_trainable_text_encoder_has_no_place_for(settings:
     family = SimpleNamespace(title="Flow", attention="joint", encoder_names=(), flow=True)
     with pytest.raises(SvdiffError, match=message):
         check_family(family, TrainConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_a_validation_holds_no_more_pictures_at_a_time_than_some_batches(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of however many it has; the loss is that of all of them at once."""
+    made = trainer_on(tiny_base, batch_size=1)
+    made.dataset = replace(made.dataset, instance=examples("a sks dog", 10, 1), validation=list(range(10)))
+    assert {len(one.noise) for one in made.fixed_noise_passes()} == {4, 2}
+    loss = made.fixed_noise_loss()
+    monkeypatch.setattr("svdiff.training.loop.VALIDATION_BATCHES", 10)
+    assert {len(one.noise) for one in made.fixed_noise_passes()} == {10}
+    assert made.fixed_noise_loss() == pytest.approx(loss, rel=1e-5)

@@ -119,7 +119,13 @@ def check_same(name: str, steps: int = 6) -> None:
     ("own", "settings"),
     [
         pytest.param({"bear": {"masks": "loss"}}, {}, marks=pytest.mark.slow),
-        ({"puss": {"accumulation": 2, "lr": 5e-3}, "bear": {"batch_size": 1, "prior_weight": 0.0, "seed": 3}}, {}),
+        (
+            {
+                "puss": {"accumulation": 2, "lr": 5e-3, "batch_size": 1},
+                "bear": {"batch_size": 1, "prior_weight": 0.0, "seed": 3},
+            },
+            {},
+        ),
         pytest.param(
             {},
             {"text_encoder": True, "lr_text_encoder": 2e-3, "ema_decay": 0.9, "gradient_checkpointing": True},
