@@ -24,7 +24,7 @@ def up(
 
 
 @app.command()
-def worker(limit: Annotated[int, typer.Option(help="flow runs that it takes at once")] = 2) -> None:
+def worker(limit: Annotated[int, typer.Option(min=1, help="flow runs that it takes at once")] = 2) -> None:
     """Work for a team's server in this clone: stages are shared with other clones through the DVC remote."""
     from flows.services.control import worker as run
 

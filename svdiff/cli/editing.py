@@ -20,7 +20,7 @@ def edit(
     prompt: Annotated[str | None, typer.Option(help="what the picture shows, without a special token")] = None,
     target: Annotated[list[str] | None, typer.Option(help="an edited prompt; may be given several times")] = None,
     method: Annotated[str | None, typer.Option(help="svdiff, full or lora")] = None,
-    steps: Annotated[int | None, typer.Option(help="training steps")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="training steps")] = None,
     inversion: Annotated[
         bool | None, typer.Option("--inversion/--no-inversion", help="only with or only without; default both")
     ] = None,

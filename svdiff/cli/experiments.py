@@ -25,7 +25,7 @@ def compare_pairs(
     pictures: Annotated[int, typer.Option(min=1, help="pictures of each training")] = 40,
     prompt: Annotated[str, typer.Option(help="with {first} and {second}")] = "a {first} sitting beside a {second}",
     unmix_weight: Annotated[float, typer.Option(min=0, help="of the way `unmix`")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="training steps (default: the pair's)")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="training steps (default: the pair's)")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder")] = Path("out/compare-pairs"),
     params: Params = PARAMS,
 ) -> None:
@@ -56,7 +56,9 @@ def compare_pairs(
 def edit_curves(
     name: Annotated[list[str] | None, typer.Option("--edit", help="one of the ten edits; default all")] = None,
     method: Annotated[list[str] | None, typer.Option(help="training method; default svdiff, full and lora")] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="a length of training; default 50, 100, 200 and 400")] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, help="a length of training; default 50, 100, 200 and 400")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for tables and figures")] = PICTURES
     / "edit-curves",
     params: Params = PARAMS,

@@ -21,7 +21,7 @@ app.add_typer(strip_app, name="strip")
 
 Delta = Annotated[str, typer.Argument(help="name of a trained concept, pair or edit, or a delta file")]
 Prompts = Annotated[list[str], typer.Option("--prompt", help="a row a prompt and seed")]
-Seeds = Annotated[list[int] | None, typer.Option("--seed", help="noise of a row (default 0)")]
+Seeds = Annotated[list[int] | None, typer.Option("--seed", min=0, help="noise of a row (default 0)")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="the PNG to write")]
 
 
@@ -37,7 +37,9 @@ def attention(
     layers: Annotated[
         str, typer.Option(help="regular expression searched in the names of cross-attention layers")
     ] = "",
-    side: Annotated[list[int] | None, typer.Option(help="maps of these sides only, e.g. 8 (default: all)")] = None,
+    side: Annotated[
+        list[int] | None, typer.Option(min=1, help="maps of these sides only, e.g. 8 (default: all)")
+    ] = None,
     output: Output = None,
     params: Params = PARAMS,
 ) -> None:
@@ -83,7 +85,7 @@ def interpolate(
     first: Delta,
     second: Delta,
     prompt: Prompts,
-    points: Annotated[int, typer.Option(help="columns, the two ends included")] = 5,
+    points: Annotated[int, typer.Option(min=2, help="columns, the two ends included")] = 5,
     seed: Seeds = None,
     output: Output = None,
     params: Params = PARAMS,

@@ -79,7 +79,7 @@ def sample(
         float, typer.Option(callback=finite, help="with --prompt: strength s of NAME's shifts (Fig. 26)")
     ] = 1.0,
     guidance: Annotated[float | None, typer.Option(help="with --prompt: scale s of Eq. 9")] = None,
-    steps: Annotated[int | None, typer.Option(help="with --prompt: DDIM steps")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="with --prompt: DDIM steps")] = None,
     eta: Annotated[float | None, typer.Option(help="with --prompt: η of DDIM, 0 to 1; 0 is deterministic")] = None,
     negative: Annotated[
         list[str] | None, typer.Option(help="with --prompt: c^neg of Eq. 10 (default: NAME's prior prompts)")

@@ -6,14 +6,15 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from svdiff import __version__
-from svdiff.cli import COMMANDS, EXTRAS, main
+from svdiff.cli import COMMANDS, EXTRAS, load, main
 from svdiff.config import load_config
 from svdiff.errors import for_people
 
@@ -270,3 +271,25 @@ def test_what_a_disk_refuses_is_said_with_a_fix(number: int, fix: str) -> None:
 def test_errors_that_are_not_about_disks_stay_as_they_are() -> None:
     with pytest.raises(BrokenPipeError):
         for_people(BrokenPipeError(errno.EPIPE, "gone"))
+
+
+def commands_below(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """A command, or all commands of a group, with their words."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, below in command.commands.items():
+        yield from commands_below(below, f"{path} {name}")
+
+
+def test_every_whole_number_has_a_least_one() -> None:
+    """So that a wrong one is refused before any work, by the command line itself."""
+    counts = [
+        (f"{path} {option.opts[0]}", option.min)
+        for name in COMMANDS
+        for path, command in commands_below(load(name), name)
+        for option in command.params
+        if option.type_descriptor.annotation in (int, list[int])
+    ]
+    assert len(counts) > 20
+    assert not [option for option, least in counts if least is None]
