@@ -20,13 +20,13 @@ from prefect.states import State
 
 from flows.monitoring.round import Result, Round
 from flows.monitoring.rule import Verdict
+from flows.orchestration.dispatch import reason
 from flows.orchestration.gpus import own_gpu
 from flows.orchestration.parameters import Name
 from flows.orchestration.schedules import cancel_missed
 from flows.registry.runs import FLOW_RUN, FLOW_RUN_URL
 from flows.registry.tracking import connect
 from svdiff.config import load_config
-from svdiff.secrets import redacted
 
 EVENTS = {Verdict.DRIFT: "svdiff.champion.drifted", Verdict.BROKEN: "svdiff.champion.broken"}
 
@@ -89,7 +89,7 @@ def _measure(names: Sequence[str], round_: Round) -> tuple[list[Result], dict[st
     for name in names:
         state = _reevaluate(name, round_, return_state=True)
         if not state.is_completed():
-            failures[name] = redacted(state.message or state.type.value)
+            failures[name] = reason(state)
             continue
         result = state.result()
         results.append(result)

@@ -23,7 +23,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.orchestration.artifacts import publish_concept
-from flows.orchestration.dispatch import run_on_workers
+from flows.orchestration.dispatch import reason, run_on_workers
 from flows.orchestration.edit import edit_image
 from flows.orchestration.parameters import Minutes, Name, check
 from flows.orchestration.tasks import GPU, dvc_stage, train_group
@@ -135,7 +135,7 @@ def train_all(
         for name, future in futures.items():
             future.wait()
             if not future.state.is_completed():
-                failures[name] = future.state.message or str(future.state.type.value)
+                failures[name] = reason(future.state)
     trained = [name for name in wanted if name not in failures]
     log.info("%d of %d are done", len(trained), len(wanted))
 
@@ -172,7 +172,7 @@ def _train_in_groups(
         for group, future in zip(groups, futures, strict=True):
             future.wait()
             if not future.state.is_completed():
-                log.warning("not all of %s trained together; they go on alone: %s", group, future.state.message)
+                log.warning("not all of %s trained together; they go on alone: %s", group, reason(future.state))
 
 
 def _groups(config: Config, names: Sequence[str], together: int, limit: int) -> list[list[str]]:
@@ -200,4 +200,4 @@ def _attempt(failures: dict[str, str], stage: str, timeout_minutes: float | None
     """Run a stage; note its failure instead of raising it."""
     state: State[str] = dvc_stage(stage, timeout_minutes, return_state=True)
     if not state.is_completed():
-        failures[stage] = state.message or state.type.value
+        failures[stage] = reason(state)

@@ -228,8 +228,8 @@ def export(
     if kohya and not family.lora_names:
         raise SvdiffError(f"--kohya is for UNets; of {family.title} all tools read diffusers' names: leave it out")
     if lora:
-        modules = {prefix: getattr(concepts.pipe, prefix) for prefix in delta.prefixes()}
-        bases = {p: concepts.basis(p, delta.part(p), rank=delta.directions(p)) for p in modules}
+        bases = concepts.bases_of(delta)
+        modules = {prefix: getattr(concepts.pipe, prefix) for prefix in bases}
         layout: Literal["diffusers", "kohya"] = "kohya" if kohya else "diffusers"
         names = family.lora_names
         export_lora(modules, bases, delta, output, rank=rank, dtype=dtype, layout=layout, kohya=names)

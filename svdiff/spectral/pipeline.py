@@ -85,13 +85,8 @@ class SpectralPipeline:
             raise SvdiffError(f"a delta named {name!r} is loaded already: delete it first or choose another name")
         self._refuse("loading another delta")
         delta = source if isinstance(source, SpectralDelta) else SpectralDelta.load(source)
-        for prefix in delta.prefixes():
-            delta.check_base(self._base_hash(prefix), prefix)  # before minutes of decomposition
         with self._as_before_on_failure():
-            for prefix in delta.prefixes():
-                basis = self.basis(prefix, delta.part(prefix), rank=delta.directions(prefix))
-                delta.check(basis, prefix)
-            for prefix in delta.prefixes():
+            for prefix in self.bases_of(delta):
                 self._cover(prefix, delta.part(prefix))
             self._tokens.load(name, delta.tokens)
             self._rows[name] = {prefix: self._shifts[prefix].pack(delta.part(prefix)) for prefix in delta.prefixes()}
@@ -185,6 +180,18 @@ class SpectralPipeline:
         for shifts in self._shifts.values():
             shifts.detach()
         self._shifts, self._rows, self._active = {}, {}, {}
+
+    def bases_of(self, delta: SpectralDelta) -> dict[str, Basis]:
+        """The decomposition of each part of the pipeline that a delta changes.
+
+        Raises SvdiffError for another base, or a pipeline without such a part, before minutes of decomposition.
+        """
+        for prefix in delta.prefixes():
+            delta.check_base(self._base_hash(prefix), prefix)
+        bases = {p: self.basis(p, delta.part(p), rank=delta.directions(p)) for p in delta.prefixes()}
+        for prefix, basis in bases.items():
+            delta.check(basis, prefix)
+        return bases
 
     def basis(self, prefix: str, names: Iterable[str] | None = None, *, rank: int | None = None) -> Basis:
         """The decomposition of one part of the pipeline, or of `names` at least: computed or read when asked for.

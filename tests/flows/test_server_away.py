@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 from miniature import write_params
+from prefect.states import Completed, Failed, Running
 
 from flows.orchestration import artifacts, dispatch, train
 from flows.pipeline.stages import StageBusy
@@ -30,22 +32,57 @@ def test_a_bar_that_cannot_be_shown_ends_no_stage(monkeypatch: pytest.MonkeyPatc
     assert asked == [10.0], "each try takes Prefect's client a minute"
 
 
-def test_a_part_is_asked_for_again_when_the_server_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = SimpleNamespace(state=SimpleNamespace(is_final=lambda: True, is_completed=lambda: True))
-    answers: list[Any] = [httpx.ConnectError("away"), httpx.ReadTimeout("away"), done]
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A server that answers the start of a part and questions about it so, in order; errors are raised."""
 
-    def read_flow_run(_: str) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
+    def answering(*answers: Any) -> Callable[..., Any]:
+        left = list(answers)
+
+        def answer(*_: Any, **__: Any) -> Any:
+            found = left.pop(0)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
         return answer
 
-    client = SimpleNamespace(read_flow_run=read_flow_run)
-    monkeypatch.setattr(dispatch, "run_deployment", lambda *_, **__: SimpleNamespace(id="part"))
-    monkeypatch.setattr(dispatch, "get_client", lambda **_: nullcontext(client))
-    monkeypatch.setattr(dispatch, "POLL", 0)
+    def set_up(started: Sequence[Any], states: Sequence[Any]) -> None:
+        client = SimpleNamespace(read_flow_run=answering(*(s if isinstance(s, Exception) else Run(s) for s in states)))
+        monkeypatch.setattr(dispatch, "run_deployment", answering(*started))
+        monkeypatch.setattr(dispatch, "get_client", lambda **_: nullcontext(client))
+        monkeypatch.setattr(dispatch, "POLL", 0)
+
+    return set_up
+
+
+class Run(NamedTuple):
+    state: Any = None
+    id: str = "part"
+
+
+UNAVAILABLE = httpx.HTTPStatusError(
+    "unavailable", request=httpx.Request("POST", "http://x"), response=httpx.Response(503)
+)
+
+
+def test_a_part_is_asked_for_again_when_the_server_is_back(server: Callable[..., None]) -> None:
+    away = httpx.ConnectError("away")
+    server([away, UNAVAILABLE, Run()], [away, httpx.ReadTimeout("away"), Running(), Completed()])
     dispatch.run_on_workers("train-concept", "dog", {})
-    assert answers == []
+
+
+def test_why_a_part_failed_is_told_without_passwords(server: Callable[..., None]) -> None:
+    server([Run()], [Failed(message="no answer from postgresql://team:hunter22@db/mlflow")])
+    with pytest.raises(RuntimeError, match=r"^no answer from postgresql://\*\*\*@db/mlflow$"):
+        dispatch.run_on_workers("train-concept", "dog", {})
+
+
+def test_a_deployment_that_is_not_there_is_not_waited_for(server: Callable[..., None]) -> None:
+    missing = httpx.HTTPStatusError("missing", request=UNAVAILABLE.request, response=httpx.Response(404))
+    server([missing], [])
+    with pytest.raises(httpx.HTTPStatusError, match="missing"):
+        dispatch.run_on_workers("train-concept", "dog", {})
 
 
 def test_where_dvc_is_busy_each_is_trained_alone(

@@ -99,6 +99,24 @@ def test_export(tiny_pipe, tiny_base: Path, deltas: list[Path], tmp_path: Path, 
         run("export", deltas[0], "--base", tiny_base, "--rank", 2, "-o", tmp_path / "x")
 
 
+@pytest.mark.parametrize("way", [["-o", "plain"], ["--lora", "-o", "lora.safetensors"]])
+def test_a_delta_of_another_base_is_refused_before_anything_is_decomposed(
+    tiny_base: Path, deltas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: list[str]
+) -> None:
+    monkeypatch.setenv("SVDIFF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    delta = SpectralDelta.load(deltas[0])
+    SpectralDelta(delta.tensors, delta.metadata | {"base_hash": "0" * 64}).save(Path("other.safetensors"))
+    with pytest.raises(SvdiffError, match="load the base that it was trained on"):
+        run("export", "other.safetensors", "--base", tiny_base, *way)
+    SpectralDelta(
+        {name.replace("unet.", "transformer."): shifts for name, shifts in delta.tensors.items()}, {"norms": "[]"}
+    ).save(Path("flux.safetensors"))
+    with pytest.raises(SvdiffError, match="trained for another architecture"):
+        run("export", "flux.safetensors", "--base", tiny_base, *way)
+    assert not (tmp_path / "home/bases").exists()
+
+
 def test_a_delta_of_a_half_precision_base_is_exported_from_that_base(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
