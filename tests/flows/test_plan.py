@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from svdiff import plan
 from svdiff.config import load_config
 from svdiff.models.memory import SHARE, training_memory
 from svdiff.models.sizes import build
+from svdiff.models.stable_diffusion import StableDiffusion
 from svdiff.plan import estimate, memory, stages_to_run
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,24 @@ def test_every_stage_of_the_default_pipeline_has_an_estimate() -> None:
         suffix = "" if kind == "concept" else f"-{kind}"
         for name in names:
             assert estimate(config, f"train{suffix}@{name}", 0.01) > estimate(config, f"train{suffix}@{name}", 0.001)
+
+
+def test_a_picture_takes_the_time_of_the_network_at_its_fastest(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of eight; the first calls of a process are slow."""
+    config = load_config(ROOT / "params.yaml")
+    config = config.model_copy(update={"base": config.base.replaced({"model": str(tiny_base)})})
+    predict, clock, durations = StableDiffusion.predict, [0.0], iter([9.0, 2.0, 0.8, 1.0])
+
+    def timed(family: StableDiffusion, noisy: torch.Tensor, *arguments: Any) -> Any:
+        assert len(noisy) == 8
+        clock[0] += next(durations)
+        return predict(family, noisy, *arguments)
+
+    monkeypatch.setattr(StableDiffusion, "predict", timed)
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert plan.seconds_per_picture(config) == pytest.approx(0.1)
 
 
 def test_a_gpu_that_is_here_is_said_to_fit_or_which_rank_would(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from svdiff.cli import app
@@ -65,6 +66,9 @@ def test_delta_verbs(deltas: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "sum.safetensors"
     run("delta", "combine", f"{deltas[0]}:0.25", deltas[1], "-o", out)
     assert SpectralDelta.load(out).hash == (0.25 * a + b).hash
+    half = tmp_path / "half.safetensors"
+    run("delta", "combine", f"{deltas[0]}:0.25", deltas[1], "--half", "-o", half)
+    assert {shifts.dtype for shifts in load_file(half).values()} == {torch.float16}
     compared = json.loads(run("delta", "diff", deltas[0], deltas[1], "--json"))
     assert not compared["equal"]
     assert abs(compared["mean"]) < 0.5
