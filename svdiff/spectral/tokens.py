@@ -63,7 +63,12 @@ class TokenEmbedding:
         if not mine.any():
             return output  # without gradients where none are due
         value = self.value.to(output.device, output.dtype)
-        if self.batch.index is not None:
+        if value.ndim > 1:
+            if self.batch.index is None:
+                raise SvdiffError(
+                    f"the token has values of {len(value)} concepts, and nothing says which text takes which: assign an index, "
+                    "one entry a text"
+                )
             value = value[rows_of(self.batch.index, inputs[0])][:, None]
         return torch.where(mine.unsqueeze(-1), value, output)
 
